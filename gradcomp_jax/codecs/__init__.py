@@ -1,0 +1,1 @@
+"""The codecs: one paper, one file."""

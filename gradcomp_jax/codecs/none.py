@@ -1,0 +1,82 @@
+"""No compression: the baseline that is counted like any codec, and the exact mean over a fast axis."""
+
+from typing import Any
+
+import jax
+import optax
+
+from gradcomp_jax import collectives
+from gradcomp_jax.collectives import AxisName
+from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, flatten
+
+
+def none(
+    *,
+    axis_name: AxisName = "data",
+    error_feedback: bool = False,
+    seed: int = 0,
+    min_size: int = 0,
+    compress: Predicate | None = None,
+) -> Compressor:
+    """All-reduces every gradient as it is: the dense baseline, with its bits counted.
+
+    It takes the keywords that every codec takes, so that one call serves them all; none of them changes
+    what it returns. 16-bit gradients are summed, and travel, in float32.
+
+    Args:
+      axis_name: the mesh axis, or axes, of the workers.
+      error_feedback: keeps a residual, which stays zero.
+      seed: without effect.
+      min_size: without effect on the result.
+      compress: without effect on the result.
+
+    Returns:
+      A `Compressor` whose updates are the mean gradients.
+
+    >>> import optax
+    >>> from gradcomp_jax import none
+    >>> tx = optax.chain(none(), optax.sgd(0.1))
+    """
+    del seed
+
+    def exchange(tensors: Tensors, state: Any, axis_name: AxisName, **extra_args: Any) -> Exchanged:
+        del extra_args
+        mean, bits = collectives.mean(tensors, axis_name)
+        return Exchanged(mean, tensors, state, bits)
+
+    codec = Codec("none", lambda tensors: (), exchange, lambda path, leaf: True, lambda path, leaf: True)
+    return compressor(
+        codec,
+        axis_name=axis_name,
+        error_feedback=error_feedback,
+        min_size=min_size,
+        compress=compress,
+        allow_dense=True,
+    )
+
+
+def average(axis_name: AxisName) -> optax.GradientTransformation:
+    """The exact mean over a fast mesh axis, to stand before a codec on the slow one.
+
+    With mesh axes ("node", "local"), `optax.chain(average("local"), powersgd(axis_name="node"), ...)`
+    reduces exactly inside a node and compresses between nodes. What it sends is not counted by
+    `wire_bits`, which speaks of the slow axis.
+
+    Args:
+      axis_name: the fast axis, or axes.
+
+    Returns:
+      A stateless transformation. Its update raises ValueError where the axis is not bound, and for
+      gradients that are already reduced, where types are tracked.
+    """
+
+    def update_fn(updates: Any, state: optax.EmptyState, params: Any = None):
+        del params
+        collectives.workers(axis_name)
+        leaves, _ = flatten(updates)
+        collectives.require_local(list(leaves.items()), axis_name)
+        wide = jax.tree.map(lambda x: x.astype(jax.numpy.promote_types(x.dtype, "float32")), updates)
+        mean, _ = collectives.mean(wide, axis_name)
+        return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, updates), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update_fn)

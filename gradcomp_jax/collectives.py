@@ -1,0 +1,173 @@
+"""The wire: every collective the library runs, each returning what it cost beside its result.
+
+This is the only file that calls `jax.lax`'s collectives. Each function below that moves data returns
+`(result, bits)`, where `bits` is what one worker sends for it by the ring laws, computed from the very
+operands handed to the collective, so that a codec cannot declare less than it sends:
+
+| collective | bits one worker sends, operand of p bits, n workers |
+|---|---|
+| `mean` (all-reduce) | 2 (n - 1) / n p |
+| `gather` (all-gather) | (n - 1) p |
+
+All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, with `check_vma` on or off.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import chex
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+AxisName = str | tuple[str, ...]
+T = TypeVar("T")
+
+
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """`axis_name` as a tuple of mesh axis names."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def workers(axis_name: AxisName) -> int:
+    """How many workers there are along `axis_name`; raises ValueError where no such axis is bound."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here: call this inside shard_map, pmap or "
+            f"vmap(axis_name={axis_name!r}), or through train_step or simulate, with the codec's axis_name "
+            "equal to the mesh's axis"
+        ) from error
+
+
+def worker_index(axis_name: AxisName) -> jax.Array:
+    """This worker's index along `axis_name`, int32."""
+    return lax.axis_index(axis_name)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The mesh axes along which `x` may differ, where shard_map tracks that; else empty."""
+    return jax.typeof(x).mat.varying
+
+
+def tracked(axis_name: AxisName) -> bool:
+    """Whether types here tell what differs along `axis_name`: inside `shard_map(check_vma=True)` only."""
+    return set(axis_names(axis_name)) <= _varying(lax.axis_index(axis_name))
+
+
+def known_equal(x: Any, axis_name: AxisName) -> bool:
+    """Whether the types prove that `x` is the same along one of the axes of `axis_name`."""
+    return tracked(axis_name) and not set(axis_names(axis_name)) <= _varying(x)
+
+
+def known_different(x: Any, axis_name: AxisName) -> bool:
+    """Whether the types say that `x` may differ along one of the axes of `axis_name`."""
+    return bool(set(axis_names(axis_name)) & _varying(x))
+
+
+def vary(tree: T, axis_name: AxisName) -> T:
+    """Marks every leaf of `tree` as this worker's own, so that `jax.grad` with respect to it stays local.
+
+    Under `shard_map(check_vma=True)` the gradient with respect to a replicated parameter is summed over
+    the workers before anyone sees it. `jax.grad(loss)(vary(params, "data"), batch)` gives the worker's own
+    gradient in every context; where types are not tracked this function returns `tree` as it is.
+
+    Args:
+      tree: arrays, usually the parameters.
+      axis_name: the mesh axis, or axes, over which the batch is split.
+
+    Returns:
+      The same values, of a type that varies along `axis_name`.
+
+    Raises:
+      ValueError: no such axis is bound.
+    """
+    workers(axis_name)
+    if not tracked(axis_name):
+        return tree
+
+    def leaf(x):
+        missing = tuple(name for name in axis_names(axis_name) if name not in _varying(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def require_local(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> None:
+    """Raises ValueError, by name of the leaf, for a gradient that the types show to be reduced already.
+
+    Types are tracked under `shard_map(check_vma=True)` only; elsewhere nothing can be seen here.
+    """
+    for path, leaf in leaves:
+        if known_equal(leaf, axis_name):
+            raise ValueError(
+                f"gradient leaf {path!r} is already reduced over axis {axis_name!r}: shard_map sums the "
+                "gradients of replicated parameters, and reducing them again would multiply them by the "
+                f"number of workers; use jax.grad(loss)(vary(params, {axis_name!r}), batch), or train_step"
+            )
+
+
+def mean(tree: T, axis_name: AxisName) -> tuple[T, int]:
+    """All-reduces every leaf of `tree` to its mean over the workers; see the module for the bits."""
+    n = workers(axis_name)
+    payload = sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return lax.pmean(tree, axis_name), -(-2 * (n - 1) * payload // n)
+
+
+def gather(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
+    """All-gathers `x` [...] into [n, ...], the same on all workers; see the module for the bits."""
+    n = workers(axis_name)
+    # `to` is not known under vmap, where a gathered value is the same everywhere by itself.
+    to = {"to": "invarying"} if tracked(axis_name) else {}
+    return lax.all_gather(x, axis_name, **to), 8 * (n - 1) * x.size * x.dtype.itemsize
+
+
+def gather_mean(
+    payload: jax.Array, decode: Callable[[jax.Array], chex.ArrayTree], axis_name: AxisName
+) -> tuple[chex.ArrayTree, int]:
+    """Gathers every worker's `payload` and averages what they decode to.
+
+    The payloads are decoded one after another, so memory holds one decoded copy however many workers
+    there are.
+
+    Args:
+      payload: this worker's bytes, uint8 [p].
+      decode: payload [p] -> tensors.
+      axis_name: the axis of the workers.
+
+    Returns:
+      The mean of the decoded tensors, and the bits this worker sent.
+    """
+    payloads, bits = gather(payload, axis_name)
+
+    def add(total, received):
+        return jax.tree.map(jnp.add, total, decode(received)), None
+
+    total, _ = lax.scan(add, decode(payloads[0]), payloads[1:])
+    return jax.tree.map(lambda x: x / payloads.shape[0], total), bits
+
+
+def max_(tree: T, axis_name: AxisName) -> T:
+    """The elementwise maximum of every leaf over the workers, the same on all."""
+    return lax.pmax(tree, axis_name)
+
+
+AGGREGATIONS = {"gather": gather_mean}
+
+
+def aggregation(codec: str, aggregate: str) -> Callable[..., tuple[chex.ArrayTree, int]]:
+    """The function that averages encoded payloads as `aggregate` says; ValueError where it cannot.
+
+    Args:
+      codec: the name of a codec that encodes and decodes, hence is not linear.
+      aggregate: a key of `AGGREGATIONS`.
+    """
+    if aggregate in AGGREGATIONS:
+        return AGGREGATIONS[aggregate]
+    known = ", ".join(map(repr, AGGREGATIONS))
+    if aggregate == "psum":
+        raise ValueError(
+            f"codec {codec!r} is not linear: aggregate='psum' would add packed codes; use {known}"
+        )
+    raise ValueError(f"aggregate={aggregate!r} is not known for codec {codec!r}; use {known}")

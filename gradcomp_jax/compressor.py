@@ -1,0 +1,247 @@
+"""The contract between codecs and the rest, and the one place that keeps it.
+
+A *codec* turns this worker's tensors into what goes on the wire and back (`Codec`, `Exchanged`).
+`compressor` makes an optax transformation of it: it refuses what must not be summed, chooses the leaves to
+compress, adds and stores the residual, keeps what is not finite out, and counts the bits. No codec does any
+of that, and nothing else does.
+
+Error feedback, for worker w at step t, with codec C:
+
+    tensors_w = gradient_w + residual_w
+    mean, own_w = exchange(tensors_w)             pmean(own_w) = mean
+    residual_w <- tensors_w - own_w
+
+so that over any steps: sum of applied + mean of residuals = sum of mean gradients.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradcomp_jax import collectives
+from gradcomp_jax.collectives import AxisName
+from gradcomp_jax.metrics import WireCount, add_bits, no_bits
+from gradcomp_jax.sharding import PerWorker
+
+Tensors = dict[str, jax.Array]
+"""Leaves by path ("conv1/kernel"), in float32 or wider."""
+
+Predicate = Callable[[str, Any], bool]
+"""(path, leaf with shape and dtype) -> bool."""
+
+
+class Exchanged(NamedTuple):
+    """What a codec's exchange returns.
+
+    Attributes:
+      mean: what every worker will apply; bit-identical on all workers.
+      own: what this worker added to the mean, times the number of workers: pmean(own) == mean.
+      state: the codec's next state, the same on all workers.
+      bits: wire bits this worker sent; the same number on all workers.
+    """
+
+    mean: Tensors
+    own: Tensors
+    state: Any
+    bits: int
+
+
+class Codec(NamedTuple):
+    """An algorithm, as two pure functions and two rules about leaves.
+
+    Attributes:
+      name: the factory's name, for messages.
+      init: tensors -> state. Looks at shapes and types only.
+      exchange: (tensors, state, axis_name, **extra_args) -> Exchanged.
+      default: (path, leaf) -> whether the paper compresses such a leaf.
+      shrinks: (path, leaf) -> whether this codec can send such a leaf in fewer bytes than it has.
+    """
+
+    name: str
+    init: Callable[[Tensors], Any]
+    exchange: Callable[..., Exchanged]
+    default: Predicate
+    shrinks: Predicate
+
+
+class CompressorState(NamedTuple):
+    """The state of every codec's transformation.
+
+    Attributes:
+      codec: the codec's own state, such as a warm start; the same on all workers.
+      residual: what error feedback still owes, for each compressed leaf by path; empty without it.
+      wire: bits sent, see `wire_bits`.
+      skipped: int32, steps in which some worker's gradient was not finite. Such a step yields zeros and
+        leaves `codec` and `residual` as they were; what it sent is counted in `wire`.
+    """
+
+    codec: Any
+    residual: PerWorker
+    wire: WireCount
+    skipped: jax.Array
+
+
+class Compressor(optax.GradientTransformationExtraArgs):
+    """An optax transformation, local gradients in and aggregated gradients out, that carries its codec."""
+
+    codec: Codec
+
+    def __new__(cls, init: Callable, update: Callable, codec: Codec) -> "Compressor":
+        self = super().__new__(cls, init, update)
+        self.codec = codec
+        return self
+
+
+def is_matrix(path: str, leaf: Any) -> bool:
+    """Whether a leaf has more than one axis: kernels and embeddings, not biases and scales."""
+    del path
+    return leaf.ndim > 1
+
+
+def compressor(
+    codec: Codec,
+    *,
+    axis_name: AxisName,
+    error_feedback: bool,
+    min_size: int,
+    compress: Predicate | None,
+    allow_dense: bool,
+) -> Compressor:
+    """Turns a codec into an optax transformation; the arguments are those of every public factory.
+
+    Args:
+      codec: the codec.
+      axis_name: the mesh axis, or axes, of the workers.
+      error_feedback: whether to keep a residual, float32, for each compressed leaf.
+      min_size: leaves of fewer elements are sent dense.
+      compress: (path, leaf) -> whether to compress the leaf, such as
+        `lambda path, leaf: "embed" not in path`; None leaves it to the codec. Leaves that would not
+        shrink, and those below min_size, are sent dense whatever it says.
+      allow_dense: accept a tree of which no leaf is compressed.
+
+    Returns:
+      A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and
+      must run where `axis_name` is bound. Where a gradient is not finite on any worker it returns zeros on
+      all; `train_step` and `simulate` then keep parameters and optimiser state, while in a bare
+      `optax.chain` the zeros reach the next transformation.
+
+      Gradients that are already reduced are refused by name where types are tracked, which is under
+      `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
+    """
+    choose = compress or codec.default
+
+    def compressed(path: str, leaf: Any) -> bool:
+        return bool(choose(path, leaf)) and leaf.size >= min_size and codec.shrinks(path, leaf)
+
+    def split(tree: Any) -> tuple[Tensors, dict[str, Any], jax.tree_util.PyTreeDef]:
+        leaves, treedef = flatten(tree)
+        tensors: Tensors = {}
+        dense: Tensors = {}
+        for path, leaf in leaves.items():
+            _require_real(codec.name, path, leaf)
+            (tensors if compressed(path, leaf) else dense)[path] = jnp.asarray(leaf, _wide(leaf.dtype))
+        if dense and not tensors and not allow_dense:
+            path, leaf = max(leaves.items(), key=lambda item: item[1].size)
+            raise ValueError(
+                f"codec {codec.name!r} would compress none of the {len(dense)} leaves: each is below "
+                f"min_size={min_size}, would not shrink, or is left out by "
+                f"{'compress=' if compress else 'the rule for its shape'} (the largest is {path!r} of shape "
+                f"{leaf.shape}); lower min_size, change compress= or the codec's settings, or pass "
+                "allow_dense=True to mean it"
+            )
+        return tensors, dense, treedef
+
+    def init_fn(params: Any) -> CompressorState:
+        tensors, _, _ = split(params)
+        residual = jax.tree.map(jnp.zeros_like, tensors) if error_feedback else {}
+        return CompressorState(codec.init(tensors), PerWorker(residual, axis_name), no_bits(), jnp.int32(0))
+
+    def update_fn(updates: Any, state: CompressorState, params: Any = None, **extra_args: Any):
+        del params
+        collectives.workers(axis_name)
+        leaves, treedef = flatten(updates)
+        collectives.require_local(list(leaves.items()), axis_name)
+        tensors, dense, _ = split(updates)
+        _require_state_of(codec.name, state, jax.eval_shape(init_fn, updates))
+
+        if error_feedback:
+            tensors = {path: x + state.residual.value[path] for path, x in tensors.items()}
+        exchanged = codec.exchange(tensors, state.codec, axis_name, **extra_args)
+        dense, dense_bits = collectives.mean(dense, axis_name)
+
+        # Every worker tests the same received values, so all agree without a round of their own.
+        mean = {**exchanged.mean, **dense}
+        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in mean.values()] or [jnp.array(True)]))
+
+        def if_finite(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        mean = {path: jnp.where(finite, x, 0).astype(leaves[path].dtype) for path, x in mean.items()}
+        residual = {path: x - exchanged.own[path] for path, x in tensors.items()} if error_feedback else {}
+        return jax.tree.unflatten(treedef, [mean[path] for path in leaves]), CompressorState(
+            codec=if_finite(exchanged.state, state.codec),
+            residual=PerWorker(if_finite(residual, state.residual.value), axis_name),
+            wire=add_bits(state.wire, exchanged.bits + dense_bits),
+            skipped=state.skipped + jnp.where(finite, 0, 1),
+        )
+
+    return Compressor(init_fn, update_fn, codec)
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+    """The leaves of a tree by path, in the tree's order, and its structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    if len(by_path) < len(leaves):
+        raise ValueError("two leaves of the gradients have the same path: a key holds a '/', rename it")
+    return by_path, treedef
+
+
+def skipped_steps(opt_state: Any) -> jax.Array:
+    """How many steps the codecs in `opt_state` skipped, int32, summed over the codecs."""
+    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_compressor_state) if is_compressor_state(x)]
+    return sum((state.skipped for state in states), start=jnp.int32(0))
+
+
+def is_compressor_state(x: Any) -> bool:
+    """Whether `x` is the state of a codec's transformation."""
+    return isinstance(x, CompressorState)
+
+
+def _wide(dtype: Any) -> Any:
+    """Sums of 16-bit floats lose too much, and XLA widens them on the wire of some backends anyway."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _require_real(codec: str, path: str, leaf: Any) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"codec {codec!r} takes gradients of real floating type, leaf {path!r} is {leaf.dtype}: keep it "
+            "out of the gradients (jax.grad with allow_int=False, optax.masked) or split complex ones into "
+            "real and imaginary parts"
+        )
+
+
+def _require_state_of(codec: str, state: CompressorState, expected: CompressorState) -> None:
+    """Raises ValueError, naming the leaf, for a state that was not made for gradients like these."""
+
+    def shapes(tree):
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(path): (x.shape, str(x.dtype)) for path, x in leaves}
+
+    got, want = shapes(state), shapes(expected)
+    for path in sorted(got.keys() | want.keys()):
+        if got.get(path) != want.get(path):
+            raise ValueError(
+                f"the state of codec {codec!r} is not one of these gradients: {path} is "
+                f"{_describe(got.get(path))}, expected {_describe(want.get(path))}; make the state by "
+                "init(tx, params, mesh) from parameters like these, and inside your own shard_map pass it "
+                "through local_state first"
+            )
+
+
+def _describe(leaf: tuple | None) -> str:
+    return "missing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"

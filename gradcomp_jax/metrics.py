@@ -1,0 +1,223 @@
+"""How many bits travelled: counted in the state while training, and read from compiled HLO to check it.
+
+Three quantities bear three names. *Payload* is what one worker encodes. *Wire* is what one worker sends by
+the ring laws, padding and uncompressed leaves included. *Entropy* is the length of a variable code inside a
+fixed buffer. `wire_bits` and `collective_bytes` both speak of the wire.
+"""
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class WireCount(NamedTuple):
+    """Bits one worker sent, as part of a codec's state; `wire_bits` reads it.
+
+    jax has no int64 by default and a uint32 wraps at 512 MiB, so a count is a uint32 (high, low) pair.
+
+    Attributes:
+      last: uint32 [2], in the last step.
+      total: uint32 [2], in all steps so far, skipped ones included: their bits travelled too.
+    """
+
+    last: jax.Array
+    total: jax.Array
+
+
+class WireBits(NamedTuple):
+    """Bits one worker sent, in the last step and in total; Python ints."""
+
+    last: int
+    total: int
+
+
+def no_bits() -> WireCount:
+    """The count before the first step."""
+    return WireCount(jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32))
+
+
+def add_bits(count: WireCount, bits: int) -> WireCount:
+    """`count` after a step that sent `bits`."""
+    last = jnp.asarray([bits >> 32, bits & 0xFFFFFFFF], jnp.uint32)
+    low = count.total[1] + last[1]
+    carry = (low < last[1]).astype(jnp.uint32)
+    return WireCount(last, jnp.stack([count.total[0] + last[0] + carry, low]))
+
+
+def wire_bits(opt_state: Any) -> WireBits:
+    """Bits that one worker sent, by the ring laws of `gradcomp_jax.collectives`.
+
+    Skipped steps count: their gradients were not finite, but they travelled. `average` is not counted, as
+    it stands for the links on which bytes are cheap, nor is anything the step sends beside the gradients
+    (the loss, batch statistics).
+
+    Args:
+      opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
+        the local form, the global one, or one replicated for pmap.
+
+    Returns:
+      `(last, total)`, Python ints.
+
+    Raises:
+      ValueError: `opt_state` holds no codec's state.
+    """
+    last = total = 0
+    counts = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_count) if _is_count(x)]
+    if not counts:
+        raise ValueError(f"opt_state holds no codec's state, so no bits were counted: got {type(opt_state).__name__}")
+    for count in counts:
+        last += _join(count.last)
+        total += _join(count.total)
+    return WireBits(last, total)
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, WireCount)
+
+
+def _join(pair: jax.Array) -> int:
+    # pmap keeps one copy a device; all are the same.
+    high, low = np.asarray(pair).reshape(-1, 2)[0]
+    return int(high) << 32 | int(low)
+
+
+class Collective(NamedTuple):
+    """One collective operation of a compiled program.
+
+    Attributes:
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
+      dtype: the operands' HLO types, such as "f32"; several are joined by "+".
+      operand_bytes: bytes of this worker's operands, over all runs of the loops around it.
+      workers: how many workers take part.
+      branch: the branches of conditionals in which it stands, outermost first, such as "cond.3/1"; "" if
+        it always runs.
+      ring_bytes: what one worker sends for it by the ring laws.
+    """
+
+    kind: str
+    dtype: str
+    operand_bytes: int
+    workers: int
+    branch: str
+    ring_bytes: float
+
+
+_RING_LAW = {
+    "all-reduce": lambda n, p: 2 * (n - 1) * p / n,
+    "all-gather": lambda n, p: (n - 1) * p,
+    "reduce-scatter": lambda n, p: (n - 1) * p / n,
+    "all-to-all": lambda n, p: (n - 1) * p / n,
+    "collective-permute": lambda n, p: p if n > 1 else 0,
+}
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
+_BITS = re.compile(r"^[a-z]+(\d+)")
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    op: str
+    rest: str  # operands and attributes, as text
+
+
+def collective_bytes(compiled: Any) -> list[Collective]:
+    """Every collective of a compiled program: its type, bytes, and the branch it stands in.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` returns, or the text of its HLO module.
+
+    Returns:
+      The collectives, in the order of the program. A collective in a loop counts once for each trip.
+
+    Raises:
+      ValueError: a collective stands in a loop whose trip count the compiler does not state.
+
+    >>> import jax, jax.numpy as jnp
+    >>> program = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
+    >>> collective_bytes(program)
+    []
+    """
+    text = compiled if isinstance(compiled, str) else compiled.as_text()
+    devices = 1
+    for key in ("replica_count", "num_partitions"):
+        if found := re.search(rf"{key}=(\d+)", text.split("\n", 1)[0]):
+            devices *= int(found[1])
+    computations, entry = _parse(text)
+    return _walk(computations, entry, "", 1, devices)
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
+    computations: dict[str, list[_Instruction]] = {}
+    entry = current = ""
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = head[2]
+            computations[current] = []
+            entry = current if head[1] else entry
+        elif body := _INSTRUCTION.match(line):
+            computations[current].append(_Instruction(*body.groups()))
+    return computations, entry
+
+
+def _walk(computations, name: str, branch: str, times: int, devices: int) -> list[Collective]:
+    """The collectives of computation `name` and of all that it calls."""
+    found = []
+    shapes = {i.name: i.shape for i in computations[name]}
+    for i in computations[name]:
+        kind = i.op.removesuffix("-start")
+        if kind in _RING_LAW:
+            if times < 0:
+                raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
+            found.append(_collective(i, kind, shapes, branch, times, devices))
+        elif i.op == "conditional":
+            for k, target in enumerate(_branches(i.rest)):
+                inside = f"{branch}/{i.name}/{k}".lstrip("/")
+                found += _walk(computations, target, inside, times, devices)
+        elif i.op == "while":
+            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+            inner = times * int(trips[1]) if trips else -1
+            found += _walk(computations, _attribute(i.rest, "body"), branch, inner, devices)
+        elif i.op in ("call", "fusion", "async-start"):
+            target = _attribute(i.rest, "to_apply") or _attribute(i.rest, "calls")
+            found += _walk(computations, target, branch, times, devices)
+    return found
+
+
+def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str, times: int, devices: int):
+    operands = re.findall(r"%([\w.\-]+)", i.rest.split(")", 1)[0])
+    parts = [part for operand in operands for part in _SHAPE.findall(shapes[operand])]
+    size = times * sum(_shape_bytes(*part) for part in parts)
+    n = _group_size(i.rest, devices) if kind != "collective-permute" else devices
+    dtype = "+".join(sorted({part[0] for part in parts}))
+    return Collective(kind, dtype, size, n, branch, _RING_LAW[kind](n, size))
+
+
+def _branches(rest: str) -> list[str]:
+    if several := re.search(r"branch_computations=\{([^}]*)\}", rest):
+        return [name.strip().lstrip("%") for name in several[1].split(",")]
+    # A predicate of type bool; index 0 is the false branch, as in lax.cond and lax.switch.
+    return [_attribute(rest, "false_computation"), _attribute(rest, "true_computation")]
+
+
+def _attribute(rest: str, key: str) -> str:
+    found = re.search(rf"{key}=%?([\w.\-]+)", rest)
+    return found[1] if found else ""
+
+
+def _shape_bytes(dtype: str, dims: str) -> int:
+    bits = _BITS.match(dtype)
+    # pred is a byte; a type of less than a byte takes a whole one on the wire.
+    size = max(1, int(bits[1]) // 8) if bits else 1
+    return size * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
+
+
+def _group_size(rest: str, devices: int) -> int:
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
+        return int(iota[2])
+    explicit = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
+    return len(explicit[1].split(",")) if explicit else devices

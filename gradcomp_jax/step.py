@@ -1,0 +1,242 @@
+"""The data-parallel training step over a mesh, and its twin that simulates the workers on one device."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+from gradcomp_jax import collectives
+from gradcomp_jax.collectives import AxisName, axis_names
+from gradcomp_jax.compressor import flatten, is_compressor_state, skipped_steps
+from gradcomp_jax.sharding import global_state, local_state, state_specs
+
+Step = Callable[..., tuple[Any, ...]]
+
+
+def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
+    """A device mesh for `train_step`.
+
+    Args:
+      workers: how many devices to lay along the axis "data"; or axis names with their sizes, such as
+        `{"node": 2, "local": 4}`; by default all devices there are, along "data".
+
+    Returns:
+      A mesh with automatic axes, which take ordinary arrays.
+
+    Raises:
+      ValueError: there are fewer devices.
+    """
+    available = jax.device_count()
+    if not isinstance(workers, Mapping):
+        workers = {"data": available if workers is None else workers}
+    needed = 1
+    for name, size in workers.items():
+        if size < 1:
+            raise ValueError(f"axis {name!r} of the mesh has {size} workers, it needs at least 1")
+        needed *= size
+    if needed > available:
+        raise ValueError(
+            f"a mesh of {dict(workers)} needs {needed} devices, jax has {available}; a CPU can stand for "
+            f"several: jax.config.update('jax_num_cpu_devices', {needed}) before jax is first used, or use "
+            "simulate(), which needs one device only"
+        )
+    devices = jax.devices()[:needed]
+    return jax.make_mesh(
+        tuple(workers.values()), tuple(workers), axis_types=(AxisType.Auto,) * len(workers), devices=devices
+    )
+
+
+def train_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    has_aux: bool = False,
+    has_state: bool = False,
+    donate: bool = False,
+    check_vma: bool = True,
+) -> Step:
+    """A jitted data-parallel step in which each worker's own gradient reaches `tx`.
+
+    Each worker computes the loss and gradient on its part of the batch; `tx`, with a codec first, makes
+    them one update; all workers apply it. Where a gradient is not finite on any worker, parameters, model
+    state and optimiser state stay as they were on all, and only the codec's `skipped` and its count of
+    bits go on.
+
+    Args:
+      loss_fn: `(params, batch) -> loss`, a scalar that is this worker's mean over its part of the batch; not
+        reduced over the workers.
+      tx: the optimiser, with a codec, or `average`, first.
+      mesh: the workers; the batch is split over all its axes. See `make_mesh`.
+      has_aux: loss_fn returns `(loss, aux)`; the step returns aux last, averaged over the workers.
+      has_state: loss_fn is `(params, model_state, batch) -> (loss, model_state)`, or with has_aux
+        `(loss, (model_state, aux))`, for batch statistics and the like. Floating leaves of the new model
+        state are averaged over the workers; of integer leaves, such as counters, the largest is kept.
+      donate: reuse the memory of params, opt_state and model_state, which cannot be read afterwards.
+      check_vma: let shard_map check what differs between workers. Switch it off only for a model that it
+        cannot check; gradients stay local then too.
+
+    Returns:
+      `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
+      `init(tx, params, mesh)`, every leaf of the batch is split along its first axis, and loss is the mean
+      over the workers. With has_state: `step(params, opt_state, model_state, batch) -> (params, opt_state,
+      model_state, loss)`. It has jax.jit's `lower`.
+
+    Raises:
+      ValueError: when called with a batch that does not divide among the workers, a loss that is reduced
+        already, or a tx that leaves the workers' updates different.
+    """
+    axes = tuple(mesh.axis_names)
+    worker = _worker_step(loss_fn, tx, axes, has_aux, has_state)
+
+    def step(params, opt_state, *rest):
+        _require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
+        specs = state_specs(tx, params)
+
+        def on_worker(params, opt_state, *rest):
+            params, opt_state, *others = worker(params, local_state(opt_state), *rest)
+            return params, global_state(opt_state), *others
+
+        in_specs = (P(), specs, *(P(),) * has_state, P(axes))
+        out_specs = (P(), specs, *(P(),) * (1 + has_state + has_aux))
+        sharded = jax.shard_map(
+            on_worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+        )
+        return sharded(params, opt_state, *rest)
+
+    return jax.jit(step, donate_argnums=_donated(donate, has_state))
+
+
+def simulate(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    workers: int,
+    *,
+    axis_name: str = "data",
+    has_aux: bool = False,
+    has_state: bool = False,
+    donate: bool = False,
+) -> Step:
+    """The twin of `train_step` with all workers on one device, by vmap: the same numbers, no mesh.
+
+    Args:
+      loss_fn: as in `train_step`.
+      tx: as in `train_step`.
+      workers: how many to simulate.
+      axis_name: the codec's axis_name.
+      has_aux: as in `train_step`.
+      has_state: as in `train_step`.
+      donate: as in `train_step`.
+
+    Returns:
+      A step as `train_step` returns it, for an opt_state from `init(tx, params, workers)`.
+
+    Raises:
+      ValueError: when called, as in `train_step`; a loss that is reduced already cannot be seen here.
+    """
+    if workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    worker = _worker_step(loss_fn, tx, (axis_name,), has_aux, has_state)
+
+    def step(params, opt_state, *rest):
+        _require_divisible(rest[-1], workers, f"{workers} workers")
+        batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), rest[-1])
+        state_axes = jax.tree.map(lambda spec: 0 if axis_name in spec else None, state_specs(tx, params))
+        in_axes = (None, state_axes, *(None,) * has_state, 0)
+        out_axes = (None, state_axes, *(None,) * (1 + has_state + has_aux))
+        simulated = jax.vmap(worker, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name)
+        try:
+            return simulated(params, opt_state, *rest[:-1], batch)
+        except ValueError as error:
+            # vmap knows what is the same for all workers, and is told so by out_axes=None.
+            if "out_axes" in str(error):
+                raise ValueError(_NOT_AGGREGATED.format(leaf="some leaf", axes=(axis_name,))) from error
+            raise
+
+    return jax.jit(step, donate_argnums=_donated(donate, has_state))
+
+
+_NOT_AGGREGATED = (
+    "the updates of tx still differ between the workers along {axes} at {leaf}: put a codec, none() or average() "
+    "first in the chain, with the mesh's axis as its axis_name"
+)
+
+
+def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) -> Step:
+    """What one worker does in a step, on local state."""
+
+    def loss_and_rest(params, rest):
+        out = loss_fn(params, *rest)
+        loss, more = out if has_aux or has_state else (out, None)
+        model_state, aux = more if has_aux and has_state else (more, more)
+        return loss, (model_state if has_state else None, aux if has_aux else None)
+
+    def step(params, opt_state, *rest):
+        grad_fn = jax.value_and_grad(loss_and_rest, has_aux=True)
+        (loss, (model_state, aux)), grads = grad_fn(collectives.vary(params, axes), rest)
+        if collectives.known_equal(loss, axes):
+            raise ValueError(
+                f"loss_fn's loss is already reduced over the workers along {axes}, which would divide its "
+                "gradients: return the worker's own mean, the step averages the loss it returns"
+            )
+        updates, new_opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params)
+        for path, leaf in flatten(updates)[0].items():
+            if collectives.known_different(leaf, axes):
+                raise ValueError(_NOT_AGGREGATED.format(leaf=repr(path), axes=axes))
+
+        kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
+
+        def keep(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
+
+        def keep_state(new, old):
+            return new if is_compressor_state(new) else keep(new, old)
+
+        new_params = keep(optax.apply_updates(params, updates), params)
+        new_opt_state = jax.tree.map(keep_state, new_opt_state, opt_state, is_leaf=is_compressor_state)
+        outputs = (new_params, new_opt_state)
+        if has_state:
+            outputs += (keep(_mean_state(model_state, axes), rest[0]),)
+        outputs += (collectives.mean(loss, axes)[0],)
+        if has_aux:
+            outputs += (_mean_aux(aux, axes),)
+        return outputs
+
+    return step
+
+
+def _mean_aux(aux: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), aux)
+    return collectives.mean(wide, axes)[0]
+
+
+def _mean_state(state: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
+    def leaf(path, x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, of which there is no "
+                "mean: pass the workers' keys in the batch"
+            )
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return _mean_aux(x, axes).astype(x.dtype)
+        return collectives.max_(x, axes)
+
+    return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def _require_divisible(batch: chex.ArrayTree, workers: int, whom: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if not leaf.ndim or leaf.shape[0] % workers:
+            raise ValueError(
+                f"batch leaf {jax.tree_util.keystr(path)!r} of shape {leaf.shape} does not divide among {whom}: its "
+                "first axis must be a multiple of them"
+            )
+
+
+def _donated(donate: bool, has_state: bool) -> tuple[int, ...]:
+    return tuple(range(2 + has_state)) if donate else ()

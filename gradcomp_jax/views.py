@@ -1,0 +1,31 @@
+"""Tensors as the algorithms see them: matrices and buckets."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int, int]:
+    """(layers, rows, columns) of a tensor as a stack of matrices.
+
+    Flax keeps the output channel last (Dense: in, out; Conv: H, W, in, out), so the last axis makes the
+    columns and all others the rows: the transpose of the papers' view, of the same rank.
+
+    Args:
+      shape: the tensor's shape, of two axes or more.
+      stacked: the first axis counts layers (a scan over layers) and belongs to no matrix.
+    """
+    layers, inner = (shape[0], shape[1:]) if stacked else (1, shape)
+    return layers, math.prod(inner[:-1]), inner[-1]
+
+
+def buckets(x: jax.Array, size: int) -> jax.Array:
+    """`x` in C order as rows of `size` elements, [ceil(x.size / size), size], padded with zeros."""
+    flat = x.reshape(-1)
+    return jnp.pad(flat, (0, -flat.size % size)).reshape(-1, size)
+
+
+def from_buckets(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The inverse of `buckets`: drops the padding."""
+    return rows.reshape(-1)[: math.prod(shape)].reshape(shape)

@@ -1,0 +1,1 @@
+"""Formats of the wire: how codes become bytes."""
