@@ -25,6 +25,7 @@ from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.metrics import WireCount, add_bits, no_bits
 from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.views import widen
 
 Tensors = dict[str, jax.Array]
 """Leaves by path ("conv1/kernel"), in float32 or wider."""
@@ -142,7 +143,7 @@ def compressor(
         dense: Tensors = {}
         for path, leaf in leaves.items():
             _require_real(codec.name, path, leaf)
-            (tensors if compressed(path, leaf) else dense)[path] = jnp.asarray(leaf, _wide(leaf.dtype))
+            (tensors if compressed(path, leaf) else dense)[path] = widen(leaf)
         if dense and not tensors and not allow_dense:
             path, leaf = max(leaves.items(), key=lambda item: item[1].size)
             raise ValueError(
@@ -194,10 +195,18 @@ def compressor(
 def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
     """The leaves of a tree by path, in the tree's order, and its structure."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    by_path = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    by_path = {_name(path): leaf for path, leaf in leaves}
     if len(by_path) < len(leaves):
         raise ValueError("two leaves of the gradients have the same path: a key holds a '/', rename it")
     return by_path, treedef
+
+
+def _name(path: tuple) -> str:
+    # An nnx.Variable wraps its array as attribute "value"; nnx.Optimizer initialises from variables and
+    # updates from arrays, and both must give the same names.
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def skipped_steps(opt_state: Any) -> jax.Array:
@@ -209,11 +218,6 @@ def skipped_steps(opt_state: Any) -> jax.Array:
 def is_compressor_state(x: Any) -> bool:
     """Whether `x` is the state of a codec's transformation."""
     return isinstance(x, CompressorState)
-
-
-def _wide(dtype: Any) -> Any:
-    """Sums of 16-bit floats lose too much, and XLA widens them on the wire of some backends anyway."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _require_real(codec: str, path: str, leaf: Any) -> None:

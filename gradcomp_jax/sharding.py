@@ -119,15 +119,14 @@ def init(tx: optax.GradientTransformation, params: chex.ArrayTree, mesh: Mesh | 
         return mesh.shape[axis] if isinstance(axis, str) else math.prod(mesh.shape[name] for name in axis)
 
     def global_init(params):
-        return _map_per_worker(
-            lambda x: jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (workers(x.axis), *leaf.shape)), x),
-            tx.init(params),
-            lambda x: x,
-        )
+        def stack(x: PerWorker) -> PerWorker:
+            n = workers(x.axis)
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), x)
+
+        return _map_per_worker(stack, tx.init(params), lambda x: x)
 
     if isinstance(mesh, int):
         return jax.jit(global_init)(params)
+    jax.eval_shape(global_init, params)  # refuses a wrong axis before a sharding is made of it
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
-    params = jax.device_put(params, NamedSharding(mesh, P()))
-    return jax.jit(global_init, out_shardings=shardings)(params)
-
+    return jax.jit(global_init, out_shardings=shardings)(jax.device_put(params, NamedSharding(mesh, P())))

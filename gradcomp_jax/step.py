@@ -14,6 +14,7 @@ from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName, axis_names
 from gradcomp_jax.compressor import flatten, is_compressor_state, skipped_steps
 from gradcomp_jax.sharding import global_state, local_state, state_specs
+from gradcomp_jax.views import widen
 
 Step = Callable[..., tuple[Any, ...]]
 
@@ -204,15 +205,14 @@ def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) ->
             outputs += (keep(_mean_state(model_state, axes), rest[0]),)
         outputs += (collectives.mean(loss, axes)[0],)
         if has_aux:
-            outputs += (_mean_aux(aux, axes),)
+            outputs += (_mean(aux, axes),)
         return outputs
 
     return step
 
 
-def _mean_aux(aux: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
-    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.promote_types(jnp.result_type(x), jnp.float32)), aux)
-    return collectives.mean(wide, axes)[0]
+def _mean(tree: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
+    return collectives.mean(jax.tree.map(widen, tree), axes)[0]
 
 
 def _mean_state(state: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
@@ -223,7 +223,7 @@ def _mean_state(state: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
                 "mean: pass the workers' keys in the batch"
             )
         if jnp.issubdtype(x.dtype, jnp.inexact):
-            return _mean_aux(x, axes).astype(x.dtype)
+            return _mean(x, axes).astype(x.dtype)
         return collectives.max_(x, axes)
 
     return jax.tree_util.tree_map_with_path(leaf, state)

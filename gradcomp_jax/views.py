@@ -1,9 +1,17 @@
-"""Tensors as the algorithms see them: matrices and buckets."""
+"""Tensors as the algorithms see them: wide enough to sum, as matrices, as buckets."""
 
 import math
 
 import jax
 import jax.numpy as jnp
+
+
+def widen(x: jax.Array) -> jax.Array:
+    """`x` in float32, or as it is if it is float64.
+
+    Sums of 16-bit floats lose too much, and on some backends XLA widens them on the wire anyway.
+    """
+    return jnp.asarray(x, jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)
 
 
 def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int, int]:

@@ -8,6 +8,7 @@ import optax
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, flatten
+from gradcomp_jax.views import widen
 
 
 def none(
@@ -75,8 +76,7 @@ def average(axis_name: AxisName) -> optax.GradientTransformation:
         collectives.workers(axis_name)
         leaves, _ = flatten(updates)
         collectives.require_local(list(leaves.items()), axis_name)
-        wide = jax.tree.map(lambda x: x.astype(jax.numpy.promote_types(x.dtype, "float32")), updates)
-        mean, _ = collectives.mean(wide, axis_name)
+        mean, _ = collectives.mean(jax.tree.map(widen, updates), axis_name)
         return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, updates), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)

@@ -15,11 +15,11 @@ ride along.
 
 Where sources differ: the residual is taken from the worker's own approximation, as Algorithm 2 is printed
 (the authors' first code subtracts the mean's, and then the residuals of single workers grow like sqrt(t)).
-P is orthonormalised by QR, and columns of Q that died are drawn anew: with Gram-Schmidt a gradient that is
-exactly zero once, as behind a layer initialised to zero, leaves Q at zero for ever.
+P is orthonormalised by QR, and columns of P that are zero are drawn at random first: otherwise a gradient
+that is exactly zero once, as behind a layer initialised to zero, leaves Q at zero for ever, or tied to rows
+that may never be used.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,7 +32,7 @@ from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Ten
 from gradcomp_jax.random import step_key
 from gradcomp_jax.views import matrix_shape
 
-# Below this a column of Q carries nothing that float32 can raise again.
+# A column of P with nothing above this carries no direction.
 DEAD = 1e-30
 
 
@@ -41,7 +41,7 @@ class PowerSGDState(NamedTuple):
 
     Attributes:
       q: Q^T by leaf path, the warm start, [layers, r, m]; m is the leaf's last axis.
-      step: int32, exchanges done; seeds the columns drawn anew.
+      step: int32, exchanges done; seeds the columns of P drawn at random.
     """
 
     q: Tensors
@@ -82,7 +82,7 @@ def powersgd(
         each layer is then a matrix of its own.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; without them the part that is not of low rank is lost.
-      seed: of the first Q and of columns drawn anew.
+      seed: of the first Q and of the columns of P drawn at random.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree of which no leaf is compressed.
@@ -116,20 +116,24 @@ def powersgd(
         _, n, m, r = sizes(path, leaf)
         return min_rate * r * (n + m) < n * m
 
-    def random_q(tensors: Tensors, step: jax.Array | int) -> Tensors:
-        shapes = {path: (layers, r, m) for path, x in tensors.items() for layers, _, m, r in [sizes(path, x)]}
-        dtype = jnp.result_type(jnp.float32, *tensors.values())
-        draws = jax.random.normal(step_key(seed, step), (sum(map(math.prod, shapes.values())),), dtype)
-        ends = [0]
-        for shape in shapes.values():
-            ends.append(ends[-1] + math.prod(shape))
-        return {
-            path: draws[start:end].reshape(shape).astype(tensors[path].dtype)
-            for (path, shape), start, end in zip(shapes.items(), ends, ends[1:], strict=False)
-        }
+    def random(factors: Tensors, step: jax.Array | int) -> Tensors:
+        """Unit normals of the shapes of `factors`, the same on all workers."""
+        flat, unravel = ravel_pytree(factors)
+        return unravel(jax.random.normal(step_key(seed, step), flat.shape, flat.dtype))
 
     def init(tensors: Tensors) -> PowerSGDState:
-        return PowerSGDState(random_q(tensors, 0), jnp.int32(0))
+        shapes = {path: (layers, r, m) for path, x in tensors.items() for layers, _, m, r in [sizes(path, x)]}
+        q = {path: jnp.zeros(shape, tensors[path].dtype) for path, shape in shapes.items()}
+        return PowerSGDState(random(q, 0), jnp.int32(0))
+
+    def revive(p: Tensors, step: jax.Array) -> Tensors:
+        """P with random columns where it has columns of zeros."""
+        dead = {path: jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD for path, x in p.items()}
+        return jax.lax.cond(
+            jnp.any(ravel_pytree(dead)[0]),
+            lambda: jax.tree.map(jnp.where, dead, random(p, step), p),
+            lambda: p,
+        )
 
     def exchange(
         tensors: Tensors, state: PowerSGDState, axis_name: AxisName, **extra_args: Any
@@ -148,7 +152,7 @@ def powersgd(
 
         d = {path: x.reshape(sizes(path, x)[:3]) for path, x in tensors.items()}
         p, p_bits = mean(einsum("lrm,lnm->lrn", state.q, d))
-        p = {path: orthonormalize(x) for path, x in p.items()}
+        p = {path: orthonormalize(x) for path, x in revive(p, state.step + 1).items()}
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         q_own = einsum("lrn,lnm->lrm", jax.lax.optimization_barrier(p), d)
         q, q_bits = mean(q_own)
@@ -156,12 +160,7 @@ def powersgd(
         def restore(q: Tensors) -> Tensors:
             return {path: x.reshape(tensors[path].shape) for path, x in einsum("lrn,lrm->lnm", p, q).items()}
 
-        fresh = random_q(tensors, state.step + 1)
-        warm = {
-            path: jnp.where(jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD, fresh[path], x)
-            for path, x in q.items()
-        }
-        return Exchanged(restore(q), restore(q_own), PowerSGDState(warm, state.step + 1), p_bits + q_bits)
+        return Exchanged(restore(q), restore(q_own), PowerSGDState(q, state.step + 1), p_bits + q_bits)
 
     return compressor(
         Codec("powersgd", init, exchange, is_matrix, shrinks),

@@ -44,9 +44,8 @@ class QSGDState(NamedTuple):
 def max_norm(v: jax.Array) -> jax.Array:
     """The largest magnitude of each row, [rows, d] -> [rows, 1]; not finite if any element is not."""
     # The order of non-negative floats is that of their bits, NaN above all; jnp.max may drop a NaN.
-    integer = jnp.int32 if v.dtype == jnp.float32 else jnp.int64
-    largest = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(v), integer), axis=1, keepdims=True)
-    return jax.lax.bitcast_convert_type(largest, v.dtype)
+    largest = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(v), jnp.int32), axis=1, keepdims=True)
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
 def l2_norm(v: jax.Array) -> jax.Array:
@@ -63,16 +62,16 @@ def quantize(v: jax.Array, scale: jax.Array, levels: int, key: jax.Array) -> jax
     """Rounds v / scale * levels at random to integers of that expectation, within -levels..levels.
 
     Args:
-      v: buckets [rows, d].
+      v: buckets, float32 [rows, d].
       scale: |v| of each, [rows, 1]; rows of scale 0 give zeros.
       levels: s.
       key: of the rounding.
 
     Returns:
-      Integers, in the type of v, [rows, d].
+      Integers, as float32 [rows, d].
     """
     # Below the smallest normal float the quotient is not to be trusted.
-    usable = scale >= jnp.finfo(v.dtype).tiny
+    usable = scale >= jnp.finfo(jnp.float32).tiny
     y = jnp.where(usable, v / jnp.where(usable, scale, 1), 0) * levels
     return jnp.clip(jnp.floor(y + uniform16(key, *v.shape)), -levels, levels)
 
@@ -145,11 +144,12 @@ def qsgd(
         codes = (quantize(v, scale, s, key) + s).astype(jnp.uint8)
         return jnp.concatenate([pack(codes, bits).reshape(-1), to_bytes(scale)])
 
-    def decode(payload: jax.Array, rows: int, dtype: jnp.dtype) -> jax.Array:
+    def decode(payload: jax.Array) -> jax.Array:
         """Bytes to buckets [rows, d]."""
+        rows = payload.size // (d * bits // 8 + 4)
         end = rows * d * bits // 8
-        signed = unpack(payload[:end].reshape(rows, -1), bits).astype(dtype) - s
-        scale = from_bytes(payload[end:], (rows, 1), dtype)
+        signed = unpack(payload[:end].reshape(rows, -1), bits).astype(jnp.float32) - s
+        scale = from_bytes(payload[end:], (rows, 1), jnp.float32)
         return signed * (scale / s * gain)
 
     def shrinks(path: str, leaf: Any) -> bool:
@@ -164,8 +164,7 @@ def qsgd(
         del extra_args
         if not tensors:
             return Exchanged({}, {}, QSGDState(state.step + 1), 0)
-        rows = [buckets(x, d) for x in tensors.values()]
-        v = jnp.concatenate(rows)
+        rows = [buckets(x.astype(jnp.float32), d) for x in tensors.values()]
 
         def restore(v: jax.Array) -> Tensors:
             parts, start = {}, 0
@@ -174,10 +173,9 @@ def qsgd(
                 start += len(part)
             return parts
 
-        payload = encode(v, worker_key(seed, state.step, axis_name))
-        mean, sent = average(payload, lambda received: decode(received, *v.shape[:1], v.dtype), axis_name)
-        own = decode(payload, *v.shape[:1], v.dtype)
-        return Exchanged(restore(mean), restore(own), QSGDState(state.step + 1), sent)
+        payload = encode(jnp.concatenate(rows), worker_key(seed, state.step, axis_name))
+        mean, sent = average(payload, decode, axis_name)
+        return Exchanged(restore(mean), restore(decode(payload)), QSGDState(state.step + 1), sent)
 
     return compressor(
         Codec("qsgd", init, exchange, is_matrix, shrinks),

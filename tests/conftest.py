@@ -1,0 +1,18 @@
+"""Eight CPU devices in one process, set before jax is first used."""
+
+import os
+
+# LAPACK threads of emulated devices get in each other's way; read once, when the library is loaded.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import hypothesis
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+# What the library adds and multiplies, it has cast on purpose.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Draws are fixed, so that a failure here is a failure everywhere; examples compile, hence no deadline.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.load_profile("tests")

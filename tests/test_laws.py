@@ -1,0 +1,355 @@
+"""The laws that every codec obeys, over the table of codecs."""
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import gradcomp_jax as gc
+from gradcomp_jax import collectives
+from gradcomp_jax.compressor import flatten
+from tests import trees
+from tests.contexts import CONTEXTS, every_context, run
+from tests.table import EACH, ROWS
+
+every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
+each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
+STEPS, WORKERS = 6, 4
+# Compressors are compared by identity in the cache of compiled programs, so each row is made once.
+TX = {row.id: row.make() for row in ROWS}
+GRADS = trees.noise(trees.MIXED, 0, (STEPS, WORKERS))
+
+
+def last(tree):
+    return jax.tree.map(lambda x: x[-1], tree)
+
+
+def residual_mean(state, like):
+    """The mean of the residuals [workers, ...] after a step, as a tree like the updates, zero where dense."""
+    leaves, treedef = flatten(like)
+    owed = [state.residual.value.get(path, np.zeros((1, 1))).mean(0) for path in leaves]
+    return jax.tree.unflatten(treedef, owed)
+
+
+def assert_conserved(grads, got, tolerance):
+    """Sum of applied + mean of residuals == sum of mean gradients, over steps that were not skipped."""
+    applied = jax.tree.map(lambda x: x.astype(np.float64).sum(0)[0], got.updates)
+    owed = residual_mean(last(got.states), jax.tree.map(lambda x: x[0, 0], grads))
+    given = jax.tree.map(lambda x: x.astype(np.float64).mean(1).sum(0), grads)
+    chex.assert_trees_all_close(jax.tree.map(np.add, applied, owed), given, atol=tolerance, rtol=0)
+
+
+class TestConservation:
+    """Law 1."""
+
+    @every_row
+    def test_own_averages_to_mean(self, row):
+        codec = TX[row.id].codec
+        tensors = {"w": (40, 24), "k": (72, 16)}
+        grads = trees.noise(tensors, 1, (WORKERS,))
+
+        def worker(x):
+            return codec.exchange(x, codec.init(x), "data")._replace(bits=0)
+
+        got = jax.jit(jax.vmap(worker, axis_name="data"))(grads)
+        own = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0), got.own)
+        chex.assert_trees_all_close(own, jax.tree.map(lambda x: x[0], got.mean), atol=1e-5, rtol=0)
+
+    @every_context
+    @every_row
+    def test_applied_and_residuals_hold_all_gradients(self, row, context):
+        got = run(TX[row.id], GRADS, context)
+        has_residual = bool(got.states.residual.value)
+        if has_residual or row.id == "none":
+            assert_conserved(GRADS, got, 2e-5 * STEPS)
+
+    @hypothesis.given(seed=st.integers(0, 2**16), scale=st.sampled_from([1e-6, 1.0, 1e6]))
+    @each_codec
+    def test_whatever_the_values(self, row, seed, scale):
+        grads = jax.tree.map(lambda x: np.float32(scale) * x, trees.noise(trees.MIXED, seed, (STEPS, WORKERS)))
+        got = run(TX[row.id], grads, "vmap")
+        if got.states.residual.value or row.id == "none":
+            assert_conserved(grads, got, 5e-5 * STEPS * scale)
+
+
+class TestAgreement:
+    """Law 2."""
+
+    @every_context
+    @every_row
+    def test_all_workers_apply_the_same_bits(self, row, context):
+        got = run(TX[row.id], GRADS, context)
+        replicated = (got.updates, got.states._replace(residual=None))
+        for leaf in jax.tree.leaves(replicated):
+            np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:, :1], leaf.shape))
+
+    @every_row
+    def test_residuals_differ(self, row):
+        for leaf in jax.tree.leaves(run(TX[row.id], GRADS, "checked").states.residual):
+            assert row.id == "none" or np.abs(leaf[-1, 0] - leaf[-1, 1]).max() > 1e-3
+
+    def test_qsgd_rounds_by_each_workers_own_numbers(self):
+        same = jax.tree.map(lambda x: np.broadcast_to(x[:, :1], x.shape), GRADS)
+        got = run(TX["qsgd-4-ef"], same, "checked")
+        for leaf in jax.tree.leaves(got.states.residual):
+            assert np.abs(leaf[-1, 0] - leaf[-1, 1]).max() > 1e-3
+
+
+class TestLinearity:
+    """Law 3."""
+
+    @pytest.mark.parametrize("row", [row for row in ROWS if row.linear], ids=lambda row: row.id)
+    def test_many_workers_equal_one_with_the_mean(self, row):
+        with jax.enable_x64(True):
+            tx = row.make()
+            grads = trees.noise(trees.MATRICES, 2, (12, WORKERS), np.float64)
+            mean = jax.tree.map(lambda x: x.mean(1, keepdims=True), grads)
+            many, one = run(tx, grads, "vmap"), run(tx, mean, "vmap")
+            assert jax.tree.leaves(many.updates)[0].dtype == np.float64
+            first = jax.tree.map(lambda x: x[:, :1], many.updates)
+            chex.assert_trees_all_close(first, one.updates, atol=1e-12, rtol=0)
+
+
+class TestContextsAgree:
+    """Law 4, in one process."""
+
+    @every_row
+    def test_numbers_do_not_depend_on_the_context(self, row):
+        reference = run(TX[row.id], GRADS, "vmap")
+        for context in CONTEXTS[1:]:
+            got = run(TX[row.id], GRADS, context)
+            chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=0)
+            chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
+
+    @pytest.mark.parametrize("workers", [1, 2, 3, 8])
+    @every_row
+    def test_any_number_of_workers(self, row, workers):
+        context = "checked" if workers == 2 else "vmap"
+        grads = trees.noise(trees.MIXED, 3, (3, workers))
+        got = run(TX[row.id], grads, context)
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
+        if workers == 1:
+            assert gc.wire_bits(last(got.states)) == (0, 0)
+        if got.states.residual.value:
+            assert_conserved(grads, got, 1e-4)
+
+
+def hlo_of(tx, shapes, workers):
+    """The compiled program that holds the transformation alone, in its checked shard_map."""
+    mesh = gc.make_mesh(workers)
+    params = trees.zeros(shapes)
+    specs = gc.state_specs(tx, params)
+
+    def worker(grads, state):
+        updates, state = tx.update(jax.tree.map(lambda x: x[0], grads), gc.local_state(state))
+        return updates, gc.global_state(state)
+
+    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs)))
+    grads = jax.tree.map(lambda x: jnp.ones((workers, *x.shape)), params)
+    state = gc.init(tx, params, mesh)
+    return step.lower(grads, state).compile(), lambda: step(grads, state)[1]
+
+
+class TestBitsAreTrue:
+    """Law 5."""
+
+    @pytest.mark.parametrize("workers", [2, 4, 8])
+    @each_codec
+    def test_declared_bits_are_those_of_the_compiled_collectives(self, row, workers):
+        compiled, step = hlo_of(TX[row.id], trees.MIXED, workers)
+        sent = sum(c.ring_bytes for c in gc.collective_bytes(compiled))
+        assert gc.wire_bits(step()) == (8 * sent, 8 * sent)
+
+    @pytest.mark.parametrize("row", [row for row in ROWS if row not in EACH], ids=lambda row: row.id)
+    def test_in_other_settings_too(self, row):
+        self.test_declared_bits_are_those_of_the_compiled_collectives(row, 4)
+
+    @every_row
+    def test_totals_add_up(self, row):
+        counts = run(TX[row.id], GRADS, "vmap").states.wire
+        bits = [gc.wire_bits(jax.tree.map(lambda x, t=t: x[t], counts)) for t in range(STEPS)]
+        assert [b.total for b in bits] == [bits[0].last * (t + 1) for t in range(STEPS)]
+
+
+class TestStateIsStable:
+    """Law 6."""
+
+    @every_row
+    def test_types_shapes_and_structure_do_not_change(self, row):
+        params = trees.zeros(trees.MIXED)
+        state = gc.init(TX[row.id], params, 1)
+        after = last(run(TX[row.id], trees.noise(trees.MIXED, 4, (2, 1)), "vmap").states)
+        chex.assert_trees_all_equal_structs(state, after)
+        local = jax.eval_shape(TX[row.id].init, params)
+        one = jax.tree.map(lambda x: x[0], after)
+        chex.assert_trees_all_equal_shapes_and_dtypes(local, one)
+
+    @each_codec
+    def test_an_empty_tree(self, row):
+        tx = TX[row.id]
+        for tree in ({}, {"nothing": None, "more": []}):
+            updates, state = jax.vmap(lambda _, tree=tree: tx.update(tree, tx.init(tree)), axis_name="data")(
+                jnp.zeros(3)
+            )
+            chex.assert_trees_all_equal_structs(updates, tree)
+            assert gc.wire_bits(state) == (0, 0)
+
+    @each_codec
+    def test_donation_and_orbax(self, row, tmp_path):
+        mesh = gc.make_mesh(4)
+        tx = optax.chain(TX[row.id], optax.sgd(0.1, momentum=0.9))
+        params = jax.tree.map(lambda x: x + 0.5, trees.zeros(trees.MATRICES))
+        batch = trees.noise(trees.MATRICES, 5, (8,))
+
+        def loss(params, batch):
+            fit = jax.tree.map(lambda p, b: jnp.mean((p[None] - b) ** 2), params, batch)
+            return sum(jax.tree.leaves(fit))
+
+        step = gc.train_step(loss, tx, mesh, donate=True)
+        params, state, _ = step(params, gc.init(tx, params, mesh), batch)
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(tmp_path / "state", (params, state))
+            saver.wait_until_finished()
+            restored = saver.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state)))
+        chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get((params, state)))
+        chex.assert_trees_all_equal(jax.device_get(step(*restored, batch)), jax.device_get(step(params, state, batch)))
+
+
+BAD = [
+    (value, step, worker) for value, step in ((np.nan, 0), (np.inf, 2), (-np.inf, 5)) for worker in (1, slice(None))
+]
+
+
+class TestNothingPoisons:
+    """Law 7."""
+
+    @pytest.mark.parametrize(("value", "step", "who"), BAD, ids=str)
+    @pytest.mark.parametrize("leaf", ["kernel", "bias"])
+    @every_row
+    def test_a_step_that_is_not_finite_never_happened(self, row, leaf, value, step, who):
+        """The updates are zero, and all that follows is as if the step were not there."""
+        good = trees.noise(trees.MIXED, 6, (STEPS, WORKERS))
+        bad = jax.tree.map(np.copy, good)
+        bad["dense"][leaf][step, who].reshape(-1, 24)[..., 7] = value
+        with_bad = run(TX[row.id], bad, "vmap")
+        assert not any(x[step].any() for x in jax.tree.leaves(with_bad.updates))
+        np.testing.assert_array_equal(with_bad.states.skipped[-1], 1)
+
+        rest = np.delete(np.arange(STEPS), step)
+        # Short of one step, the other run repeats its last gradient; that step is not compared.
+        without = run(TX[row.id], jax.tree.map(lambda x: x[[*rest, rest[-1]]], good), "vmap")
+        kept = np.arange(STEPS - 1)
+        chex.assert_trees_all_equal(
+            jax.tree.map(lambda x: x[rest], (with_bad.updates, with_bad.states._replace(wire=None, skipped=None))),
+            jax.tree.map(lambda x: x[kept], (without.updates, without.states._replace(wire=None, skipped=None))),
+        )
+
+    @every_context
+    @each_codec
+    def test_in_every_context(self, row, context):
+        bad = jax.tree.map(np.copy, GRADS)
+        bad["conv"][3, 2, 1, 1, 3, 5] = np.nan
+        got = run(TX[row.id], bad, context)
+        np.testing.assert_array_equal(got.states.skipped, [[i >= 3] * WORKERS for i in range(STEPS)])
+        assert not any(x[3].any() for x in jax.tree.leaves(got.updates))
+        before, after = (jax.tree.map(lambda x, t=t: x[t], got.states) for t in (2, 3))
+        chex.assert_trees_all_equal(after._replace(skipped=None, wire=None), before._replace(skipped=None, wire=None))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+        assert gc.wire_bits(after).total == 4 * gc.wire_bits(after).last  # what was skipped was sent
+
+    @every_row
+    def test_zero_gradients(self, row):
+        grads = jax.tree.map(np.copy, GRADS)
+        for leaf in jax.tree.leaves(grads):
+            leaf[:2] = 0
+        got = run(TX[row.id], grads, "vmap")
+        assert not any(x[:2].any() for x in jax.tree.leaves(got.updates))
+        assert all(np.isfinite(x).all() and x[2:].any() for x in jax.tree.leaves(got.updates))
+        np.testing.assert_array_equal(got.states.skipped, 0)
+
+    @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 5), (5, 1)], ids=str)
+    @each_codec
+    def test_tiny_leaves(self, row, shape):
+        tx = row.make(**({} if row.id == "none" else {"allow_dense": True}))
+        grads = trees.noise({"tiny": shape}, 7, (2, 3))
+        got = run(tx, grads, "vmap")
+        np.testing.assert_allclose(got.updates["tiny"][:, 0], grads["tiny"].mean(1), atol=1e-6)
+
+    @pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e30])
+    @each_codec
+    def test_extreme_magnitudes(self, row, magnitude):
+        got = run(TX[row.id], jax.tree.map(lambda x: x * np.float32(magnitude), GRADS), "vmap")
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+
+class TestBounded:
+    """Law 8."""
+
+    @pytest.mark.parametrize(
+        "row", [row for row in ROWS if TX[row.id].init(trees.zeros(trees.ONE)).residual.value], ids=lambda row: row.id
+    )
+    def test_residual_stays_bounded(self, row):
+        grads = trees.noise(trees.ONE, 8, (400, 2))
+        (residual,) = jax.tree.leaves(run(TX[row.id], grads, "vmap").states.residual)
+        norms = np.linalg.norm(residual.reshape(400, -1), axis=1)
+        early, late = norms[100:200].mean(), norms[300:].mean()
+        assert late < 1.1 * early + 1e-6, (early, late)
+        assert norms.max() < 12 * np.linalg.norm(grads["only"][0])
+
+
+class Recorder:
+    """Stands in the place of the collectives and keeps what they are given."""
+
+    def __init__(self, monkeypatch):
+        self.operands = []
+        for name in ("mean", "gather"):
+            monkeypatch.setattr(collectives, name, self._recording(getattr(collectives, name)))
+
+    def _recording(self, collective):
+        def record(operand, axis_name):
+            self.operands.append(operand)
+            return collective(operand, axis_name)
+
+        return record
+
+
+class TestOnlyTheWireSpeaks:
+    """Law 9."""
+
+    @every_row
+    def test_mean_is_rebuilt_from_the_wire_alone(self, row, monkeypatch):
+        recorder = Recorder(monkeypatch)
+        codec = TX[row.id].codec
+        shapes = {"a": (40, 24), "b": (72, 16)}
+        grads = trees.noise(shapes, 9, (WORKERS,))
+        state = codec.init({path: jnp.zeros(shape) for path, shape in shapes.items()})
+
+        def worker(x):
+            return codec.exchange(x, state, "data").mean, list(recorder.operands)
+
+        mean, operands = jax.jit(jax.vmap(worker, axis_name="data"))(grads)
+        rebuilt = row.rebuild(jax.device_get(operands), state, shapes)
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], mean), rebuilt, atol=2e-5, rtol=0)
+
+    @every_row
+    def test_no_more_than_the_papers_formula_on_resnet18(self, row, monkeypatch):
+        recorder = Recorder(monkeypatch)
+        params = jax.eval_shape(lambda: trees.zeros(trees.resnet18_shapes()))
+        tx = row.make()
+        shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
+        vectors = [shape for shape in shapes if len(shape) < 2]
+        matrices = [shape for shape in shapes if len(shape) >= 2]
+
+        def worker(_):
+            grads = trees.zeros(trees.resnet18_shapes())
+            return tx.update(grads, tx.init(grads))
+
+        jax.eval_shape(jax.vmap(worker, axis_name="data"), jnp.zeros(4))
+        sent = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(recorder.operands))
+        assert sent <= row.payload(matrices) + sum(4 * shape[0] for shape in vectors)

@@ -1,0 +1,128 @@
+"""Counting bits, and reading collectives out of HLO."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+import gradcomp_jax as gc
+from gradcomp_jax.metrics import add_bits, no_bits
+
+
+@hypothesis.given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20))
+def test_counts_do_not_wrap(steps):
+    count = no_bits()
+    for bits in steps:
+        count = add_bits(count, bits)
+    assert gc.wire_bits(count) == (steps[-1], sum(steps))
+
+
+def test_counts_pass_through_jit_and_carry():
+    count = no_bits()
+    step = jax.jit(lambda count: add_bits(count, 2**33 - 1))
+    for _ in range(5):
+        count = step(count)
+    assert gc.wire_bits(count) == (2**33 - 1, 5 * (2**33 - 1))
+
+
+def compiled(f, workers=4, in_specs=P("data")):
+    mesh = gc.make_mesh(workers)
+    program = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=P("data"), check_vma=False))
+    return program.lower(jnp.ones((16, 8))).compile()
+
+
+def test_every_kind_of_collective():
+    def f(x):  # [4, 8] on each worker
+        a = lax.psum(x, "data")
+        b = lax.all_gather(x.astype(jnp.uint8), "data").sum(0).astype(jnp.float32)
+        c = lax.all_to_all(x * 2, "data", 0, 0)
+        d = lax.ppermute(x * 3, "data", [(i, (i + 1) % 4) for i in range(4)])
+        e = lax.psum_scatter(x * 4, "data")
+        return a + b + c + d + e[None]
+
+    got = {c.kind: (c.dtype, c.operand_bytes, c.workers, c.ring_bytes) for c in gc.collective_bytes(compiled(f))}
+    assert got == {
+        "all-reduce": ("f32", 128, 4, 192),
+        "all-gather": ("u8", 32, 4, 96),
+        "all-to-all": ("f32", 128, 4, 96),
+        "collective-permute": ("f32", 128, 4, 128),
+        "reduce-scatter": ("f32", 128, 4, 96),
+    }
+
+
+def test_branches_are_told_apart():
+    def f(x):
+        return lax.switch(
+            jnp.int32(x[0, 0]) % 3,
+            [lambda x: lax.psum(x, "data"), lambda x: lax.psum(x[:2], "data")[:1] + x, lambda x: x],
+            x,
+        )
+
+    def g(x):
+        return lax.cond(x[0, 0] > 0, lambda x: lax.psum(x[:1], "data") + x, lambda x: x, x) + lax.pmax(x, "data")
+
+    bytes_of = {c.branch.rsplit("/", 1)[1]: c.operand_bytes for c in gc.collective_bytes(compiled(f))}
+    assert bytes_of == {"0": 128, "1": 64}
+    inside, outside = sorted(gc.collective_bytes(compiled(g)), key=lambda c: c.operand_bytes)
+    assert inside.branch.endswith("/1")
+    assert (inside.operand_bytes, outside.operand_bytes, outside.branch) == (32, 128, "")
+
+
+def test_loops_count_each_trip():
+    def f(x):
+        return lax.fori_loop(0, 7, lambda i, x: lax.ppermute(x, "data", [(i, (i + 1) % 4) for i in range(4)]) + 1, x)
+
+    (c,) = gc.collective_bytes(compiled(f))
+    assert c.operand_bytes == 7 * 128
+
+    def endless(x):
+        return lax.while_loop(lambda x: x.sum() < 100, lambda x: lax.psum(x, "data"), x)
+
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        gc.collective_bytes(compiled(endless))
+
+
+def test_groups_along_one_axis_of_the_mesh():
+    mesh = gc.make_mesh({"node": 2, "local": 4})
+    f = jax.shard_map(
+        lambda x: lax.psum(x, "node") + lax.psum(x * 2, "local"),
+        mesh=mesh,
+        in_specs=P(("node", "local")),
+        out_specs=P(("node", "local")),
+        check_vma=False,
+    )
+    got = gc.collective_bytes(jax.jit(f).lower(jnp.ones(16)).compile())
+    assert sorted(c.workers for c in got) == [2, 4]
+
+
+# As GPU and TPU compilers print it: asynchronous pairs, iota groups, an operand of two types.
+ASYNC = """\
+HloModule jit_step, is_scheduled=true, num_partitions=8
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %add.1 = f32[] add(%a, %b)
+}
+
+ENTRY %main (p0: f32[100], p1: u8[64]) -> (f32[100], u8[512]) {
+  %p0 = f32[100]{0} parameter(0)
+  %p1 = u8[64]{0} parameter(1)
+  %all-reduce-start = f32[100]{0} all-reduce-start(%p0), replica_groups=[1,8]<=[8], to_apply=%add
+  %all-gather-start = (u8[64]{0}, u8[512]{0}) all-gather-start(%p1), replica_groups=[1,8]<=[8], dimensions={0}
+  %all-gather-done = u8[512]{0} all-gather-done(%all-gather-start)
+  %all-reduce-done = f32[100]{0} all-reduce-done(%all-reduce-start)
+  ROOT %tuple = (f32[100]{0}, u8[512]{0}) tuple(%all-reduce-done, %all-gather-done)
+}
+"""
+
+
+def test_asynchronous_pairs_count_once():
+    got = gc.collective_bytes(ASYNC)
+    assert got == [
+        gc.Collective("all-reduce", "f32", 400, 8, "", 700.0),
+        gc.Collective("all-gather", "u8", 64, 8, "", 448),
+    ]

@@ -1,0 +1,208 @@
+"""Every refusal: what is wrong, where, and the way out."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import gradcomp_jax as gc
+from tests import problem
+
+
+def refuses(*words, error=ValueError):
+    """Expects an error whose message has all `words`, in order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(map(re.escape, words)))
+
+
+class TestArguments:
+    @pytest.mark.parametrize("rank", [0, -1, 1.5])
+    def test_rank(self, rank):
+        with refuses(f"rank={rank}", "at least 1"):
+            gc.powersgd(rank)
+
+    def test_min_rate(self):
+        with refuses("min_rate=0", "positive"):
+            gc.powersgd(2, min_rate=0)
+
+    @pytest.mark.parametrize("bits", [0, 1, 3, 16])
+    def test_bits(self, bits):
+        with refuses(f"bits={bits}", "2, 4 or 8"):
+            gc.qsgd(bits)
+
+    @pytest.mark.parametrize("levels", [0, 8])
+    def test_levels(self, levels):
+        with refuses(f"levels={levels}", "between 1 and 7", "use more bits"):
+            gc.qsgd(4, levels=levels)
+
+    @pytest.mark.parametrize("size", [0, -4, 30])
+    def test_bucket_size(self, size):
+        with refuses(f"bucket_size={size}", "multiple of 4"):
+            gc.qsgd(bucket_size=size)
+
+    def test_norm(self):
+        with refuses("norm='l1'", "'max', 'l2'"):
+            gc.qsgd(norm="l1")
+
+    def test_unknown_aggregation(self):
+        with refuses("aggregate='scatter'", "'qsgd'", "use 'gather'"):
+            gc.qsgd(aggregate="scatter")
+
+    def test_illegal_pairing(self):
+        with refuses("'qsgd' is not linear", "aggregate='psum' would add packed codes", "use 'gather'"):
+            gc.qsgd(aggregate="psum")
+
+    @pytest.mark.parametrize("decay", [-0.1, 1.0])
+    def test_decay(self, decay):
+        with refuses(f"decay={decay}", "[0, 1)"):
+            gc.ef_momentum(decay)
+
+    def test_mesh(self):
+        with refuses("64 devices", "jax has 8", "jax_num_cpu_devices"):
+            gc.make_mesh(64)
+        with refuses("'node'", "0 workers"):
+            gc.make_mesh({"node": 0, "local": 2})
+        with refuses("workers=0"):
+            gc.simulate(problem.loss_fn, gc.none(), 0)
+
+
+class TestTrees:
+    @pytest.mark.parametrize("codec", [gc.powersgd, gc.qsgd])
+    def test_nothing_to_compress(self, codec):
+        vectors = {"scale": jnp.ones(64), "bias": jnp.ones(8)}
+        with refuses("none of the 2 leaves", "'scale' of shape (64,)", "allow_dense=True"):
+            codec().init(vectors)
+        codec(allow_dense=True).init(vectors)
+        with refuses("min_size=1000000", "allow_dense=True"):
+            codec(min_size=1_000_000).init(problem.params())
+        with refuses("compress="):
+            codec(compress=lambda path, leaf: False).init(problem.params())
+
+    @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
+    @pytest.mark.parametrize("codec", [gc.none(), gc.powersgd(), gc.qsgd(min_size=0)])
+    def test_types(self, codec, dtype):
+        with refuses("'a/count'", jnp.dtype(dtype).name, error=TypeError):
+            codec.init({"a": {"count": jnp.ones((32, 32), dtype)}, "w": jnp.ones((32, 32))})
+
+    def test_paths_that_collide(self):
+        with refuses("same path"):
+            gc.none().init({"a": {"b": jnp.ones(3)}, "a/b": jnp.ones(3)})
+
+    def test_predicate_gets_path_and_leaf(self):
+        seen = {}
+        tx = gc.powersgd(1, compress=lambda path, leaf: seen.setdefault(path, leaf.shape) == (20, 16))
+        state = tx.init(problem.params())
+        assert seen["layer1/bias"] == (16,)
+        assert list(state.codec.q) == ["layer1/kernel"]
+
+    @pytest.mark.parametrize("codec", [gc.powersgd(2), gc.qsgd(min_size=0, bucket_size=64, error_feedback=True)])
+    def test_a_state_of_another_tree(self, codec):
+        grads = jax.tree.map(jnp.ones_like, problem.params())
+        states = {
+            "missing": codec.init({"layer1": grads["layer1"]}),
+            "17]": codec.init({**grads, "layer1": {"kernel": jnp.ones((20, 17))}}),
+            "[4, 20, 16]": gc.init(codec, grads, 4),
+        }
+        for word, state in states.items():
+            with refuses("the state of codec", word, "init(tx, params, mesh)"):
+                jax.vmap(lambda _, state=state: codec.update(grads, state), axis_name="data")(jnp.zeros(4))
+
+
+def shard(worker, *args, check_vma=True, workers=4):
+    return jax.shard_map(worker, mesh=gc.make_mesh(workers), in_specs=P(), out_specs=P(), check_vma=check_vma)(*args)
+
+
+class TestReduction:
+    @pytest.mark.parametrize("codec", [gc.none(), gc.powersgd(), gc.qsgd(min_size=0), gc.average("data")])
+    def test_gradients_already_reduced(self, codec):
+        params = problem.params()
+        (batch,) = problem.batches(1)
+        state = codec.init(params)
+
+        def worker(params, state, batch):
+            return codec.update(jax.grad(problem.loss_fn)(params, batch), state)[0]
+
+        with refuses("gradient leaf 'layer1/bias'", "already reduced", "'data'", "vary(params, 'data')"):
+            shard(worker, params, state, batch)
+
+    @pytest.mark.parametrize("codec", [gc.none, gc.powersgd, gc.average], ids=["none", "powersgd", "average"])
+    def test_axis_that_is_not_there(self, codec):
+        tx = codec(axis_name="dta")
+        params = problem.params()
+        with refuses("axis_name='dta' is not bound", "shard_map, pmap or vmap"):
+            tx.update(params, tx.init(params))
+        with refuses("axis_name='dta' is not bound"):
+            shard(lambda p: tx.update(gc.vary(p, "data"), tx.init(p))[0], params)
+        with refuses("'dta' is not bound"):
+            gc.vary(params, "dta")
+
+    @pytest.mark.parametrize("codec", [gc.none, gc.powersgd])
+    def test_axis_that_the_mesh_has_not(self, codec):
+        with refuses("axis_name='node'", "not an axis of the mesh", "('data',)"):
+            gc.init(codec(axis_name="node"), problem.params(), gc.make_mesh(2))
+
+    def test_a_residual_returned_as_replicated(self):
+        tx = gc.powersgd(2)
+        params = problem.params()
+        state = gc.init(tx, params, gc.make_mesh(4))
+
+        def worker(params, state):
+            grads = jax.tree.map(lambda p: p * 1.0, gc.vary(params, "data"))
+            return tx.update(grads, gc.local_state(state))[1]
+
+        specs = gc.state_specs(tx, params)
+        mesh = gc.make_mesh(4)
+        with pytest.raises(ValueError, match="out_specs"):
+            jax.shard_map(worker, mesh=mesh, in_specs=(P(), specs), out_specs=P())(params, state)
+
+    def test_a_state_that_is_not_one_workers_row(self):
+        tx = gc.powersgd(2)
+        params = problem.params()
+        state = gc.init(tx, params, 4)
+        with refuses("residual", "(4, 20, 16)", "state_specs(tx, params)"):
+            shard(gc.local_state, state)
+
+
+class TestStep:
+    def refused(self, words, loss_fn=problem.loss_fn, tx=None, batch=None, simulated=True, **kwargs):
+        tx = problem.optimizer(gc.none()) if tx is None else tx
+        params = problem.params()
+        batch = next(problem.batches(1)) if batch is None else batch
+        mesh = gc.make_mesh(4)
+        with refuses(*words):
+            gc.train_step(loss_fn, tx, mesh, **kwargs)(params, gc.init(tx, params, mesh), batch)
+        if simulated:
+            with refuses(*words):
+                gc.simulate(loss_fn, tx, 4, **kwargs)(params, gc.init(tx, params, 4), batch)
+
+    def test_batch_that_does_not_divide(self):
+        self.refused(["batch leaf \"['x']\" of shape (30, 20)", "4 workers"], batch=next(problem.batches(1, 30)))
+
+    def test_scalar_in_the_batch(self):
+        self.refused(["of shape ()", "4 workers"], batch={**next(problem.batches(1)), "z": jnp.float32(1)})
+
+    def test_loss_that_is_reduced_already(self):
+        def loss_fn(params, batch):
+            return jax.lax.pmean(problem.loss_fn(params, batch), "data")
+
+        self.refused(["already reduced", "('data',)", "worker's own"], loss_fn, simulated=False)
+
+    def test_nothing_that_aggregates(self):
+        self.refused(["still differ between the workers", "codec, none() or average()"], tx=optax.sgd(0.1))
+
+    def test_random_keys_in_the_model_state(self):
+        def loss_fn(params, keys, batch):
+            return problem.loss_fn(params, batch), keys
+
+        tx = problem.optimizer(gc.none())
+        params = problem.params()
+        step = gc.simulate(loss_fn, tx, 4, has_state=True)
+        with refuses("random key", "in the batch", error=TypeError):
+            step(params, gc.init(tx, params, 4), {"key": jax.random.key(0)}, next(problem.batches(1)))
+
+
+def test_bits_of_a_state_without_a_codec():
+    with refuses("holds no codec's state"):
+        gc.wire_bits(optax.sgd(0.1).init(problem.params()))
