@@ -15,7 +15,6 @@ All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, w
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -118,14 +117,14 @@ def mean(tree: T, axis_name: AxisName) -> tuple[T, int]:
 def gather(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
     """All-gathers `x` [...] into [n, ...], the same on all workers; see the module for the bits."""
     n = workers(axis_name)
-    # `to` is not known under vmap, where a gathered value is the same everywhere by itself.
-    to = {"to": "invarying"} if tracked(axis_name) else {}
-    return lax.all_gather(x, axis_name, **to), 8 * (n - 1) * x.size * x.dtype.itemsize
+    # vmap knows no `to`; what it gathers is the same everywhere by itself.
+    to = "invarying" if tracked(axis_name) else "varying"
+    return lax.all_gather(x, axis_name, to=to), 8 * (n - 1) * x.size * x.dtype.itemsize
 
 
 def gather_mean(
-    payload: jax.Array, decode: Callable[[jax.Array], chex.ArrayTree], axis_name: AxisName
-) -> tuple[chex.ArrayTree, int]:
+    payload: jax.Array, decode: Callable[[jax.Array], T], axis_name: AxisName
+) -> tuple[T, int]:
     """Gathers every worker's `payload` and averages what they decode to.
 
     The payloads are decoded one after another, so memory holds one decoded copy however many workers
@@ -156,7 +155,7 @@ def max_(tree: T, axis_name: AxisName) -> T:
 AGGREGATIONS = {"gather": gather_mean}
 
 
-def aggregation(codec: str, aggregate: str) -> Callable[..., tuple[chex.ArrayTree, int]]:
+def aggregation(codec: str, aggregate: str) -> Callable[..., tuple[Any, int]]:
     """The function that averages encoded payloads as `aggregate` says; ValueError where it cannot.
 
     Args:
@@ -167,7 +166,5 @@ def aggregation(codec: str, aggregate: str) -> Callable[..., tuple[chex.ArrayTre
         return AGGREGATIONS[aggregate]
     known = ", ".join(map(repr, AGGREGATIONS))
     if aggregate == "psum":
-        raise ValueError(
-            f"codec {codec!r} is not linear: aggregate='psum' would add packed codes; use {known}"
-        )
+        raise ValueError(f"codec {codec!r} is not linear: aggregate='psum' would add packed codes; use {known}")
     raise ValueError(f"aggregate={aggregate!r} is not known for codec {codec!r}; use {known}")

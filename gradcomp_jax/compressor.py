@@ -137,7 +137,7 @@ def compressor(
     def compressed(path: str, leaf: Any) -> bool:
         return bool(choose(path, leaf)) and leaf.size >= min_size and codec.shrinks(path, leaf)
 
-    def split(tree: Any) -> tuple[Tensors, dict[str, Any], jax.tree_util.PyTreeDef]:
+    def split(tree: Any) -> tuple[Tensors, dict[str, Any], Any]:
         leaves, treedef = flatten(tree)
         tensors: Tensors = {}
         dense: Tensors = {}
@@ -192,7 +192,7 @@ def compressor(
     return Compressor(init_fn, update_fn, codec)
 
 
-def flatten(tree: Any) -> tuple[dict[str, Any], jax.tree_util.PyTreeDef]:
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a tree by path, in the tree's order, and its structure."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
     by_path = {_name(path): leaf for path, leaf in leaves}
@@ -212,7 +212,7 @@ def _name(path: tuple) -> str:
 def skipped_steps(opt_state: Any) -> jax.Array:
     """How many steps the codecs in `opt_state` skipped, int32, summed over the codecs."""
     states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_compressor_state) if is_compressor_state(x)]
-    return sum((state.skipped for state in states), start=jnp.int32(0))
+    return jnp.sum(jnp.stack([jnp.int32(0), *(state.skipped for state in states)]))
 
 
 def is_compressor_state(x: Any) -> bool:

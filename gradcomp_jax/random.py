@@ -31,7 +31,7 @@ def uniform16(key: jax.Array, rows: int, columns: int) -> jax.Array:
     quarter = columns // 4
     counter = jax.lax.iota(jnp.uint32, rows * quarter).reshape(rows, quarter)
     words = threefry2x32(jax.random.key_data(key), counter, jnp.zeros_like(counter))
-    halves = [half for word in words for half in (word & 0xFFFF, word >> 16)]
+    halves = [half.astype(jnp.uint16) for word in words for half in (word, word >> 16)]
     return (jnp.concatenate(halves, axis=1).astype(jnp.float32) + 0.5) * 2.0**-16
 
 

@@ -15,7 +15,6 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -44,11 +43,11 @@ def is_per_worker(x: Any) -> bool:
     return isinstance(x, PerWorker)
 
 
-def _map_per_worker(f: Callable[[PerWorker], Any], state: chex.ArrayTree, other: Callable[[Any], Any]) -> Any:
+def _map_per_worker(f: Callable[[PerWorker], Any], state: Any, other: Callable[[Any], Any]) -> Any:
     return jax.tree.map(lambda x: f(x) if is_per_worker(x) else other(x), state, is_leaf=is_per_worker)
 
 
-def state_specs(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any:
+def state_specs(tx: optax.GradientTransformation, params: Any) -> Any:
     """How the global form of the optimiser's state is sharded.
 
     Args:
@@ -64,7 +63,7 @@ def state_specs(tx: optax.GradientTransformation, params: chex.ArrayTree) -> Any
     )
 
 
-def local_state(state: chex.ArrayTree) -> chex.ArrayTree:
+def local_state(state: Any) -> Any:
     """The local form of a state, inside shard_map: strips the leading axis of what differs by worker.
 
     Raises:
@@ -86,12 +85,12 @@ def local_state(state: chex.ArrayTree) -> chex.ArrayTree:
     return jax.tree_util.tree_map_with_path(strip, state, is_leaf=is_per_worker)
 
 
-def global_state(state: chex.ArrayTree) -> chex.ArrayTree:
+def global_state(state: Any) -> Any:
     """The inverse of `local_state`: restores the leading axis on the way out of shard_map."""
     return _map_per_worker(lambda x: jax.tree.map(lambda leaf: leaf[None], x), state, lambda x: x)
 
 
-def init(tx: optax.GradientTransformation, params: chex.ArrayTree, mesh: Mesh | int) -> chex.ArrayTree:
+def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any:
     """The optimiser's first state in its global form, for `train_step`, `simulate` or your own shard_map.
 
     Args:

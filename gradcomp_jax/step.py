@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -11,7 +10,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import collectives
-from gradcomp_jax.collectives import AxisName, axis_names
+from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import flatten, is_compressor_state, skipped_steps
 from gradcomp_jax.sharding import global_state, local_state, state_specs
 from gradcomp_jax.views import widen
@@ -105,9 +104,7 @@ def train_step(
 
         in_specs = (P(), specs, *(P(),) * has_state, P(axes))
         out_specs = (P(), specs, *(P(),) * (1 + has_state + has_aux))
-        sharded = jax.shard_map(
-            on_worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
-        )
+        sharded = jax.shard_map(on_worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
         return sharded(params, opt_state, *rest)
 
     return jax.jit(step, donate_argnums=_donated(donate, has_state))
@@ -173,9 +170,12 @@ def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) ->
 
     def loss_and_rest(params, rest):
         out = loss_fn(params, *rest)
-        loss, more = out if has_aux or has_state else (out, None)
-        model_state, aux = more if has_aux and has_state else (more, more)
-        return loss, (model_state if has_state else None, aux if has_aux else None)
+        if not (has_state or has_aux):
+            return out, (None, None)
+        loss, more = out
+        if has_state and has_aux:
+            return loss, more
+        return loss, (more, None) if has_state else (None, more)
 
     def step(params, opt_state, *rest):
         grad_fn = jax.value_and_grad(loss_and_rest, has_aux=True)
@@ -200,22 +200,18 @@ def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) ->
 
         new_params = keep(optax.apply_updates(params, updates), params)
         new_opt_state = jax.tree.map(keep_state, new_opt_state, opt_state, is_leaf=is_compressor_state)
-        outputs = (new_params, new_opt_state)
-        if has_state:
-            outputs += (keep(_mean_state(model_state, axes), rest[0]),)
-        outputs += (collectives.mean(loss, axes)[0],)
-        if has_aux:
-            outputs += (_mean(aux, axes),)
-        return outputs
+        model_states = [keep(_mean_state(model_state, axes), rest[0])] if has_state else []
+        means = [_mean(x, axes) for x in ([loss, aux] if has_aux else [loss])]
+        return new_params, new_opt_state, *model_states, *means
 
     return step
 
 
-def _mean(tree: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
+def _mean(tree: Any, axes: AxisName) -> Any:
     return collectives.mean(jax.tree.map(widen, tree), axes)[0]
 
 
-def _mean_state(state: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
+def _mean_state(state: Any, axes: AxisName) -> Any:
     def leaf(path, x):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             raise TypeError(
@@ -229,7 +225,7 @@ def _mean_state(state: chex.ArrayTree, axes: AxisName) -> chex.ArrayTree:
     return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def _require_divisible(batch: chex.ArrayTree, workers: int, whom: str) -> None:
+def _require_divisible(batch: Any, workers: int, whom: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if not leaf.ndim or leaf.shape[0] % workers:
             raise ValueError(

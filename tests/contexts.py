@@ -69,9 +69,7 @@ def _program(tx: gc.Compressor, context: str, workers: int):
         return jax.tree.map(mark, state, is_leaf=is_per_worker)
 
     if context == "vmap":
-        return jax.jit(
-            lambda grads, state: jax.vmap(worker, in_axes=(1, axes(state)), axis_name="data")(grads, state)
-        )
+        return jax.jit(lambda grads, state: jax.vmap(worker, in_axes=(1, axes(state)), axis_name="data")(grads, state))
     if context == "pmap":
         return lambda grads, state: jax.pmap(
             worker, in_axes=(1, axes(state)), axis_name="data", devices=jax.devices()[:workers]

@@ -221,9 +221,7 @@ class TestStateIsStable:
         chex.assert_trees_all_equal(jax.device_get(step(*restored, batch)), jax.device_get(step(params, state, batch)))
 
 
-BAD = [
-    (value, step, worker) for value, step in ((np.nan, 0), (np.inf, 2), (-np.inf, 5)) for worker in (1, slice(None))
-]
+BAD = [(value, step, worker) for value, step in ((np.nan, 0), (np.inf, 2), (-np.inf, 5)) for worker in (1, slice(None))]
 
 
 class TestNothingPoisons:

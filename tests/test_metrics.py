@@ -28,9 +28,9 @@ def test_counts_pass_through_jit_and_carry():
     assert gc.wire_bits(count) == (2**33 - 1, 5 * (2**33 - 1))
 
 
-def compiled(f, workers=4, in_specs=P("data")):
-    mesh = gc.make_mesh(workers)
-    program = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=P("data"), check_vma=False))
+def compiled(f):
+    mesh = gc.make_mesh(4)
+    program = jax.jit(jax.shard_map(f, mesh=mesh, in_specs=P("data"), out_specs=P("data"), check_vma=False))
     return program.lower(jnp.ones((16, 8))).compile()
 
 

@@ -37,7 +37,7 @@ def test_aux_and_model_state_are_averaged(kind):
     params = problem.params()
     stats = {"mean": jnp.zeros(20), "count": jnp.int32(0)}
     (batch,) = problem.batches(1)
-    params, state, stats, loss, aux = step(params, gc.init(tx, params, where), stats, batch)
+    _, _, stats, loss, aux = step(params, gc.init(tx, params, where), stats, batch)
     np.testing.assert_allclose(stats["mean"], 0.5 * np.mean(batch["x"], 0), atol=1e-6)
     assert stats["count"] == 1
     assert stats["count"].dtype == jnp.int32

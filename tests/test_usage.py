@@ -54,9 +54,7 @@ def by_shard_map(tx, check_vma=True):
         return optax.apply_updates(params, updates), gc.global_state(opt_state)
 
     step = jax.jit(
-        jax.shard_map(
-            worker, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs), check_vma=check_vma
-        )
+        jax.shard_map(worker, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs), check_vma=check_vma)
     )
     opt_state = gc.init(tx, params, mesh)
     for batch in problem.batches(STEPS):

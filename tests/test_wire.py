@@ -24,7 +24,9 @@ def test_packing_round_trips_and_is_dense(bits, rows, width, seed):
     np.testing.assert_array_equal(unpack(packed, bits), codes)
     # Code j lies in byte j mod width, at bit (j div width) * bits.
     for j in range(codes.shape[1]):
-        np.testing.assert_array_equal(np.asarray(packed)[:, j % width] >> (j // width * bits) & (2**bits - 1), codes[:, j])
+        np.testing.assert_array_equal(
+            np.asarray(packed)[:, j % width] >> (j // width * bits) & (2**bits - 1), codes[:, j]
+        )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int32])

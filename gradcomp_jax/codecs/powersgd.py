@@ -116,34 +116,30 @@ def powersgd(
         _, n, m, r = sizes(path, leaf)
         return min_rate * r * (n + m) < n * m
 
-    def random(factors: Tensors, step: jax.Array | int) -> Tensors:
-        """Unit normals of the shapes of `factors`, the same on all workers."""
-        flat, unravel = ravel_pytree(factors)
-        return unravel(jax.random.normal(step_key(seed, step), flat.shape, flat.dtype))
+    def normal(flat: jax.Array, step: jax.Array | int) -> jax.Array:
+        """Unit normals of the shape of `flat`, the same on all workers."""
+        return jax.random.normal(step_key(seed, step), flat.shape, flat.dtype)
 
     def init(tensors: Tensors) -> PowerSGDState:
         shapes = {path: (layers, r, m) for path, x in tensors.items() for layers, _, m, r in [sizes(path, x)]}
         q = {path: jnp.zeros(shape, tensors[path].dtype) for path, shape in shapes.items()}
-        return PowerSGDState(random(q, 0), jnp.int32(0))
+        flat, unravel = ravel_pytree(q)
+        return PowerSGDState(unravel(normal(flat, 0)), jnp.int32(0))
 
     def revive(p: Tensors, step: jax.Array) -> Tensors:
         """P with random columns where it has columns of zeros."""
         dead = {path: jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD for path, x in p.items()}
-        return jax.lax.cond(
-            jnp.any(ravel_pytree(dead)[0]),
-            lambda: jax.tree.map(jnp.where, dead, random(p, step), p),
-            lambda: p,
-        )
+        flat, unravel = ravel_pytree(p)
+        some = jnp.any(ravel_pytree(dead)[0])
+        fresh = jax.lax.cond(some, lambda: normal(flat, step), lambda: jnp.zeros_like(flat))
+        return jax.tree.map(jnp.where, dead, unravel(fresh), p)
 
-    def exchange(
-        tensors: Tensors, state: PowerSGDState, axis_name: AxisName, **extra_args: Any
-    ) -> Exchanged:
+    def exchange(tensors: Tensors, state: PowerSGDState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
         del extra_args
+
         # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
         def einsum(subscripts: str, a: Tensors, b: Tensors) -> Tensors:
-            return {
-                path: jnp.einsum(subscripts, a[path], b[path], precision=jax.lax.Precision.HIGHEST) for path in a
-            }
+            return {path: jnp.einsum(subscripts, a[path], b[path], precision=jax.lax.Precision.HIGHEST) for path in a}
 
         def mean(factors: Tensors) -> tuple[Tensors, int]:
             flat, unravel = ravel_pytree(factors)
