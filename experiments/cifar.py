@@ -29,6 +29,7 @@ from gradcomp_jax import Compressor, init, make_mesh, train_step, wire_bits
 FLAGS = flags.FLAGS
 
 codecs.define_flags()
+flags.adopt_module_key_flags(codecs)  # into --help
 flags.DEFINE_enum("dataset", "digits", ["digits", "cifar10"], "What to train on; digits needs no files.")
 flags.DEFINE_string(
     "data_dir",
@@ -57,13 +58,19 @@ def main(argv: list[str]) -> None:
         compressors = {name: codecs.from_flags(name, FLAGS.seed) for name in FLAGS.codec}
         dataset = data.load(FLAGS.dataset, FLAGS.data_dir)
         require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
+        # A codec that refuses this network does so now, not after the ones before it have trained.
+        params = jax.eval_shape(lambda: models.create(FLAGS.model, dataset.channels, FLAGS.seed)[1])
+        for codec in compressors.values():
+            jax.eval_shape(codec.init, params)
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
 
     screen = report.console()
     results = [train(codecs.label(name), codec, dataset, mesh, screen) for name, codec in compressors.items()]
 
-    title = f"{FLAGS.model} on {FLAGS.dataset}, {FLAGS.workers} workers, {results[0].curve[-1].step} steps"
+    title = (
+        f"{models.TITLES[FLAGS.model]} on {FLAGS.dataset}, {FLAGS.workers} workers, {results[0].curve[-1].step} steps"
+    )
     screen.print(report.table(results, title))
     for note in report.notes(results, FLAGS.workers, emulated=jax.default_backend() == "cpu"):
         screen.print(note)
@@ -83,7 +90,7 @@ def train(name: str, codec: Compressor, dataset: data.Dataset, mesh: Mesh, scree
       screen: where to show progress.
     """
     started = time.perf_counter()
-    graphdef, params, stats = models.create(FLAGS.model, dataset.train.images.shape[-1], FLAGS.seed)
+    graphdef, params, stats = models.create(FLAGS.model, dataset.channels, FLAGS.seed)
     steps = FLAGS.epochs * (len(dataset.train.labels) // FLAGS.batch_size)
     tx = optimizer(codec, steps)
 
@@ -170,7 +177,7 @@ def worker_mesh(workers: int) -> Mesh:
     Raises:
       ValueError: there are fewer, and it is too late, or not in place, to emulate them.
     """
-    if jax.config.read("jax_num_cpu_devices") < workers:
+    if jax.config.values["jax_num_cpu_devices"] < workers:
         # Refused where jax runs already, perhaps with enough devices.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", workers)

@@ -19,7 +19,7 @@ CODECS: dict[str, Callable[..., Compressor]] = {"none": none, "powersgd": powers
 
 FLAGS = flags.FLAGS
 
-_DEFINE = {
+_DEFINE: dict[type, Callable[..., typing.Any]] = {
     bool: flags.DEFINE_boolean,
     int: flags.DEFINE_integer,
     float: flags.DEFINE_float,
@@ -34,7 +34,7 @@ def define_flags() -> None:
     for name, factory in CODECS.items():
         helps = argument_help(factory)
         for keyword, (kind, default) in keywords(factory).items():
-            _DEFINE[kind](f"{name}_{keyword}", default, helps[keyword], module_name=factory.__module__)
+            _DEFINE[kind](f"{name}_{keyword}", default, helps[keyword])
 
 
 def from_flags(name: str, seed: int) -> Compressor:

@@ -50,6 +50,10 @@ class Dataset(NamedTuple):
     mean: np.ndarray
     std: np.ndarray
 
+    @property
+    def channels(self) -> int:
+        return self.train.images.shape[-1]
+
     def normalize(self, images: Any) -> Any:
         """Images of pixels, as float32 of mean 0 and standard deviation 1 in each channel."""
         return (images.astype(np.float32) - self.mean) / self.std
@@ -131,15 +135,14 @@ def _cifar10_file(path: pathlib.Path) -> Split:
         raise DataError(
             f"{path}: expected b'data' to be uint8 [{CIFAR10_FILE_ROWS}, 3072], got {_describe(images)}; {_WAYS_OUT}"
         )
-    # The official labels are a list of ints, of which numpy makes integers of its own choice.
-    classes = np.asarray(labels) if isinstance(labels, list) else np.empty(0)
-    if classes.shape != (CIFAR10_FILE_ROWS,) or classes.dtype.kind != "i" or not set(classes) <= set(range(10)):
+    known = isinstance(labels, list) and all(isinstance(label, int) and 0 <= label <= 9 for label in labels)
+    if not known or len(labels) != CIFAR10_FILE_ROWS:
         raise DataError(
             f"{path}: expected b'labels' to be a list of {CIFAR10_FILE_ROWS} ints from 0 to 9, got "
             f"{_describe(labels)}; {_WAYS_OUT}"
         )
     # Rows are the red, then the green, then the blue plane.
-    return Split(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), classes.astype(np.int32))
+    return Split(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.asarray(labels, np.int32))
 
 
 class _ArraysOnly(pickle.Unpickler):

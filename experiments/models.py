@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 BLOCKS = {"resnet8": 1, "resnet20": 3}
+TITLES = {"resnet8": "ResNet-8", "resnet20": "ResNet-20"}
 
 
 def _conv(inputs: int, filters: int, stride: int, rngs: nnx.Rngs) -> nnx.Conv:
@@ -82,5 +83,30 @@ def create(name: str, channels: int, seed: int) -> tuple[Any, Any, Any]:
       The network's structure, its parameters, and its batch statistics, for `nnx.merge`.
     """
     network = ResNet(BLOCKS[name], channels, 10, nnx.Rngs(seed))
-    structure, params, stats = nnx.split(network, nnx.Param, nnx.BatchStat)
-    return structure, params, stats
+    # Typed as a tuple of any length.
+    parts: Any = nnx.split(network, nnx.Param, nnx.BatchStat)
+    return parts
+
+
+def resnet18_shapes() -> dict[str, Any]:
+    """The shapes of ResNet-18's parameters in its CIFAR form, on which PowerSGD's paper counts its bytes.
+
+    62 tensors, 11,173,962 parameters.
+    """
+    shapes: dict[str, Any] = {"conv": (3, 3, 3, 64), "bn": {"scale": (64,), "bias": (64,)}}
+    width = 64
+    for stage, filters in enumerate((64, 128, 256, 512)):
+        for block in range(2):
+            name = f"stage{stage}_{block}"
+            shapes[name] = {
+                "conv1": (3, 3, width, filters),
+                "bn1": {"scale": (filters,), "bias": (filters,)},
+                "conv2": (3, 3, filters, filters),
+                "bn2": {"scale": (filters,), "bias": (filters,)},
+            }
+            if width != filters:
+                shapes[name]["shortcut"] = (1, 1, width, filters)
+                shapes[name]["bn3"] = {"scale": (filters,), "bias": (filters,)}
+            width = filters
+    shapes["linear"] = {"kernel": (512, 10), "bias": (10,)}
+    return shapes

@@ -14,7 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-BYTES_NOTE = "MB: 10^6 bytes sent by one worker. Ratio: what a dense float32 all-reduce sends, over that."
+BYTES_NOTE = (
+    "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense float32 all-reduce, over these."
+)
 EMULATED_NOTE = (
     "The workers are emulated on one CPU: ms a step is compute only and tells nothing of the time a network saves."
 )
@@ -69,10 +71,10 @@ def progress(screen: Console) -> Progress:
     """A bar with room for `status`; nothing where standard output is not a terminal."""
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=5),
         MofNCompleteColumn(),
         TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
+        TimeRemainingColumn(compact=True),
         console=screen,
         transient=True,
         disable=not screen.is_terminal,
@@ -118,10 +120,11 @@ def plot(results: Sequence[Result], title: str, path: pathlib.Path) -> None:
     for result, marker in zip(results, "osD^v<>PX*" * len(results), strict=False):
         steps, megabytes, accuracy = zip(*result.curve, strict=True)
         style = {"marker": marker, "markersize": 5, "alpha": 0.8}
-        by_step.plot(steps, accuracy, label=f"{result.label} ({result.ratio:.1f}x fewer bytes)", **style)
+        by_step.plot(steps, accuracy, label=f"{result.label} ({megabytes[-1]:.3g} MB in all)", **style)
         by_bytes.plot(megabytes, accuracy, **style)
     by_step.set(xlabel="training steps", ylabel="test accuracy")
-    by_bytes.set(xlabel="sent by one worker so far [MB, log scale]", xscale="log")
+    by_bytes.set(xlabel="MB sent by one worker so far (10^6 bytes, log scale)", xscale="log")
+    by_bytes.xaxis.set_major_formatter("{x:g}")
     by_step.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     by_step.legend(loc="lower right")
     for axes in (by_step, by_bytes):

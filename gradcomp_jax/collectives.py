@@ -122,9 +122,7 @@ def gather(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
     return lax.all_gather(x, axis_name, to=to), 8 * (n - 1) * x.size * x.dtype.itemsize
 
 
-def gather_mean(
-    payload: jax.Array, decode: Callable[[jax.Array], T], axis_name: AxisName
-) -> tuple[T, int]:
+def gather_mean(payload: jax.Array, decode: Callable[[jax.Array], T], axis_name: AxisName) -> tuple[T, int]:
     """Gathers every worker's `payload` and averages what they decode to.
 
     The payloads are decoded one after another, so memory holds one decoded copy however many workers

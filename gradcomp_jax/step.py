@@ -85,7 +85,8 @@ def train_step(
       `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
       `init(tx, params, mesh)`, every leaf of the batch is split along its first axis, and loss is the mean
       over the workers. With has_state: `step(params, opt_state, model_state, batch) -> (params, opt_state,
-      model_state, loss)`. It has jax.jit's `lower`.
+      model_state, loss)`. It has jax.jit's `lower`. Parameters that lie on one device at the first call have
+      the second one compiled anew; `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))` spares that.
 
     Raises:
       ValueError: when called with a batch that does not divide among the workers, a loss that is reduced

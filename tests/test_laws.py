@@ -9,10 +9,11 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from gradcomp_jax import collectives
+from experiments.models import resnet18_shapes
 from gradcomp_jax.compressor import flatten
 from tests import trees
 from tests.contexts import CONTEXTS, every_context, run
@@ -99,6 +100,11 @@ class TestAgreement:
         got = run(TX["qsgd-4-ef"], same, "checked")
         for leaf in jax.tree.leaves(got.states.residual):
             assert np.abs(leaf[-1, 0] - leaf[-1, 1]).max() > 1e-3
+
+    def test_qsgd_rounds_by_other_numbers_in_every_step(self):
+        same = jax.tree.map(lambda x: np.broadcast_to(x[:1], x.shape), GRADS)
+        updates = run(TX["qsgd-4"], same, "vmap").updates["conv"]
+        assert all((updates[i] != updates[j]).any() for i in range(STEPS) for j in range(i))
 
 
 class TestLinearity:
@@ -302,17 +308,17 @@ class TestBounded:
 
 
 class Recorder:
-    """Stands in the place of the collectives and keeps what they are given."""
+    """Stands in the place of jax's collectives and keeps what they are given."""
 
     def __init__(self, monkeypatch):
         self.operands = []
-        for name in ("mean", "gather"):
-            monkeypatch.setattr(collectives, name, self._recording(getattr(collectives, name)))
+        for name in ("psum", "pmean", "pmax", "all_gather", "all_to_all", "ppermute", "psum_scatter"):
+            monkeypatch.setattr(lax, name, self._recording(getattr(lax, name)))
 
     def _recording(self, collective):
-        def record(operand, axis_name):
+        def record(operand, axis_name, **kwargs):
             self.operands.append(operand)
-            return collective(operand, axis_name)
+            return collective(operand, axis_name, **kwargs)
 
         return record
 
@@ -338,14 +344,14 @@ class TestOnlyTheWireSpeaks:
     @every_row
     def test_no_more_than_the_papers_formula_on_resnet18(self, row, monkeypatch):
         recorder = Recorder(monkeypatch)
-        params = jax.eval_shape(lambda: trees.zeros(trees.resnet18_shapes()))
+        params = jax.eval_shape(lambda: trees.zeros(resnet18_shapes()))
         tx = row.make()
         shapes = [leaf.shape for leaf in jax.tree.leaves(params)]
         vectors = [shape for shape in shapes if len(shape) < 2]
         matrices = [shape for shape in shapes if len(shape) >= 2]
 
         def worker(_):
-            grads = trees.zeros(trees.resnet18_shapes())
+            grads = trees.zeros(resnet18_shapes())
             return tx.update(grads, tx.init(grads))
 
         jax.eval_shape(jax.vmap(worker, axis_name="data"), jnp.zeros(4))

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
+from experiments.models import resnet18_shapes
 from gradcomp_jax.codecs.powersgd import orthonormalize
 from gradcomp_jax.codecs.qsgd import NORMS, quantize
 from tests import trees
@@ -18,14 +19,14 @@ from tests.contexts import run
 
 
 def test_resnet18_has_the_papers_size():
-    sizes = [math.prod(shape) for shape in jax.tree.leaves(trees.resnet18_shapes(), is_leaf=trees.is_shape)]
+    sizes = [math.prod(shape) for shape in jax.tree.leaves(resnet18_shapes(), is_leaf=trees.is_shape)]
     assert (len(sizes), sum(sizes)) == (62, 11_173_962)
 
 
 def resnet18_step(tx):
     """One step of two workers, each of whom then sends exactly its payload: 2 (n - 1) / n = 1."""
     mesh = gc.make_mesh(2)
-    params = trees.zeros(trees.resnet18_shapes())
+    params = trees.zeros(resnet18_shapes())
     specs = gc.state_specs(tx, params)
 
     def worker(params, state):
@@ -52,10 +53,10 @@ class TestPowerSGD:
 
     def test_a_minimum_rate_sends_the_linear_layer_dense(self):
         """PyTorch's hook compresses at a rate of 2 and above; the last layer of ResNet-18 has 1.4 at rank 7."""
-        compressed = jax.eval_shape(gc.powersgd(7, min_rate=2).init, trees.zeros(trees.resnet18_shapes()))
+        compressed = jax.eval_shape(gc.powersgd(7, min_rate=2).init, trees.zeros(resnet18_shapes()))
         q = compressed.codec.q
         assert "linear/kernel" not in q
-        shapes = trees.resnet18_shapes()
+        shapes = resnet18_shapes()
         total = 11_173_962
         for path in q:
             *parents, leaf = path.split("/")

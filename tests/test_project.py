@@ -18,7 +18,9 @@ def requirements(lines):
 def test_requirements_are_those_of_the_package_and_its_extras():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     parts = [project["dependencies"], *project["optional-dependencies"].values()]
-    assert requirements((ROOT / "requirements.txt").read_text().splitlines()) == {line for part in parts for line in part}
+    assert requirements((ROOT / "requirements.txt").read_text().splitlines()) == {
+        line for part in parts for line in part
+    }
 
 
 @pytest.mark.parametrize("page", ["README.md", "WORKSPACE.md"])

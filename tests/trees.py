@@ -22,24 +22,3 @@ def noise(shapes, seed, lead=(), dtype=np.float32):
     """Unit normal leaves of shape lead + shape, as numpy arrays."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda shape: rng.standard_normal(lead + shape).astype(dtype), shapes, is_leaf=is_shape)
-
-
-def resnet18_shapes():
-    """ResNet-18 in its CIFAR form: 62 tensors, 11,173,962 parameters, as in the PowerSGD paper."""
-    shapes = {"conv": (3, 3, 3, 64), "bn": {"scale": (64,), "bias": (64,)}}
-    width = 64
-    for stage, filters in enumerate((64, 128, 256, 512)):
-        for block in range(2):
-            name = f"stage{stage}_{block}"
-            shapes[name] = {
-                "conv1": (3, 3, width, filters),
-                "bn1": {"scale": (filters,), "bias": (filters,)},
-                "conv2": (3, 3, filters, filters),
-                "bn2": {"scale": (filters,), "bias": (filters,)},
-            }
-            if width != filters:
-                shapes[name]["shortcut"] = (1, 1, width, filters)
-                shapes[name]["bn3"] = {"scale": (filters,), "bias": (filters,)}
-            width = filters
-    shapes["linear"] = {"kernel": (512, 10), "bias": (10,)}
-    return shapes
