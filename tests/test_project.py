@@ -4,6 +4,7 @@ import pathlib
 import re
 import tomllib
 
+import jax
 import pytest
 
 import gradcomp_jax as gc
@@ -24,6 +25,7 @@ def test_requirements_are_those_of_the_package_and_its_extras():
 
 
 @pytest.mark.parametrize("page", ["README.md", "WORKSPACE.md"])
+@jax.numpy_dtype_promotion("standard")  # jax's default, as a reader has it
 def test_the_code_on_the_pages_runs(page):
     for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         exec(compile(block, page, "exec"), {})
