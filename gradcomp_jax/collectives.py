@@ -103,7 +103,8 @@ def require_local(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> Non
             raise ValueError(
                 f"gradient leaf {path!r} is already reduced over axis {axis_name!r}: shard_map sums the "
                 "gradients of replicated parameters, and reducing them again would multiply them by the "
-                f"number of workers; use jax.grad(loss)(vary(params, {axis_name!r}), batch), or train_step"
+                f"number of workers; use jax.grad(loss)(vary(params, {axis_name!r}), batch), or train_step, and "
+                "put wrappers such as optax.MultiSteps after the codec, not around it"
             )
 
 

@@ -14,6 +14,8 @@ Error feedback, for worker w at step t, with codec C:
 so that over any steps: sum of applied + mean of residuals = sum of mean gradients.
 """
 
+import collections
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,7 +27,7 @@ from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.metrics import WireCount, add_bits, no_bits
 from gradcomp_jax.sharding import PerWorker
-from gradcomp_jax.views import widen
+from gradcomp_jax.views import narrow, widen
 
 Tensors = dict[str, jax.Array]
 """Leaves by path ("conv1/kernel"), in float32 or wider."""
@@ -96,6 +98,12 @@ class Compressor(optax.GradientTransformationExtraArgs):
         return self
 
 
+def require_whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError for an argument that is not a whole number of at least `least`."""
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
 def is_matrix(path: str, leaf: Any) -> bool:
     """Whether a leaf has more than one axis: kernels and embeddings, not biases and scales."""
     del path
@@ -127,11 +135,13 @@ def compressor(
       A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and
       must run where `axis_name` is bound. Where a gradient is not finite on any worker it returns zeros on
       all; `train_step` and `simulate` then keep parameters and optimiser state, while in a bare
-      `optax.chain` the zeros reach the next transformation.
+      `optax.chain` the zeros reach the next transformation. Means are rounded to the gradient's type and
+      kept within its range; error feedback sends later what that takes away.
 
       Gradients that are already reduced are refused by name where types are tracked, which is under
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
     """
+    require_whole("min_size", min_size, 0)
     choose = compress or codec.default
 
     def compressed(path: str, leaf: Any) -> bool:
@@ -180,9 +190,14 @@ def compressor(
         def if_finite(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        mean = {path: jnp.where(finite, x, 0).astype(leaves[path].dtype) for path, x in mean.items()}
-        residual = {path: x - exchanged.own[path] for path, x in tensors.items()} if error_feedback else {}
-        return jax.tree.unflatten(treedef, [mean[path] for path in leaves]), CompressorState(
+        # What a narrower type cannot hold of the mean stays in the residual too.
+        applied = {path: narrow(x, leaves[path].dtype) for path, x in mean.items()}
+        residual = {}
+        if error_feedback:
+            lost = {path: mean[path] - widen(applied[path]) for path in tensors}
+            residual = {path: x - exchanged.own[path] + lost[path] for path, x in tensors.items()}
+        updates = [jnp.where(finite, applied[path], jnp.zeros_like(applied[path])) for path in leaves]
+        return jax.tree.unflatten(treedef, updates), CompressorState(
             codec=if_finite(exchanged.state, state.codec),
             residual=PerWorker(if_finite(residual, state.residual.value), axis_name),
             wire=add_bits(state.wire, exchanged.bits + dense_bits),
@@ -195,18 +210,19 @@ def compressor(
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     """The leaves of a tree by path, in the tree's order, and its structure."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    by_path = {_name(path): leaf for path, leaf in leaves}
+    below = collections.Counter(path[:depth] for path, _ in leaves for depth in range(len(path)))
+
+    def name(path: tuple) -> str:
+        # An nnx.Variable wraps its array as its only attribute, "value"; nnx.Optimizer initialises from
+        # variables and updates from arrays, and both must give the same names.
+        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and below[path[:-1]] == 1:
+            path = path[:-1]
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    by_path = {name(path): leaf for path, leaf in leaves}
     if len(by_path) < len(leaves):
         raise ValueError("two leaves of the gradients have the same path: a key holds a '/', rename it")
     return by_path, treedef
-
-
-def _name(path: tuple) -> str:
-    # An nnx.Variable wraps its array as attribute "value"; nnx.Optimizer initialises from variables and
-    # updates from arrays, and both must give the same names.
-    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def skipped_steps(opt_state: Any) -> jax.Array:

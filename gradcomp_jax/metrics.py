@@ -5,6 +5,7 @@ the ring laws, padding and uncompressed leaves included. *Entropy* is the length
 fixed buffer. `wire_bits` and `collective_bytes` both speak of the wire.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def wire_bits(opt_state: Any) -> WireBits:
 
     Skipped steps count: their gradients were not finite, but they travelled. `average` is not counted, as
     it stands for the links on which bytes are cheap, nor is anything the step sends beside the gradients
-    (the loss, batch statistics).
+    (the loss, batch statistics). A count that the ring law makes a fraction, as among three workers, is
+    rounded up.
 
     Args:
       opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
@@ -112,6 +114,7 @@ _RING_LAW = {
     "all-to-all": lambda n, p: (n - 1) * p / n,
     "collective-permute": lambda n, p: p if n > 1 else 0,
 }
+_UNKNOWN = ("collective-broadcast", "ragged-all-to-all", "send", "recv")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -135,7 +138,8 @@ def collective_bytes(compiled: Any) -> list[Collective]:
       The collectives, in the order of the program. A collective in a loop counts once for each trip.
 
     Raises:
-      ValueError: a collective stands in a loop whose trip count the compiler does not state.
+      ValueError: a collective stands in a loop whose trip count the compiler does not state, or cannot be
+        read; or the text is not compiled HLO.
 
     >>> import jax, jax.numpy as jnp
     >>> program = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
@@ -148,6 +152,8 @@ def collective_bytes(compiled: Any) -> list[Collective]:
         if found := re.search(rf"{key}=(\d+)", text.split("\n", 1)[0]):
             devices *= int(found[1])
     computations, entry = _parse(text)
+    if not entry:
+        raise ValueError("this is not the text of an HLO module: pass what lower(...).compile() returns")
     return _walk(computations, entry, "", 1, devices)
 
 
@@ -180,8 +186,11 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
                 found += _walk(computations, target, inside, times, devices)
         elif i.op == "while":
             trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
-            inner = times * int(trips[1]) if trips else -1
-            found += _walk(computations, _attribute(i.rest, "body"), branch, inner, devices)
+            for part, more in (("body", 0), ("condition", 1)):  # the condition is tested once more
+                inner = times * (int(trips[1]) + more) if trips and times >= 0 else -1
+                found += _walk(computations, _attribute(i.rest, part), branch, inner, devices)
+        elif i.op.startswith(_UNKNOWN):
+            raise ValueError(f"{i.name} is a {i.op}, whose bytes are not known")
         elif i.op in ("call", "fusion", "async-start"):
             target = _attribute(i.rest, "to_apply") or _attribute(i.rest, "calls")
             found += _walk(computations, target, branch, times, devices)
@@ -189,12 +198,25 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
 
 
 def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str, times: int, devices: int):
-    operands = re.findall(r"%([\w.\-]+)", i.rest.split(")", 1)[0])
-    parts = [part for operand in operands for part in _SHAPE.findall(shapes[operand])]
+    operands = re.findall(r"%?([\w.\-]+)\s*(?:,|$)", _arguments(i.rest))
+    missing = [operand for operand in operands if operand not in shapes]
+    parts = [part for operand in operands if operand in shapes for part in _SHAPE.findall(shapes[operand])]
+    if missing or not parts:
+        raise ValueError(f"cannot read the operands of {i.name}: {_arguments(i.rest)!r}")
     size = times * sum(_shape_bytes(*part) for part in parts)
     n = _group_size(i.rest, devices) if kind != "collective-permute" else devices
     dtype = "+".join(sorted({part[0] for part in parts}))
     return Collective(kind, dtype, size, n, branch, _RING_LAW[kind](n, size))
+
+
+def _arguments(rest: str) -> str:
+    """The text before the parenthesis that closes an instruction's operands, without braces and shapes."""
+    depth = 1
+    for end, character in enumerate(rest):
+        depth += {"(": 1, ")": -1}.get(character, 0)
+        if depth == 0:
+            return re.sub(r"\{[^{}]*\}|\[[\d,]*\]", "", rest[:end])
+    return rest
 
 
 def _branches(rest: str) -> list[str]:
@@ -213,11 +235,18 @@ def _shape_bytes(dtype: str, dims: str) -> int:
     bits = _BITS.match(dtype)
     # pred is a byte; a type of less than a byte takes a whole one on the wire.
     size = max(1, int(bits[1]) // 8) if bits else 1
-    return size * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
+    return size * math.prod(int(d) for d in dims.split(",") if d)
 
 
 def _group_size(rest: str, devices: int) -> int:
+    """Workers in a group, from the three ways to write one: lists, an iota, axes of a mesh."""
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(iota[2])
-    explicit = re.search(r"replica_groups=\{\{([\d,]+)\}", rest)
-    return len(explicit[1].split(",")) if explicit else devices
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([\w',\s\\]*)\}", rest):
+        sizes = dict(re.findall(r"(\w+)\W*=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", mesh[2]))
+    if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
+        return len(explicit[1].split(","))
+    if (other := re.search(r"replica_groups=(\S+)", rest)) and not other[1].startswith("{}"):
+        raise ValueError(f"cannot read replica_groups={other[1]}")
+    return devices

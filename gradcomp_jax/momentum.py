@@ -51,7 +51,7 @@ def ef_momentum(decay: float = 0.9) -> optax.GradientTransformation:
 
     def update_fn(updates: optax.Updates, state: EFMomentumState, params: optax.Params | None = None):
         del params
-        momentum = jax.tree.map(lambda m, d: decay * m + d, state.momentum, updates)
+        momentum = jax.tree.map(lambda m, d: (decay * m + d).astype(m.dtype), state.momentum, updates)
         return jax.tree.map(jnp.add, updates, momentum), EFMomentumState(momentum)
 
     return optax.GradientTransformation(init_fn, update_fn)

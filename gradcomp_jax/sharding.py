@@ -90,6 +90,11 @@ def global_state(state: Any) -> Any:
     return _map_per_worker(lambda x: jax.tree.map(lambda leaf: leaf[None], x), state, lambda x: x)
 
 
+def automatic(mesh: Mesh) -> Mesh:
+    """`mesh` with automatic axes, which take ordinary arrays; those of `jax.make_mesh` are explicit."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
 def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any:
     """The optimiser's first state in its global form, for `train_step`, `simulate` or your own shard_map.
 
@@ -105,6 +110,8 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     Raises:
       ValueError: a codec's axis_name is not an axis of the mesh, or a codec refuses `params`.
     """
+    if isinstance(mesh, Mesh):
+        mesh = automatic(mesh)
 
     def workers(axis: AxisName) -> int:
         if isinstance(mesh, int):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import flatten, is_compressor_state, skipped_steps
-from gradcomp_jax.sharding import global_state, local_state, state_specs
+from gradcomp_jax.sharding import automatic, global_state, local_state, state_specs
 from gradcomp_jax.views import widen
 
 Step = Callable[..., tuple[Any, ...]]
@@ -64,9 +64,12 @@ def train_step(
     """A jitted data-parallel step in which each worker's own gradient reaches `tx`.
 
     Each worker computes the loss and gradient on its part of the batch; `tx`, with a codec first, makes
-    them one update; all workers apply it. Where a gradient is not finite on any worker, parameters, model
-    state and optimiser state stay as they were on all, and only the codec's `skipped` and its count of
-    bits go on.
+    them one update; all workers apply it. Where a codec finds a gradient that is not finite on any worker,
+    parameters, model state and optimiser state stay as they were on all, and only `skipped` and the count
+    of bits go on. (`average` alone tests nothing.)
+
+    To freeze leaves, use `optax.stateless(lambda u, p: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+    u))`: the zeros of `optax.set_to_zero` have the type of the worker's own gradients, and are refused.
 
     Args:
       loss_fn: `(params, batch) -> loss`, a scalar that is this worker's mean over its part of the batch; not
@@ -79,7 +82,7 @@ def train_step(
         state are averaged over the workers; of integer leaves, such as counters, the largest is kept.
       donate: reuse the memory of params, opt_state and model_state, which cannot be read afterwards.
       check_vma: let shard_map check what differs between workers. Switch it off only for a model that it
-        cannot check; gradients stay local then too.
+        cannot check; gradients stay local then too, and tx is checked by itself.
 
     Returns:
       `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
@@ -92,6 +95,7 @@ def train_step(
       ValueError: when called with a batch that does not divide among the workers, a loss that is reduced
         already, or a tx that leaves the workers' updates different.
     """
+    mesh = automatic(mesh)
     axes = tuple(mesh.axis_names)
     worker = _worker_step(loss_fn, tx, axes, has_aux, has_state)
 
@@ -103,6 +107,8 @@ def train_step(
             params, opt_state, *others = worker(params, local_state(opt_state), *rest)
             return params, global_state(opt_state), *others
 
+        if not check_vma:
+            _require_aggregated(tx, mesh, specs, params, opt_state)
         in_specs = (P(), specs, *(P(),) * has_state, P(axes))
         out_specs = (P(), specs, *(P(),) * (1 + has_state + has_aux))
         sharded = jax.shard_map(on_worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
@@ -162,8 +168,37 @@ def simulate(
 
 _NOT_AGGREGATED = (
     "the updates of tx still differ between the workers along {axes} at {leaf}: put a codec, none() or average() "
-    "first in the chain, with the mesh's axis as its axis_name"
+    "first in the chain, with the mesh's axis as its axis_name, and no wrapper around it; the zeros of "
+    "optax.set_to_zero keep the type of the gradients and count as different, see train_step"
 )
+
+
+def _aggregated(tx: optax.GradientTransformation, axes: AxisName, grads, opt_state, params):
+    """tx.update, refused by name of the leaf where types show that the workers would part."""
+    updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params)
+    for path, leaf in flatten(updates)[0].items():
+        if collectives.known_different(leaf, axes):
+            raise ValueError(_NOT_AGGREGATED.format(leaf=repr(path), axes=axes))
+    return updates, opt_state
+
+
+def _require_aggregated(tx: optax.GradientTransformation, mesh: Mesh, specs, params, opt_state) -> None:
+    """Checks the types of tx alone, for a step whose model cannot be checked."""
+    axes = tuple(mesh.axis_names)
+
+    def update(params, opt_state):
+        grads = collectives.vary(params, axes)
+        updates, opt_state = _aggregated(tx, axes, grads, local_state(opt_state), params)
+        return updates, global_state(opt_state)
+
+    try:
+        jax.eval_shape(
+            jax.shard_map(update, mesh=mesh, in_specs=(P(), specs), out_specs=(P(), specs)), params, opt_state
+        )
+    except ValueError as error:
+        if "out_specs" in str(error):
+            raise ValueError(_NOT_AGGREGATED.format(leaf="the state", axes=axes)) from error
+        raise
 
 
 def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) -> Step:
@@ -186,18 +221,17 @@ def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) ->
                 f"loss_fn's loss is already reduced over the workers along {axes}, which would divide its "
                 "gradients: return the worker's own mean, the step averages the loss it returns"
             )
-        updates, new_opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params)
-        for path, leaf in flatten(updates)[0].items():
-            if collectives.known_different(leaf, axes):
-                raise ValueError(_NOT_AGGREGATED.format(leaf=repr(path), axes=axes))
-
+        updates, new_opt_state = _aggregated(tx, axes, grads, opt_state, params)
         kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
 
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
 
         def keep_state(new, old):
-            return new if is_compressor_state(new) else keep(new, old)
+            if not is_compressor_state(new):
+                return keep(new, old)
+            # Another codec of the chain may have seen nothing wrong.
+            return new._replace(codec=keep(new.codec, old.codec), residual=keep(new.residual, old.residual))
 
         new_params = keep(optax.apply_updates(params, updates), params)
         new_opt_state = jax.tree.map(keep_state, new_opt_state, opt_state, is_leaf=is_compressor_state)

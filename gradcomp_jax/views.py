@@ -1,17 +1,28 @@
 """Tensors as the algorithms see them: wide enough to sum, as matrices, as buckets."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """`x` in float32, or as it is if it is float64.
+    """`x` in float32, or as it is if it is float64 or complex.
 
     Sums of 16-bit floats lose too much, and on some backends XLA widens them on the wire anyway.
     """
-    return jnp.asarray(x, jnp.float64 if jnp.result_type(x) == jnp.float64 else jnp.float32)
+    dtype = jnp.result_type(x)
+    keep = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.asarray(x, dtype if keep else jnp.float32)
+
+
+def narrow(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in a floating `dtype`, at most of its largest magnitude: a finite value stays finite."""
+    if x.dtype == dtype:
+        return x
+    most = float(jnp.finfo(dtype).max)
+    return jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x).astype(dtype)
 
 
 def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int, int]:

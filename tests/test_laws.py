@@ -78,6 +78,22 @@ class TestConservation:
         if got.states.residual.value or row.id == "none":
             assert_conserved(grads, got, 5e-5 * STEPS * scale)
 
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    @pytest.mark.parametrize("row", [row for row in EACH if "ef" in row.id or "powersgd" in row.id], ids=lambda r: r.id)
+    def test_rounding_to_16_bits_is_owed_too(self, row, dtype):
+        grads = jax.tree.map(lambda x: np.asarray(x, dtype), trees.noise(trees.MATRICES, 11, (100, 2)))
+        got = run(TX[row.id], grads, "checked")
+        assert jax.tree.leaves(got.updates)[0].dtype == dtype
+        assert_conserved(grads, got, 1e-3)
+
+    def test_float16_saturates_and_owes_the_rest(self):
+        grads = {"w": np.full((40, 2, 40, 24), 20_000, np.float16)}
+        grads["w"][:, :, ::2] *= -1
+        got = run(TX["powersgd-1"], grads, "vmap")
+        assert np.isfinite(got.updates["w"]).all()
+        np.testing.assert_array_equal(got.states.skipped, 0)
+        assert_conserved(grads, got, 2.0)
+
 
 class TestAgreement:
     """Law 2."""
@@ -280,7 +296,7 @@ class TestNothingPoisons:
     @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 5), (5, 1)], ids=str)
     @each_codec
     def test_tiny_leaves(self, row, shape):
-        tx = row.make(**({} if row.id == "none" else {"allow_dense": True}))
+        tx = row.make(allow_dense=True)
         grads = trees.noise({"tiny": shape}, 7, (2, 3))
         got = run(tx, grads, "vmap")
         np.testing.assert_allclose(got.updates["tiny"][:, 0], grads["tiny"].mean(1), atol=1e-6)

@@ -84,6 +84,12 @@ def test_loops_count_each_trip():
     with pytest.raises(ValueError, match="loop of unknown length"):
         gc.collective_bytes(compiled(endless))
 
+    def tested_by_all(x):
+        return lax.while_loop(lambda x: lax.psum(x, "data").sum() < 100, lambda x: x + 1, x)
+
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        gc.collective_bytes(compiled(tested_by_all))
+
 
 def test_groups_along_one_axis_of_the_mesh():
     mesh = gc.make_mesh({"node": 2, "local": 4})
@@ -126,3 +132,43 @@ def test_asynchronous_pairs_count_once():
         gc.Collective("all-reduce", "f32", 400, 8, "", 700.0),
         gc.Collective("all-gather", "u8", 64, 8, "", 448),
     ]
+
+
+@pytest.mark.parametrize(
+    ("groups", "workers"),
+    [
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("{}", 8),
+        ("mesh['data'=2,'m'=4] {'data'}", 2),
+        ("mesh['data'=2,'m'=4] {'data','m'}", 8),
+    ],
+)
+def test_groups_in_every_notation(groups, workers):
+    got = gc.collective_bytes(ASYNC.replace("[1,8]<=[8]", groups))
+    assert [c.workers for c in got] == [workers, workers]
+
+
+@pytest.mark.parametrize("operand", ["%p0", "f32[100]{0} %p0", "f32[100]{0:T(128)} %p0", "p0"])
+def test_operands_in_every_notation(operand):
+    got = gc.collective_bytes(ASYNC.replace("all-reduce-start(%p0)", f"all-reduce-start({operand})"))
+    assert got[0].operand_bytes == 400
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("(%p0)", "(%gone)", "cannot read the operands"),
+        ("[1,8]<=[8]", "<@mesh>", "cannot read replica_groups"),
+        ("all-gather-start(", "collective-broadcast(", "bytes are not known"),
+        ("ENTRY", "", "not the text of an HLO module"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        gc.collective_bytes(ASYNC.replace(old, new))
+
+
+def test_lowered_text_is_refused():
+    with pytest.raises(ValueError, match="not the text of an HLO module"):
+        gc.collective_bytes(jax.jit(lambda x: x + 1).lower(jnp.ones(3)).as_text())

@@ -129,6 +129,13 @@ class TestPowerSGD:
                     update, state = tx.update(jnp.float32(1), state)
                 assert float(update) == pytest.approx(gain, rel=1e-4)
 
+    def test_momentum_keeps_its_type(self):
+        tx = gc.ef_momentum(0.9)
+        state = tx.init(jnp.bfloat16(0))
+        with jax.numpy_dtype_promotion("standard"):
+            _, after = tx.update(jnp.float32(1), state)
+        chex.assert_trees_all_equal_dtypes(state, after)
+
     def test_algorithm_2_by_hand(self):
         tx, lr = gc.ef_momentum(0.5), 0.1
         x, m, state = 1.0, 0.0, tx.init(jnp.float32(1))

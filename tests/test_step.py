@@ -120,3 +120,58 @@ def test_bf16_parameters():
         new, state, _ = step(params, gc.init(tx, params, where), cast(batch))
         assert {x.dtype for x in jax.tree.leaves(new)} == {jnp.dtype(jnp.bfloat16)}
         assert {x.dtype for x in jax.tree.leaves(state[0].residual)} == {jnp.dtype(jnp.float32)}
+
+
+@pytest.mark.parametrize("kind", [0, 2], ids=["checked", "simulated"])
+def test_a_skipped_step_stops_every_codec(kind):
+    """The codec that saw nothing wrong keeps its residual too, as what it sent was not applied."""
+    labels = {"layer1": {"kernel": "matrix", "bias": "rest"}, "layer2": {"kernel": "matrix", "bias": "rest"}}
+    tx = optax.chain(optax.partition({"matrix": gc.powersgd(2), "rest": gc.none()}, labels), optax.sgd(0.1))
+
+    def loss_fn(params, batch):
+        return problem.loss_fn(params, batch) + jnp.sum(params["layer2"]["bias"]) * batch["poison"][0]
+
+    step, where = steps(loss_fn, tx)[kind]
+    params = problem.params()
+    state = gc.init(tx, params, where)
+    (batch,) = problem.batches(1)
+    after = step(params, state, {**batch, "poison": jnp.full(32, jnp.nan)})[:2]
+    chex.assert_trees_all_equal(jax.device_get(after[0]), jax.device_get(params))
+    before, after = (tree[0].inner_states["matrix"].inner_state for tree in (state, after[1]))
+    chex.assert_trees_all_equal(jax.device_get(before[:2]), jax.device_get(after[:2]))
+    assert gc.wire_bits(after).total > 0
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2], ids=["checked", "unchecked", "simulated"])
+def test_frozen_leaves(kind):
+    freeze = optax.stateless(lambda u, p: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), u))
+    labels = {"layer1": "frozen", "layer2": "trained"}
+    tx = optax.partition({"trained": problem.optimizer(gc.powersgd(2)), "frozen": freeze}, labels)
+    step, where = steps(problem.loss_fn, tx)[kind]
+    params = problem.params()
+    (batch,) = problem.batches(1)
+    new, _, _ = step(params, gc.init(tx, params, where), batch)
+    chex.assert_trees_all_equal(new["layer1"], params["layer1"])
+    assert (new["layer2"]["kernel"] != params["layer2"]["kernel"]).any()
+
+
+def test_a_mesh_of_explicit_axes():
+    mesh = jax.make_mesh((N,), ("data",), devices=jax.devices()[:N])
+    tx = problem.optimizer(gc.powersgd(2))
+    params = problem.params()
+    (batch,) = problem.batches(1)
+    new, _, _ = gc.train_step(problem.loss_fn, tx, mesh)(params, gc.init(tx, params, mesh), batch)
+    step, where = steps(problem.loss_fn, tx)[0]
+    chex.assert_trees_all_equal(jax.device_get(new), jax.device_get(step(params, gc.init(tx, params, where), batch)[0]))
+
+
+def test_complex_model_state():
+    def loss_fn(params, state, batch):
+        return problem.loss_fn(params, batch), state * 1j
+
+    tx = problem.optimizer(gc.none())
+    step, where = steps(loss_fn, tx, has_state=True)[0]
+    params = problem.params()
+    (batch,) = problem.batches(1)
+    _, _, state, _ = step(params, gc.init(tx, params, where), jnp.complex64(1 + 2j), batch)
+    assert state == -2 + 1j

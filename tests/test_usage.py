@@ -1,9 +1,12 @@
 """The four ways to use a codec give the same parameters, and the same as each other's twin."""
 
+import dataclasses
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -203,3 +206,41 @@ def test_workers_along_two_axes(make):
     for batch in problem.batches(STEPS):
         params, opt_state, _ = step(params, opt_state, batch)
     chex.assert_trees_all_close(params, by_train_step(problem.optimizer(make()))[0], atol=1e-5, rtol=0)
+
+
+def test_a_gradient_that_varies_along_a_further_axis():
+    """Parameters sharded over a model axis: each shard is compressed over the data axis alone."""
+    mesh = gc.make_mesh({"data": 2, "model": 2})
+    tx = gc.powersgd(1, error_feedback=False)
+    grads = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 16)), jnp.float32)
+
+    def worker(grads):
+        return tx.update({"w": grads[0]}, tx.init({"w": grads[0]}))[0]["w"]
+
+    got = jax.shard_map(worker, mesh=mesh, in_specs=P("data", None, "model"), out_specs=P(None, "model"))(grads)
+    halves = [
+        jax.vmap(lambda g: tx.update({"w": g}, tx.init({"w": g}))[0]["w"], axis_name="data")(grads[..., i : i + 8])[0]
+        for i in (0, 8)
+    ]
+    chex.assert_trees_all_close(got, jnp.concatenate(halves, axis=1), atol=1e-5)
+
+
+def test_names_of_leaves():
+    """A Variable's "value" is no name; a module's own attribute of that name is."""
+
+    class Attention(nnx.Module):
+        def __init__(self, rngs):
+            self.query = nnx.Linear(16, 16, rngs=rngs)
+            self.value = nnx.Linear(16, 16, rngs=rngs)
+
+    state = gc.powersgd(1).init(nnx.state(Attention(nnx.Rngs(0)), nnx.Param))
+    assert list(state.codec.q) == ["query/kernel", "value/kernel"]
+
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Raw:
+        query: jax.Array
+        value: jax.Array
+
+    state = gc.powersgd(1).init({"attention": Raw(jnp.ones((16, 16)), jnp.ones((16, 16)))})
+    assert list(state.codec.q) == ["attention/query", "attention/value"]

@@ -18,6 +18,7 @@ def none(
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
+    allow_dense: bool = False,
 ) -> Compressor:
     """All-reduces every gradient as it is: the dense baseline, with its bits counted.
 
@@ -30,6 +31,7 @@ def none(
       seed: without effect.
       min_size: without effect on the result.
       compress: without effect on the result.
+      allow_dense: without effect: all is dense.
 
     Returns:
       A `Compressor` whose updates are the mean gradients.
@@ -38,7 +40,7 @@ def none(
     >>> from gradcomp_jax import none
     >>> tx = optax.chain(none(), optax.sgd(0.1))
     """
-    del seed
+    del seed, allow_dense
 
     def exchange(tensors: Tensors, state: Any, axis_name: AxisName, **extra_args: Any) -> Exchanged:
         del extra_args

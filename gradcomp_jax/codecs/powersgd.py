@@ -28,7 +28,16 @@ from jax.flatten_util import ravel_pytree
 
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, is_matrix
+from gradcomp_jax.compressor import (
+    Codec,
+    Compressor,
+    Exchanged,
+    Predicate,
+    Tensors,
+    compressor,
+    is_matrix,
+    require_whole,
+)
 from gradcomp_jax.random import step_key
 from gradcomp_jax.views import matrix_shape
 
@@ -97,8 +106,7 @@ def powersgd(
     >>> from gradcomp_jax import powersgd
     >>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
     """
-    if rank < 1 or rank != int(rank):
-        raise ValueError(f"rank={rank} must be a whole number of at least 1")
+    require_whole("rank", rank, 1)
     if min_rate <= 0:
         raise ValueError(f"min_rate={min_rate} must be positive")
 
@@ -131,7 +139,9 @@ def powersgd(
         dead = {path: jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD for path, x in p.items()}
         flat, unravel = ravel_pytree(p)
         some = jnp.any(ravel_pytree(dead)[0])
-        fresh = jax.lax.cond(some, lambda: normal(flat, step), lambda: jnp.zeros_like(flat))
+        zeros = jnp.zeros_like(flat)
+        # Added to zeros it has the type of P, where P differs along a further mesh axis.
+        fresh = jax.lax.cond(some, lambda: zeros + normal(flat, step), lambda: zeros)
         return jax.tree.map(jnp.where, dead, unravel(fresh), p)
 
     def exchange(tensors: Tensors, state: PowerSGDState, axis_name: AxisName, **extra_args: Any) -> Exchanged:

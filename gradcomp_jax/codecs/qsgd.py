@@ -25,7 +25,16 @@ import jax.numpy as jnp
 
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, is_matrix
+from gradcomp_jax.compressor import (
+    Codec,
+    Compressor,
+    Exchanged,
+    Predicate,
+    Tensors,
+    compressor,
+    is_matrix,
+    require_whole,
+)
 from gradcomp_jax.random import uniform16, worker_key
 from gradcomp_jax.views import buckets, from_buckets
 from gradcomp_jax.wire.packing import from_bytes, pack, to_bytes, unpack
@@ -120,17 +129,20 @@ def qsgd(
     >>> from gradcomp_jax import qsgd
     >>> tx = optax.chain(qsgd(bits=4), optax.sgd(0.1, momentum=0.9))
     """
+    require_whole("bits", bits, 1)
     if bits not in (2, 4, 8):
         raise ValueError(f"bits={bits} must be 2, 4 or 8; 1 bit leaves no level beside the sign")
-    if bucket_size < 4 or bucket_size % 4:
-        raise ValueError(f"bucket_size={bucket_size} must be a positive multiple of 4, so that its codes fill bytes")
+    require_whole("bucket_size", bucket_size, 4)
+    if bucket_size % 4:
+        raise ValueError(f"bucket_size={bucket_size} must be a multiple of 4, so that its codes fill bytes")
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} must be one of {', '.join(map(repr, NORMS))}")
     most = 2 ** (bits - 1) - 1
     s = most if levels is None else levels
-    if not 1 <= s <= most:
+    require_whole("levels", s, 1)
+    if s > most:
         raise ValueError(
-            f"levels={s} must be between 1 and {most}: {bits} bits hold {2**bits} codes, and a sign and zero "
+            f"levels={s} must be at most {most}: {bits} bits hold {2**bits} codes, and a sign and zero "
             "take 2 levels + 1 of them; use more bits"
         )
     average = collectives.aggregation("qsgd", aggregate)

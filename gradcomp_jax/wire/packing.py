@@ -6,6 +6,7 @@ slices are shifted and joined, and nothing is interleaved. The lowest bits hold 
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
 def pack(codes: jax.Array, bits: int) -> jax.Array:
@@ -28,6 +29,6 @@ def to_bytes(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(-1)
 
 
-def from_bytes(data: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+def from_bytes(data: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """The inverse of `to_bytes`, for types of more than a byte."""
     return jax.lax.bitcast_convert_type(data.reshape(*shape, -1), dtype)
