@@ -9,7 +9,7 @@ Error feedback, for worker w at step t, with codec C:
 
     tensors_w = gradient_w + residual_w
     mean, own_w = exchange(tensors_w)             pmean(own_w) = mean
-    residual_w <- tensors_w - own_w
+    residual_w <- tensors_w - own_w (+ what the gradients' type cannot hold of the mean)
 
 so that over any steps: sum of applied + mean of residuals = sum of mean gradients.
 """

@@ -22,15 +22,15 @@ def none(
 ) -> Compressor:
     """All-reduces every gradient as it is: the dense baseline, with its bits counted.
 
-    It takes the keywords that every codec takes, so that one call serves them all; none of them changes
-    what it returns. 16-bit gradients are summed, and travel, in float32.
+    It takes the keywords that every codec takes, so that one call serves them all. 16-bit gradients are
+    summed, and travel, in float32.
 
     Args:
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: keeps a residual, which stays zero.
+      error_feedback: keeps a residual: zero, but for what rounding the mean to 16 bits takes away.
       seed: without effect.
-      min_size: without effect on the result.
-      compress: without effect on the result.
+      min_size: smaller leaves have no residual.
+      compress: (path, leaf) -> whether it has a residual; by default every leaf.
       allow_dense: without effect: all is dense.
 
     Returns:
