@@ -5,6 +5,15 @@ import os
 # LAPACK threads of emulated devices get in each other's way; read once, when the library is loaded.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the time goes into compiling. LLVM's optimisations are left out; those of HLO, which decide on the
+# collectives, are not.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
 
 import hypothesis
 import jax

@@ -149,10 +149,16 @@ class TestContextsAgree:
             chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=0)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
 
-    @pytest.mark.parametrize("workers", [1, 2, 3, 8])
+    @pytest.mark.parametrize("workers", [1, 3, 8])
     @every_row
     def test_any_number_of_workers(self, row, workers):
-        context = "checked" if workers == 2 else "vmap"
+        self.any_number(row, workers, "vmap")
+
+    @each_codec
+    def test_two_workers(self, row):
+        self.any_number(row, 2, "checked")
+
+    def any_number(self, row, workers, context):
         grads = trees.noise(trees.MIXED, 3, (3, workers))
         got = run(TX[row.id], grads, context)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
@@ -181,7 +187,7 @@ def hlo_of(tx, shapes, workers):
 class TestBitsAreTrue:
     """Law 5."""
 
-    @pytest.mark.parametrize("workers", [2, 4, 8])
+    @pytest.mark.parametrize("workers", [2, 8])
     @each_codec
     def test_declared_bits_are_those_of_the_compiled_collectives(self, row, workers):
         compiled, step = hlo_of(TX[row.id], trees.MIXED, workers)
@@ -293,13 +299,13 @@ class TestNothingPoisons:
         assert all(np.isfinite(x).all() and x[2:].any() for x in jax.tree.leaves(got.updates))
         np.testing.assert_array_equal(got.states.skipped, 0)
 
-    @pytest.mark.parametrize("shape", [(), (1,), (1, 1), (1, 5), (5, 1)], ids=str)
     @each_codec
-    def test_tiny_leaves(self, row, shape):
+    def test_tiny_leaves(self, row):
         tx = row.make(allow_dense=True)
-        grads = trees.noise({"tiny": shape}, 7, (2, 3))
+        grads = trees.noise({"scalar": (), "one": (1,), "dot": (1, 1), "row": (1, 5), "column": (5, 1)}, 7, (2, 3))
         got = run(tx, grads, "vmap")
-        np.testing.assert_allclose(got.updates["tiny"][:, 0], grads["tiny"].mean(1), atol=1e-6)
+        mean = jax.tree.map(lambda x: x.mean(1), grads)
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[:, 0], got.updates), mean, atol=1e-6)
 
     @pytest.mark.parametrize("magnitude", [1e-37, 1e-30, 1e30])
     @each_codec
