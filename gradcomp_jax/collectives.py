@@ -147,7 +147,10 @@ def gather_mean(payload: jax.Array, decode: Callable[[jax.Array], T], axis_name:
 
 
 def max_(tree: T, axis_name: AxisName) -> T:
-    """The elementwise maximum of every leaf over the workers, the same on all."""
+    """The elementwise maximum of every leaf over the workers, the same on all.
+
+    For the step's model state, which `wire_bits` leaves out; hence alone here without bits.
+    """
     return lax.pmax(tree, axis_name)
 
 
