@@ -5,6 +5,7 @@
 >>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
 """
 
+from gradcomp_jax.codecs.gradiveq import GradiVeQState, gradiveq
 from gradcomp_jax.codecs.none import average, none
 from gradcomp_jax.codecs.powersgd import PowerSGDState, powersgd
 from gradcomp_jax.codecs.qsgd import QSGDState, qsgd
@@ -20,6 +21,7 @@ __all__ = [
     "Compressor",
     "CompressorState",
     "EFMomentumState",
+    "GradiVeQState",
     "PerWorker",
     "PowerSGDState",
     "QSGDState",
@@ -29,6 +31,7 @@ __all__ = [
     "collective_bytes",
     "ef_momentum",
     "global_state",
+    "gradiveq",
     "init",
     "local_state",
     "make_mesh",

@@ -6,12 +6,14 @@ operands handed to the collective, so that a codec cannot declare less than it s
 
 | collective | bits one worker sends, operand of p bits, n workers |
 |---|---|
-| `mean` (all-reduce) | 2 (n - 1) / n p |
+| `mean`, `mean_front`, `from_first` (all-reduce) | 2 (n - 1) / n p |
 | `gather` (all-gather) | (n - 1) p |
 
 All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, with `check_vma` on or off.
 """
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -19,8 +21,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gradcomp_jax.metrics import bit_pair
+
 AxisName = str | tuple[str, ...]
 T = TypeVar("T")
+
+# Sizes that `mean_front` compiles for: 16 between 1 and 1/32 round up by 1.26 at most.
+FRONT_SIZES = 16
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
@@ -113,6 +120,42 @@ def mean(tree: T, axis_name: AxisName) -> tuple[T, int]:
     n = workers(axis_name)
     payload = sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     return lax.pmean(tree, axis_name), -(-2 * (n - 1) * payload // n)
+
+
+def mean_front(
+    buffer: jax.Array, length: jax.Array, least: int, most: int, axis_name: AxisName
+) -> tuple[jax.Array, jax.Array]:
+    """All-reduces the first `length` elements of `buffer` to their mean, and little more than those.
+
+    Shapes are static, so one of `FRONT_SIZES` fixed sizes between `least` and `most`, in equal ratios, is sent:
+    the smallest that holds them.
+
+    Args:
+      buffer: a vector of at least `most` elements.
+      length: int32, the same on all workers, from `least` to `most`.
+      least: the smallest length there can be, at least 1.
+      most: the largest.
+      axis_name: the axis of the workers.
+
+    Returns:
+      A vector of the buffer's size, zero beyond what was sent; and the bits this worker sent, as a pair.
+    """
+    steps = range(FRONT_SIZES)
+    sizes = sorted({min(most, math.ceil(least * (most / least) ** (i / (FRONT_SIZES - 1)))) for i in steps} | {most})
+
+    def send(size: int):
+        received, bits = mean(buffer[:size], axis_name)
+        return jnp.pad(received, (0, buffer.size - size)), bit_pair(bits)
+
+    smallest = jnp.searchsorted(jnp.array(sizes), length)
+    return lax.switch(smallest, [functools.partial(send, size) for size in sizes])
+
+
+def from_first(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
+    """The first worker's `x`, on all; an all-reduce, with its bits."""
+    n = workers(axis_name)
+    mine = jnp.where(worker_index(axis_name) == 0, x, jnp.zeros_like(x))
+    return lax.psum(mine, axis_name), -(-2 * (n - 1) * 8 * x.size * x.dtype.itemsize // n)
 
 
 def gather(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:

@@ -25,7 +25,7 @@ import optax
 
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.metrics import WireCount, add_bits, no_bits
+from gradcomp_jax.metrics import Bits, WireCount, add_bits, no_bits, sum_bits
 from gradcomp_jax.sharding import PerWorker
 from gradcomp_jax.views import narrow, widen
 
@@ -49,7 +49,7 @@ class Exchanged(NamedTuple):
     mean: Tensors
     own: Tensors
     state: Any
-    bits: int
+    bits: Bits
 
 
 class Codec(NamedTuple):
@@ -200,7 +200,7 @@ def compressor(
         return jax.tree.unflatten(treedef, updates), CompressorState(
             codec=if_finite(exchanged.state, state.codec),
             residual=PerWorker(if_finite(residual, state.residual.value), axis_name),
-            wire=add_bits(state.wire, exchanged.bits + dense_bits),
+            wire=add_bits(state.wire, sum_bits(exchanged.bits, dense_bits)),
             skipped=state.skipped + jnp.where(finite, 0, 1),
         )
 

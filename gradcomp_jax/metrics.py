@@ -40,12 +40,29 @@ def no_bits() -> WireCount:
     return WireCount(jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32))
 
 
-def add_bits(count: WireCount, bits: int) -> WireCount:
+Bits = int | jax.Array
+"""A number of bits: a Python int, or where the step decides it a uint32 (high, low) pair, see `bit_pair`."""
+
+
+def bit_pair(bits: Bits) -> jax.Array:
+    """`bits` as a uint32 (high, low) pair, [2]."""
+    if isinstance(bits, int):
+        return jnp.asarray([bits >> 32, bits & 0xFFFFFFFF], jnp.uint32)
+    return bits
+
+
+def sum_bits(first: Bits, second: Bits) -> jax.Array:
+    """The sum as a pair."""
+    a, b = bit_pair(first), bit_pair(second)
+    low = a[1] + b[1]
+    carry = (low < b[1]).astype(jnp.uint32)
+    return jnp.stack([a[0] + b[0] + carry, low])
+
+
+def add_bits(count: WireCount, bits: Bits) -> WireCount:
     """`count` after a step that sent `bits`."""
-    last = jnp.asarray([bits >> 32, bits & 0xFFFFFFFF], jnp.uint32)
-    low = count.total[1] + last[1]
-    carry = (low < last[1]).astype(jnp.uint32)
-    return WireCount(last, jnp.stack([count.total[0] + last[0] + carry, low]))
+    last = bit_pair(bits)
+    return WireCount(last, sum_bits(count.total, last))
 
 
 def wire_bits(opt_state: Any) -> WireBits:

@@ -1,10 +1,12 @@
 """Tensors as the algorithms see them: wide enough to sum, as matrices, as buckets."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 
 def widen(x: jax.Array) -> jax.Array:
@@ -48,3 +50,31 @@ def buckets(x: jax.Array, size: int) -> jax.Array:
 def from_buckets(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """The inverse of `buckets`: drops the padding."""
     return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
+
+
+def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array | int]) -> jax.Array:
+    """The first lengths[i] elements of each piece, one after another from the front of one buffer.
+
+    Args:
+      pieces: vectors.
+      lengths: whole numbers, known at run time only; at most each piece's size.
+
+    Returns:
+      A vector of the size of all pieces together. What follows the packed elements is of no meaning.
+    """
+    buffer = jnp.zeros(sum(x.size for x in pieces), pieces[0].dtype)
+    start: jax.Array | int = 0
+    for piece, length in zip(pieces, lengths, strict=True):
+        # Each overwrites the tail of the one before.
+        buffer = lax.dynamic_update_slice(buffer, piece, (start,))
+        start = start + length
+    return buffer
+
+
+def unpack_front(buffer: jax.Array, lengths: Sequence[jax.Array | int], sizes: Sequence[int]) -> list[jax.Array]:
+    """The inverse of `pack_front`: vectors of these sizes, of which the first lengths[i] elements have a meaning."""
+    pieces, start = [], jnp.int32(0)
+    for length, size in zip(lengths, sizes, strict=True):
+        pieces.append(lax.dynamic_slice(buffer, (start,), (size,)))
+        start = start + length
+    return pieces

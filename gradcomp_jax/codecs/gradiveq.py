@@ -1,0 +1,412 @@
+"""GradiVeQ: slices of the gradient in the basis of their principal components, summed in compressed form.
+
+Yu, Li, Xu, Annavaram, Avestimehr et al., "GradiVeQ: Vector Quantization for Bandwidth-Efficient Gradient
+Aggregation in Distributed CNN Training", NeurIPS 2018, arXiv 1811.03617. A convolution's kernel, walked
+filter first, then depth, width and height, is cut into slices g_m of K values. In cycles of steps, with the
+means over N workers where the paper has sums:
+
+    L_t steps:  mean of g_m dense; the slices are samples     mu_m <- their mean
+                U (K x d) <- top d principal components of the first slice's L_t samples
+    L_c steps:  g'_{n,m} = U^T g_{n,m}                         compress (eq. 4)
+                g'_m = mean over n of g'_{n,m}                 the all-reduce: d floats a slice
+                mean_m = U (g'_m - U^T mu_m) + mu_m            decompress (eq. 5)
+
+which is the paper's U U^T (g_m - mu_m) + mu_m without a gradient-sized difference. The compression is linear,
+so nothing is decompressed before the sum. A warm-up of dense steps comes before the first cycle.
+
+Where the paper leaves room: all slices of a layer share the U of the first (its reuse factor s at infinity,
+see `reuse`), but each has its own mu. U is computed from the L_t x L_t Gram matrix of the samples by eigh and QR
+(dividing by the eigenvalues instead loses orthogonality in float32), with the largest entry of each column made
+positive, and taken from the first worker, as unlike processors may order close eigenvalues differently.
+
+The rank trap: L_t samples span at most L_t - 1 directions, so at L_t = 100 and K = 768 the paper's rule, to
+keep 99 % of the samples' variance, allows a ratio of 7.8 for any data, even noise, of which fresh gradients
+then lose nearly all. `select="holdout"` measures the loss on samples that the basis has not seen.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+from gradcomp_jax import collectives
+from gradcomp_jax.collectives import AxisName
+from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, require_whole
+from gradcomp_jax.metrics import bit_pair, sum_bits
+from gradcomp_jax.views import buckets, from_buckets, pack_front, unpack_front
+
+SELECT = ("ratio", "energy", "holdout")
+# K / d on the rungs from which "energy" and "holdout" choose.
+RATIOS = (32, 16, 8, 4)
+# Keeps a quotient finite where the gradient is zero.
+TINY = 1e-30
+
+
+class GradiVeQState(NamedTuple):
+    """State of `gradiveq`, the same on all workers; arrays are by leaf path.
+
+    Attributes:
+      step: int32, exchanges done; tells the phase.
+      samples: aggregated first slices of each group in the training steps, [L_t, groups, K].
+      mu: each slice's mean over the training steps, [slices, K].
+      basis: U, [groups, K, d]; on a ladder d is that of the widest rung.
+      projected: U^T mu, [slices, d].
+      rung: int32, the place on the ladder of `select`; empty for "ratio".
+      loss: |own - gradient|^2 / |gradient|^2 in the last compressed step (eq. 7), mean over the workers.
+    """
+
+    step: jax.Array
+    samples: Tensors
+    mu: Tensors
+    basis: Tensors
+    projected: Tensors
+    rung: Tensors
+    loss: Tensors
+
+
+class Layout(NamedTuple):
+    """How a leaf is cut.
+
+    Attributes:
+      k: K, the length of a slice.
+      slices: how many there are; the last one is padded with zeros.
+      groups: how many bases they have.
+      widths: the d of each rung, ascending.
+    """
+
+    k: int
+    slices: int
+    groups: int
+    widths: tuple[int, ...]
+
+    @property
+    def reuse(self) -> int:
+        """Slices to a basis."""
+        return -(-self.slices // self.groups)
+
+
+def slice_length(shape: tuple[int, ...], k_max: int = 768) -> int:
+    """K for a leaf of this shape [..., D, F]: a multiple of F D that tiles it, where that is at most k_max.
+
+    At multiples of F D, the values at one spatial position, the loss drops sharply (Fig. 5). Where F D is
+    larger, K is the largest multiple of F that tiles the leaf, and where F is larger, the largest divisor of F.
+    """
+    size = math.prod(shape)
+    for unit in (math.prod(shape[-2:]), math.prod(shape[-1:])):
+        fitting = [k for k in range(unit, k_max + 1, unit) if size % k == 0]
+        if fitting:
+            return fitting[-1]
+    return max(k for k in range(1, k_max + 1) if shape[-1] % k == 0)
+
+
+def principal_basis(samples: jax.Array, d: int) -> tuple[jax.Array, jax.Array]:
+    """The top d principal components of samples [L, K], as columns [K, d], and all variances [L], descending.
+
+    Columns are orthonormal; those whose variance is rounding are zero. d is at most min(L, K). Variances are
+    relative to the squared largest deviation from the mean.
+    """
+    x = samples - jnp.mean(samples, axis=0)
+    largest = jnp.max(jnp.abs(x))
+    x = x / jnp.where(largest > 0, largest, 1)  # squares of the samples may leave their type's range
+    variance, v = jnp.linalg.eigh(_matmul(x, x.T))
+    variance, v = jnp.maximum(variance[::-1], 0), v[:, ::-1]
+    u, _ = jnp.linalg.qr(_matmul(x.T, v[:, :d]))
+    carries = variance[:d] > len(x) * jnp.finfo(x.dtype).eps * variance[0]
+    largest = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=0)[None], axis=0)
+    return jnp.where(carries, u * jnp.where(largest < 0, -1, 1).astype(u.dtype), 0), variance
+
+
+def unexplained(samples: jax.Array, basis: jax.Array, mu: jax.Array) -> jax.Array:
+    """|x - xhat|^2 / |x|^2 over samples x [L, K], by how many columns of the basis [K, d] are kept: [d].
+
+    xhat = U U^T (x - mu) + mu. Ones where the samples are all zero.
+    """
+    largest = jnp.max(jnp.abs(samples))
+    scale = jnp.where(largest > 0, largest, 1)
+    x, centred = samples / scale, (samples - mu) / scale
+    kept = jnp.cumsum(jnp.sum(_matmul(centred, basis) ** 2, axis=0))
+    return jnp.where(largest > 0, jnp.maximum(jnp.sum(centred**2) - kept, 0) / jnp.sum(x**2), 1)
+
+
+def project(rows: jax.Array, basis: jax.Array) -> jax.Array:
+    """U^T g of every slice: rows [slices, K], basis [groups, K, d] -> [slices, d]."""
+    return _matmul(_grouped(rows, len(basis)), basis).reshape(-1, basis.shape[-1])[: len(rows)]
+
+
+def restore(c: jax.Array, basis: jax.Array, projected: jax.Array, mu: jax.Array) -> jax.Array:
+    """U (c - U^T mu) + mu of every slice: c [slices, d] -> [slices, K]; uses the first d columns of U."""
+    d = c.shape[-1]
+    rows = _matmul(_grouped(c - projected[:, :d], len(basis)), basis[..., :d].swapaxes(1, 2))
+    return rows.reshape(-1, mu.shape[-1])[: len(mu)] + mu
+
+
+def _grouped(rows: jax.Array, groups: int) -> jax.Array:
+    """[slices, ...] -> [groups, slices of one basis, ...], filled up with zeros."""
+    size = -(-len(rows) // groups)
+    missing = groups * size - len(rows)
+    rows = jnp.pad(rows, [(0, missing), (0, 0)]) if missing else rows
+    return rows.reshape(groups, size, -1)
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    # HIGHEST: TPUs round to bfloat16 by default, and own and mean would part.
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def gradiveq(
+    k: int | None = None,
+    *,
+    ratio: float = 8,
+    train_steps: int = 100,
+    compress_steps: int = 400,
+    warmup_steps: int = 2500,
+    k_max: int = 768,
+    reuse: int | None = None,
+    select: str = "ratio",
+    max_loss: float = 0.01,
+    axis_name: AxisName = "data",
+    error_feedback: bool = False,
+    seed: int = 0,
+    min_size: int = 0,
+    compress: Predicate | None = None,
+    allow_dense: bool = False,
+) -> Compressor:
+    """GradiVeQ (Yu et al., NeurIPS 2018), linear, by one all-reduce in the compressed space.
+
+    Steps go in cycles, after `warmup_steps` dense ones: `train_steps` dense ones on which the bases are fitted,
+    then `compress_steps` that send d = K / ratio floats for each slice of K, and one a leaf for the loss. A
+    skipped step does not count. On the last training step the first worker sends the bases. So the bytes of a
+    run are those of its phases, and a run shorter than the warm-up is not compressed at all.
+
+    State, the same on all workers, in the gradient's type (float32 or wider): mu, of the size of the compressed
+    leaves; for each basis `train_steps` K floats of samples and K d floats of U; d floats a slice. With the
+    defaults that is 1.3 times ResNet-18's compressed leaves.
+
+    Args:
+      k: K, the length of a slice, at most the leaf's size; the last slice is padded with zeros. By default
+        `slice_length` of each leaf: multiples of D F elements, one position of a kernel [H, W, D, F].
+      ratio: K / d, above 1, for select="ratio"; d must be below train_steps.
+      train_steps: L_t, at least 2.
+      compress_steps: L_c.
+      warmup_steps: dense steps before the first cycle.
+      k_max: the largest K where k is None; costs 4 d flops an element to compress and restore.
+      reuse: s, the slices that share one basis, computed from the first of them; by default all of a leaf.
+      select: "ratio"; or "energy", "holdout": at the end of each training phase, for each leaf, the smallest d of
+        K/32, K/16, K/8, K/4 that loses at most max_loss, else dense. "energy" is the paper's rule, the variance of
+        the training samples themselves, and falls into the rank trap where K / train_steps is large; "holdout"
+        fits on the first 4/5 of the samples and takes the squared relative loss on the others.
+      max_loss: lambda, for "energy" and "holdout".
+      axis_name: the mesh axis, or axes, of the workers.
+      error_feedback: keep residuals, which the paper does not. What a basis leaves out waits for the end of its
+        compressed steps; one more dense step, which is no sample, then sends it.
+      seed: without effect.
+      min_size: leaves of fewer elements are sent dense.
+      compress: (path, leaf) -> whether to compress it; by default, as in the paper, convolutions: leaves of
+        four axes or more.
+      allow_dense: accept a tree of which no leaf is compressed.
+
+    Returns:
+      A `Compressor`.
+
+    Raises:
+      ValueError: an argument out of range; in init, a leaf for which d is not below train_steps; later what
+        `compressor` refuses.
+
+    >>> import optax
+    >>> from gradcomp_jax import gradiveq
+    >>> tx = optax.chain(gradiveq(ratio=8), optax.sgd(0.1, momentum=0.9))
+    """
+    del seed
+    if k is not None:
+        require_whole("k", k, 1)
+    if not ratio > 1:
+        raise ValueError(f"ratio={ratio} must be above 1, it is the K / d of a slice")
+    if select not in SELECT:
+        raise ValueError(f"select={select!r} must be one of {', '.join(map(repr, SELECT))}")
+    # A fifth of the samples, at least one, is held out.
+    require_whole("train_steps", train_steps, 5 if select == "holdout" else 2)
+    require_whole("compress_steps", compress_steps, 1)
+    require_whole("warmup_steps", warmup_steps, 0)
+    require_whole("k_max", k_max, 1)
+    if reuse is not None:
+        require_whole("reuse", reuse, 1)
+    if not 0 < max_loss < 1:
+        raise ValueError(f"max_loss={max_loss} must be above 0 and below 1")
+    ladder = select != "ratio"
+    fitted = train_steps - train_steps // 5 if select == "holdout" else train_steps
+    # With error feedback, a cycle begins by sending what the last one owes.
+    settling = int(error_feedback)
+    cycle = settling + train_steps + compress_steps
+
+    def layout(path: str, leaf: Any) -> Layout:
+        length = min(leaf.size, k or slice_length(leaf.shape, k_max))
+        slices = -(-leaf.size // length)
+        groups = -(-slices // min(slices, reuse or slices))
+        if ladder:
+            widths = {max(1, min(length // r, fitted - 1)) for r in RATIOS}
+            return Layout(length, slices, groups, tuple(sorted(widths)))
+        d = max(1, int(length / ratio))
+        if d > train_steps - 1:
+            raise ValueError(
+                f"leaf {path!r}: K={length} at ratio={ratio} keeps d={d} directions, but train_steps={train_steps} "
+                f"samples span {train_steps - 1} only: use train_steps={d + 1} or more, a larger ratio, or a smaller "
+                "k or k_max"
+            )
+        return Layout(length, slices, groups, (d,))
+
+    def shrinks(path: str, leaf: Any) -> bool:
+        if not leaf.size:
+            return False
+        cut = layout(path, leaf)
+        return cut.slices * cut.widths[0] + 1 < leaf.size
+
+    def init(tensors: Tensors) -> GradiVeQState:
+        def zeros(shape) -> Tensors:
+            cuts = {path: layout(path, x) for path, x in tensors.items()}
+            return {path: jnp.zeros(shape(cut), tensors[path].dtype) for path, cut in cuts.items()}
+
+        return GradiVeQState(
+            step=jnp.int32(0),
+            samples=zeros(lambda cut: (train_steps, cut.groups, cut.k)),
+            mu=zeros(lambda cut: (cut.slices, cut.k)),
+            basis=zeros(lambda cut: (cut.groups, cut.k, cut.widths[-1])),
+            projected=zeros(lambda cut: (cut.slices, cut.widths[-1])),
+            rung={path: jnp.int32(0) for path in tensors} if ladder else {},
+            loss=zeros(lambda cut: ()),
+        )
+
+    def exchange(tensors: Tensors, state: GradiVeQState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
+        del extra_args
+        cuts = {path: layout(path, x) for path, x in tensors.items()}
+        # Negative in the warm-up and where a residual is sent; then the training steps, then the compressed ones.
+        since = state.step - warmup_steps
+        position = jnp.where(since < 0, -1, since % cycle - settling)
+
+        def decode(c: Tensors) -> Tensors:
+            rows = {p: restore(x, state.basis[p], state.projected[p], state.mu[p]) for p, x in c.items()}
+            return {path: from_buckets(x, tensors[path].shape) for path, x in rows.items()}
+
+        def dense():
+            mean, bits = collectives.mean(tensors, axis_name)
+            return mean, tensors, state.loss, bit_pair(bits)
+
+        def compressed():
+            rows = {path: buckets(x, cuts[path].k) for path, x in tensors.items()}
+            c = {path: project(x, state.basis[path]) for path, x in rows.items()}
+            loss = {path: own_loss(rows[path], c[path], path) for path in tensors}
+            if ladder:
+                return exchange_on_ladder(c, loss)
+            flat, unravel = ravel_pytree((c, loss))
+            flat, bits = collectives.mean(flat, axis_name)
+            mean, loss = unravel(flat)
+            return decode(mean), decode(c), loss, bit_pair(bits)
+
+        def own_loss(rows: jax.Array, c: jax.Array, path: str) -> jax.Array:
+            kept = (c - state.projected[path]) ** 2
+            lost = jnp.sum((rows - state.mu[path]) ** 2)
+            if ladder:
+                widths = jnp.array([*cuts[path].widths, 0])
+                kept = jnp.where(jnp.arange(c.shape[-1]) < widths[state.rung[path]], kept, 0)
+                lost = jnp.where(state.rung[path] < len(cuts[path].widths), lost, 0)
+            relative = jnp.maximum(lost - jnp.sum(kept), 0) / jnp.maximum(jnp.sum(rows**2), TINY)
+            # Squares of extreme values leave the type's range; what is not finite shows in the mean.
+            return jnp.where(jnp.isfinite(relative), relative, 1)
+
+        def exchange_on_ladder(c: Tensors, loss: Tensors):
+            """Each leaf at its own rung: what they send fills one buffer from the front, and that much is sent."""
+
+            def on_rung(path: str, take, otherwise):
+                widths = cuts[path].widths
+                return lax.switch(state.rung[path], [functools.partial(take, d) for d in widths] + [otherwise])
+
+            def piece(path: str) -> jax.Array:
+                x = tensors[path]
+
+                def take(d: int) -> jax.Array:
+                    part = c[path][:, :d].reshape(-1)
+                    return jnp.pad(part, (0, x.size - part.size))
+
+                return on_rung(path, take, lambda: x.reshape(-1))
+
+            def leaf(path: str, piece: jax.Array) -> jax.Array:
+                cut = cuts[path]
+
+                def take(d: int) -> jax.Array:
+                    part = piece[: cut.slices * d].reshape(cut.slices, d)
+                    return decode({path: part})[path]
+
+                return on_rung(path, take, lambda: piece.reshape(tensors[path].shape))
+
+            sizes = {path: [cut.slices * d for d in cut.widths] + [tensors[path].size] for path, cut in cuts.items()}
+            losses, unravel = ravel_pytree(loss)
+            own = [losses, *(piece(path) for path in tensors)]
+            lengths = [len(losses), *(jnp.array(sizes[path])[state.rung[path]] for path in tensors)]
+            least, most = (len(losses) + sum(end(s) for s in sizes.values()) for end in (min, max))
+            received, bits = collectives.mean_front(pack_front(own, lengths), sum(lengths), least, most, axis_name)
+            mean_loss, *means = unpack_front(received, lengths, [len(x) for x in own])
+            own_leaves = {path: leaf(path, x) for path, x in zip(tensors, own[1:], strict=True)}
+            mean_leaves = {path: leaf(path, x) for path, x in zip(tensors, means, strict=True)}
+            return mean_leaves, own_leaves, unravel(mean_loss), bits
+
+        def fit():
+            """The bases, each leaf's rung, and U^T mu, from the samples."""
+            # On a step that is not finite nothing of this is kept, but LAPACK must not see it.
+            samples = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), next_samples)
+            fitted_leaves = {path: fit_leaf(samples[path], cuts[path].widths) for path in samples}
+            flat, unravel = ravel_pytree(fitted_leaves)
+            flat, bits = collectives.from_first(flat, axis_name)
+            bases = {path: basis for path, (basis, _) in unravel(flat).items()}
+            rungs = {path: rung.astype(jnp.int32) for path, (_, rung) in unravel(flat).items()} if ladder else {}
+            projected = {path: project(next_mu[path], basis) for path, basis in bases.items()}
+            return bases, rungs, projected, bit_pair(bits)
+
+        def fit_leaf(samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+            """U [groups, K, d] and the rung, of the samples' type."""
+
+            def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+                basis, variance = principal_basis(samples[:fitted], widths[-1])
+                if select == "holdout":
+                    lost = unexplained(samples[fitted:], basis, jnp.mean(samples[:fitted], axis=0))
+                else:
+                    total = jnp.sum(variance)
+                    lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.maximum(total, TINY), 1)
+                return basis, lost[jnp.array(widths) - 1]
+
+            # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
+            basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
+            enough = jnp.append(jnp.max(lost, axis=0) <= max_loss, True)
+            return basis, jnp.argmax(enough).astype(samples.dtype)
+
+        mean, own, loss, bits = lax.cond(position >= train_steps, compressed, dense)
+        training = (0 <= position) & (position < train_steps)
+        row = jnp.clip(position, 0, train_steps - 1)
+        weight = 1 / (row + 1)
+
+        def record(samples: jax.Array, rows: jax.Array, reuse: int) -> jax.Array:
+            # A row at a time, outside any cond: one that carried the samples would copy them.
+            return samples.at[row].set(jnp.where(training, rows[::reuse], samples[row]))
+
+        rows = {path: buckets(x, cuts[path].k) for path, x in mean.items()}
+        next_samples = {path: record(x, rows[path], cuts[path].reuse) for path, x in state.samples.items()}
+        next_mu = {p: jnp.where(training, weight * rows[p] + (1 - weight) * x, x) for p, x in state.mu.items()}
+        kept = state.basis, state.rung, state.projected, bit_pair(0)
+        basis, rung, projected, fit_bits = lax.cond(position == train_steps - 1, fit, lambda: kept)
+        next_state = GradiVeQState(state.step + 1, next_samples, next_mu, basis, projected, rung, loss)
+        return Exchanged(mean, own, next_state, sum_bits(bits, fit_bits))
+
+    def is_convolution(path: str, leaf: Any) -> bool:
+        del path
+        return leaf.ndim >= 4
+
+    return compressor(
+        Codec("gradiveq", init, exchange, is_convolution, shrinks),
+        axis_name=axis_name,
+        error_feedback=error_feedback,
+        min_size=min_size,
+        compress=compress,
+        allow_dense=allow_dense,
+    )
