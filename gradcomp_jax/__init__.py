@@ -10,11 +10,11 @@ from gradcomp_jax.codecs.none import average, none
 from gradcomp_jax.codecs.powersgd import PowerSGDState, powersgd
 from gradcomp_jax.codecs.qsgd import QSGDState, qsgd
 from gradcomp_jax.collectives import vary
-from gradcomp_jax.compressor import Compressor, CompressorState
+from gradcomp_jax.compressor import Compressor, CompressorState, skipped
 from gradcomp_jax.metrics import Collective, WireBits, WireCount, collective_bytes, wire_bits
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
-from gradcomp_jax.sharding import PerWorker, global_state, init, local_state, state_specs
-from gradcomp_jax.step import make_mesh, simulate, train_step
+from gradcomp_jax.sharding import PerWorker, global_state, init, local_state, resize_workers, state_specs
+from gradcomp_jax.step import flush, make_mesh, simulate, train_step
 
 __all__ = [
     "Collective",
@@ -30,6 +30,7 @@ __all__ = [
     "average",
     "collective_bytes",
     "ef_momentum",
+    "flush",
     "global_state",
     "gradiveq",
     "init",
@@ -38,7 +39,9 @@ __all__ = [
     "none",
     "powersgd",
     "qsgd",
+    "resize_workers",
     "simulate",
+    "skipped",
     "state_specs",
     "train_step",
     "vary",

@@ -115,6 +115,24 @@ def require_local(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> Non
             )
 
 
+def require_same_elsewhere(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> None:
+    """Raises ValueError, by name of the leaf, for a gradient that differs along a mesh axis beside `axis_name`.
+
+    A codec's state would then differ along it too, and be stored as if it did not.
+    """
+    for path, leaf in leaves:
+        further = sorted(_varying(leaf) - set(axis_names(axis_name)))
+        if further:
+            names = ", ".join(map(repr, further))
+            raise ValueError(
+                f"gradient leaf {path!r} differs along mesh axis {names} too, beside axis_name={axis_name!r}, and the "
+                "codec's state would differ along it and be stored as if it did not: for an axis of workers, name it "
+                f"in axis_name or put average({names}) before the codec, or the updates still differ between the "
+                "workers; for an axis of sharded parameters, leave it to the compiler, with shard_map's axis_names= "
+                "the workers' axes alone"
+            )
+
+
 def mean(tree: T, axis_name: AxisName) -> tuple[T, int]:
     """All-reduces every leaf of `tree` to its mean over the workers; see the module for the bits."""
     n = workers(axis_name)

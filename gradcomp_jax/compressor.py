@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradcomp_jax import collectives
@@ -136,7 +137,8 @@ def compressor(
       must run where `axis_name` is bound. Where a gradient is not finite on any worker it returns zeros on
       all; `train_step` and `simulate` then keep parameters and optimiser state, while in a bare
       `optax.chain` the zeros reach the next transformation. Means are rounded to the gradient's type and
-      kept within its range; error feedback sends later what that takes away.
+      kept within its range; error feedback sends later what that takes away. With the extra argument
+      flush=True, which `gradcomp_jax.flush` gives, the exchange is dense and the codec's state stays.
 
       Gradients that are already reduced are refused by name where types are tracked, which is under
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
@@ -170,17 +172,22 @@ def compressor(
         residual = jax.tree.map(jnp.zeros_like, tensors) if error_feedback else {}
         return CompressorState(codec.init(tensors), PerWorker(residual, axis_name), no_bits(), jnp.int32(0))
 
-    def update_fn(updates: Any, state: CompressorState, params: Any = None, **extra_args: Any):
+    def update_fn(updates: Any, state: CompressorState, params: Any = None, *, flush: bool = False, **extra_args: Any):
         del params
         collectives.workers(axis_name)
         leaves, treedef = flatten(updates)
         collectives.require_local(list(leaves.items()), axis_name)
+        collectives.require_same_elsewhere(list(leaves.items()), axis_name)
         tensors, dense, _ = split(updates)
         _require_state_of(codec.name, state, jax.eval_shape(init_fn, updates))
 
         if error_feedback:
             tensors = {path: x + state.residual.value[path] for path, x in tensors.items()}
-        exchanged = codec.exchange(tensors, state.codec, axis_name, **extra_args)
+        if flush:
+            mean, bits = collectives.mean(tensors, axis_name)
+            exchanged = Exchanged(mean, tensors, state.codec, bits)
+        else:
+            exchanged = codec.exchange(tensors, state.codec, axis_name, **extra_args)
         dense, dense_bits = collectives.mean(dense, axis_name)
 
         # Every worker tests the same received values, so all agree without a round of their own.
@@ -196,6 +203,8 @@ def compressor(
         if error_feedback:
             lost = {path: mean[path] - widen(applied[path]) for path in tensors}
             residual = {path: x - exchanged.own[path] + lost[path] for path, x in tensors.items()}
+        if flush:
+            residual = jax.tree.map(jnp.zeros_like, residual)
         updates = [jnp.where(finite, applied[path], jnp.zeros_like(applied[path])) for path in leaves]
         return jax.tree.unflatten(treedef, updates), CompressorState(
             codec=if_finite(exchanged.state, state.codec),
@@ -225,10 +234,30 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     return by_path, treedef
 
 
+def skipped(opt_state: Any) -> int:
+    """How many steps the codecs in `opt_state` skipped, as some worker's gradient was not finite.
+
+    Args:
+      opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
+        the local form, the global one, or one replicated for pmap.
+
+    Raises:
+      ValueError: `opt_state` holds no codec's state.
+    """
+    states = compressor_states(opt_state)
+    if not states:
+        raise ValueError(f"opt_state holds no codec's state, so no steps were counted: got {type(opt_state).__name__}")
+    return sum(int(np.asarray(state.skipped).reshape(-1)[0]) for state in states)
+
+
 def skipped_steps(opt_state: Any) -> jax.Array:
-    """How many steps the codecs in `opt_state` skipped, int32, summed over the codecs."""
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_compressor_state) if is_compressor_state(x)]
-    return jnp.sum(jnp.stack([jnp.int32(0), *(state.skipped for state in states)]))
+    """`skipped` inside a step: int32, of the local form."""
+    return jnp.sum(jnp.stack([jnp.int32(0), *(state.skipped for state in compressor_states(opt_state))]))
+
+
+def compressor_states(opt_state: Any) -> list[CompressorState]:
+    """The states of all codecs' transformations in an optimiser state."""
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_compressor_state) if is_compressor_state(x)]
 
 
 def is_compressor_state(x: Any) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -47,6 +48,10 @@ def _map_per_worker(f: Callable[[PerWorker], Any], state: Any, other: Callable[[
     return jax.tree.map(lambda x: f(x) if is_per_worker(x) else other(x), state, is_leaf=is_per_worker)
 
 
+def _specs(state: Any) -> Any:
+    return _map_per_worker(lambda x: jax.tree.map(lambda _: P(x.axis), x), state, lambda _: P())
+
+
 def state_specs(tx: optax.GradientTransformation, params: Any) -> Any:
     """How the global form of the optimiser's state is sharded.
 
@@ -58,9 +63,7 @@ def state_specs(tx: optax.GradientTransformation, params: Any) -> Any:
       A tree like `tx.init(params)` with a `PartitionSpec` for each array: over the workers' axis for what
       differs between them, replicated otherwise. It serves as in_specs and out_specs of shard_map.
     """
-    return _map_per_worker(
-        lambda x: jax.tree.map(lambda _: P(x.axis), x), jax.eval_shape(tx.init, params), lambda _: P()
-    )
+    return _specs(jax.eval_shape(tx.init, params))
 
 
 def local_state(state: Any) -> Any:
@@ -110,10 +113,87 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     Raises:
       ValueError: a codec's axis_name is not an axis of the mesh, or a codec refuses `params`.
     """
-    if isinstance(mesh, Mesh):
-        mesh = automatic(mesh)
+    count = _count(mesh)
 
-    def workers(axis: AxisName) -> int:
+    def global_init(params):
+        def stack(x: PerWorker) -> PerWorker:
+            n = count(x.axis)
+            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), x)
+
+        return _map_per_worker(stack, tx.init(params), lambda x: x)
+
+    if isinstance(mesh, int):
+        return jax.jit(global_init)(params)
+    mesh = automatic(mesh)
+    jax.eval_shape(global_init, params)  # refuses a wrong axis before a sharding is made of it
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
+    return jax.jit(global_init, out_shardings=shardings)(jax.device_put(params, NamedSharding(mesh, P())))
+
+
+def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
+    """The optimiser's state for another number of workers.
+
+    From n to m workers, where m divides n, a new worker gets the mean over n / m old ones; otherwise each gets
+    the mean over all. So the mean over the workers, which is what error feedback owes, stays; all that does not
+    differ between the workers is untouched.
+
+    Args:
+      opt_state: the global form, as `init` and the steps return it, or as read from a checkpoint. With several
+        processes it must lie on the devices of `mesh`.
+      mesh: the new mesh; or, for `simulate`, the new number of workers.
+
+    Returns:
+      The global form for the new workers, sharded over the mesh.
+
+    Raises:
+      ValueError: opt_state is not in its global form, its axes are not axes of the mesh, or there is no worker.
+
+    >>> import jax.numpy as jnp
+    >>> from gradcomp_jax import init, powersgd, resize_workers
+    >>> state = init(powersgd(1), {"w": jnp.ones((8, 8))}, 4)
+    >>> resize_workers(state, 6).residual.value["w"].shape
+    (6, 8, 8)
+    """
+    count = _count(mesh)
+
+    def resized(x: PerWorker) -> PerWorker:
+        new = count(x.axis)
+        rows = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
+        if len(rows) > 1 or () in rows:
+            raise ValueError(
+                "the leaves of opt_state that differ between workers do not begin with one axis of workers, they have "
+                f"{sorted(rows)}: pass the global form, as init and the steps return it"
+            )
+
+        def leaf(old: jax.Array) -> jax.Array:
+            groups = new if old.shape[0] % new == 0 else 1
+            means = jnp.mean(old.reshape(groups, -1, *old.shape[1:]), axis=1)
+            return jnp.broadcast_to(means, (new, *old.shape[1:]))
+
+        return jax.tree.map(leaf, x)
+
+    def resize(opt_state):
+        return _map_per_worker(resized, opt_state, lambda x: x)
+
+    # Arrays of one process may come from any devices; those of several lie where they must.
+    opt_state = jax.tree.map(lambda x: x if _is_remote(x) else np.asarray(x), opt_state)
+    if isinstance(mesh, int):
+        return jax.jit(resize)(opt_state)
+    jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
+    shardings = jax.tree.map(lambda spec: NamedSharding(automatic(mesh), spec), _specs(opt_state))
+    return jax.jit(resize, out_shardings=shardings)(opt_state)
+
+
+def _is_remote(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def _count(mesh: Mesh | int) -> Callable[[AxisName], int]:
+    """The number of workers along the axis of a codec."""
+    if isinstance(mesh, int) and mesh < 1:
+        raise ValueError(f"there must be at least 1 worker, got {mesh}")
+
+    def count(axis: AxisName) -> int:
         if isinstance(mesh, int):
             return mesh
         missing = set(axis_names(axis)) - set(mesh.axis_names)
@@ -122,17 +202,6 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
                 f"the codec's axis_name={axis!r} is not an axis of the mesh, which has {mesh.axis_names}: "
                 "give the codec axis_name= one of these"
             )
-        return mesh.shape[axis] if isinstance(axis, str) else math.prod(mesh.shape[name] for name in axis)
+        return math.prod(mesh.shape[name] for name in axis_names(axis))
 
-    def global_init(params):
-        def stack(x: PerWorker) -> PerWorker:
-            n = workers(x.axis)
-            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), x)
-
-        return _map_per_worker(stack, tx.init(params), lambda x: x)
-
-    if isinstance(mesh, int):
-        return jax.jit(global_init)(params)
-    jax.eval_shape(global_init, params)  # refuses a wrong axis before a sharding is made of it
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
-    return jax.jit(global_init, out_shardings=shardings)(jax.device_put(params, NamedSharding(mesh, P())))
+    return count

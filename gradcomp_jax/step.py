@@ -1,18 +1,19 @@
 """The data-parallel training step over a mesh, and its twin that simulates the workers on one device."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import flatten, is_compressor_state, skipped_steps
-from gradcomp_jax.sharding import automatic, global_state, local_state, state_specs
+from gradcomp_jax.compressor import compressor_states, is_compressor_state, skipped_steps
+from gradcomp_jax.sharding import PerWorker, automatic, global_state, is_per_worker, local_state, state_specs
 from gradcomp_jax.views import widen
 
 Step = Callable[..., tuple[Any, ...]]
@@ -101,14 +102,13 @@ def train_step(
 
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
+        _require_agreement(tx, mesh.shape, params)
         specs = state_specs(tx, params)
 
         def on_worker(params, opt_state, *rest):
             params, opt_state, *others = worker(params, local_state(opt_state), *rest)
             return params, global_state(opt_state), *others
 
-        if not check_vma:
-            _require_aggregated(tx, mesh, specs, params, opt_state)
         in_specs = (P(), specs, *(P(),) * has_state, P(axes))
         out_specs = (P(), specs, *(P(),) * (1 + has_state + has_aux))
         sharded = jax.shard_map(on_worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
@@ -150,55 +150,127 @@ def simulate(
 
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], workers, f"{workers} workers")
+        _require_agreement(tx, {axis_name: workers}, params)
         batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), rest[-1])
         state_axes = jax.tree.map(lambda spec: 0 if axis_name in spec else None, state_specs(tx, params))
         in_axes = (None, state_axes, *(None,) * has_state, 0)
         out_axes = (None, state_axes, *(None,) * (1 + has_state + has_aux))
         simulated = jax.vmap(worker, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name)
-        try:
-            return simulated(params, opt_state, *rest[:-1], batch)
-        except ValueError as error:
-            # vmap knows what is the same for all workers, and is told so by out_axes=None.
-            if "out_axes" in str(error):
-                raise ValueError(_NOT_AGGREGATED.format(leaf="some leaf", axes=(axis_name,))) from error
-            raise
+        return simulated(params, opt_state, *rest[:-1], batch)
 
     return jax.jit(step, donate_argnums=_donated(donate, has_state))
 
 
-_NOT_AGGREGATED = (
-    "the updates of tx still differ between the workers along {axes} at {leaf}: put a codec, none() or average() "
-    "first in the chain, with the mesh's axis as its axis_name, and no wrapper around it; the zeros of "
-    "optax.set_to_zero keep the type of the gradients and count as different, see train_step"
+def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: Mesh | int) -> tuple[Any, Any]:
+    """Applies what residuals still hold, as at the end of training.
+
+    One step of `tx` with gradients of zero, in which every codec sends its residual uncompressed; the bits are
+    counted. The rest of the chain sees the mean as a gradient like any other: momentum, weight decay and
+    schedules go on by a step. Where no codec keeps residuals nothing happens.
+
+    Args:
+      tx: the optimiser, as in `train_step`.
+      params: the parameters.
+      opt_state: the optimiser state, in its global form.
+      mesh: the workers; or, for an opt_state of `simulate`, how many there are.
+
+    Returns:
+      The new parameters and opt_state, whose residuals are zero. With 16-bit gradients their mean is rounded.
+
+    Raises:
+      ValueError: a transformation of tx does not pass extra arguments on to the codec inside it.
+    """
+    residuals = [state.residual for state in compressor_states(opt_state)]
+    if not jax.tree.leaves(residuals):
+        return params, opt_state
+    tx = optax.with_extra_args_support(tx)
+    flushing = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, flush=True))
+
+    def loss_fn(params, batch):
+        del params
+        return jnp.sum(batch)
+
+    if isinstance(mesh, int):
+        (axis_name,) = collectives.axis_names(residuals[0].axis)
+        step, workers = simulate(loss_fn, flushing, mesh, axis_name=axis_name), mesh
+    else:
+        step, workers = train_step(loss_fn, flushing, mesh), mesh.size
+    params, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
+    owed = [state.residual for state in compressor_states(opt_state)]
+    if any(jnp.any(x != 0) for x in jax.tree.leaves(owed)):
+        raise ValueError(
+            "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
+            "flush reaches it; make that one an optax.GradientTransformationExtraArgs that passes them on"
+        )
+    return params, opt_state
+
+
+_UPDATES_DIFFER = (
+    "the updates of tx still differ between the workers along {axes} at {leaf!r}: put a codec, none() or average() "
+    "first in the chain, with the mesh's axis as its axis_name. Leaves that optax.masked or optax.partition keep from "
+    "the codec need none() of their own; or leave them to the codec, and out of its compress=. The zeros of "
+    "optax.set_to_zero and optax.selective_transform have the type of the gradients and count as different: freeze "
+    "after the codec, by optax.chain(codec, optax.freeze(mask), ...), or see train_step"
+)
+_STATE_DIFFERS = (
+    "the state of tx would differ between the workers along {axes} at {leaf!r}: what keeps anything of the gradients "
+    "(momentum, adam, optax.apply_every, zero_nans) must come after the codec, which makes them the same on all"
+)
+_AROUND = (
+    "tx calls a codec in some steps only, or with what is already the same on all workers along {axes}: there is a "
+    "wrapper around the codec, such as optax.MultiSteps, apply_if_finite, conditionally_transform or "
+    "conditionally_mask, or a second codec behind it. Workers could part, or wait for each other for ever. Put the "
+    "wrapper after the codec: optax.chain(codec, optax.MultiSteps(...)). Steps that are not finite the codec skips by "
+    "itself; to send once for several batches, let loss_fn average over them"
 )
 
 
-def _aggregated(tx: optax.GradientTransformation, axes: AxisName, grads, opt_state, params):
-    """tx.update, refused by name of the leaf where types show that the workers would part."""
-    updates, opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params)
-    for path, leaf in flatten(updates)[0].items():
-        if collectives.known_different(leaf, axes):
-            raise ValueError(_NOT_AGGREGATED.format(leaf=repr(path), axes=axes))
-    return updates, opt_state
+def _require_agreement(tx: optax.GradientTransformation, sizes: Mapping[str, int], params: Any) -> None:
+    """Refuses a tx that would let the workers part, in the same words whatever the step then runs in.
 
+    Under shard_map types tell what may differ between workers. So tx is traced there alone, over a mesh of
+    no devices: vmap and unchecked steps have no such types.
+    """
+    axes = tuple(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), axes, axis_types=(AxisType.Auto,) * len(axes))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    refusals: list[str] = []
 
-def _require_aggregated(tx: optax.GradientTransformation, mesh: Mesh, specs, params, opt_state) -> None:
-    """Checks the types of tx alone, for a step whose model cannot be checked."""
-    axes = tuple(mesh.axis_names)
+    def update(params):
+        state = jax.tree.map(_vary_per_worker, tx.init(params), is_leaf=is_per_worker)
+        updates, state = optax.with_extra_args_support(tx).update(collectives.vary(params, axes), state, params)
+        refusals.extend(_differing(updates, axes, _UPDATES_DIFFER) + _differing(state, axes, _STATE_DIFFERS))
 
-    def update(params, opt_state):
-        grads = collectives.vary(params, axes)
-        updates, opt_state = _aggregated(tx, axes, grads, local_state(opt_state), params)
-        return updates, global_state(opt_state)
+    def trace(check_vma):
+        with jax.sharding.use_abstract_mesh(mesh):
+            jax.eval_shape(jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma), shapes)
 
+    failure = None
     try:
-        jax.eval_shape(
-            jax.shard_map(update, mesh=mesh, in_specs=(P(), specs), out_specs=(P(), specs)), params, opt_state
-        )
-    except ValueError as error:
-        if "out_specs" in str(error):
-            raise ValueError(_NOT_AGGREGATED.format(leaf="the state", axes=axes)) from error
-        raise
+        trace(check_vma=True)
+    except (TypeError, ValueError) as error:
+        failure = error
+    if failure:
+        trace(check_vma=False)  # what fails without types too has other reasons, and gives them
+        if isinstance(failure, TypeError) or "already reduced" in str(failure):
+            raise ValueError(_AROUND.format(axes=axes)) from failure
+        raise failure
+    if refusals:
+        raise ValueError(refusals[0])
+
+
+def _vary_per_worker(x: Any) -> Any:
+    return PerWorker(collectives.vary(x.value, x.axis), x.axis) if is_per_worker(x) else x
+
+
+def _differing(tree: Any, axes: AxisName, refusal: str) -> list[str]:
+    """`refusal`, by name, of each leaf that may differ along `axes` without being marked to do so."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_per_worker)
+    return [
+        refusal.format(leaf=jax.tree_util.keystr(path, simple=True, separator="/"), axes=axes)
+        for path, leaf in leaves
+        if not is_per_worker(leaf) and collectives.known_different(leaf, axes)
+    ]
 
 
 def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) -> Step:
@@ -221,7 +293,7 @@ def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) ->
                 f"loss_fn's loss is already reduced over the workers along {axes}, which would divide its "
                 "gradients: return the worker's own mean, the step averages the loss it returns"
             )
-        updates, new_opt_state = _aggregated(tx, axes, grads, opt_state, params)
+        updates, new_opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params)
         kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
 
         def keep(new, old):

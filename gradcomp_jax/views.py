@@ -52,7 +52,7 @@ def from_buckets(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
-def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array | int]) -> jax.Array:
+def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array]) -> jax.Array:
     """The first lengths[i] elements of each piece, one after another from the front of one buffer.
 
     Args:
@@ -63,7 +63,7 @@ def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array | int]) 
       A vector of the size of all pieces together. What follows the packed elements is of no meaning.
     """
     buffer = jnp.zeros(sum(x.size for x in pieces), pieces[0].dtype)
-    start: jax.Array | int = 0
+    start = jnp.int32(0)
     for piece, length in zip(pieces, lengths, strict=True):
         # Each overwrites the tail of the one before.
         buffer = lax.dynamic_update_slice(buffer, piece, (start,))
@@ -71,7 +71,7 @@ def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array | int]) 
     return buffer
 
 
-def unpack_front(buffer: jax.Array, lengths: Sequence[jax.Array | int], sizes: Sequence[int]) -> list[jax.Array]:
+def unpack_front(buffer: jax.Array, lengths: Sequence[jax.Array], sizes: Sequence[int]) -> list[jax.Array]:
     """The inverse of `pack_front`: vectors of these sizes, of which the first lengths[i] elements have a meaning."""
     pieces, start = [], jnp.int32(0)
     for length, size in zip(lengths, sizes, strict=True):

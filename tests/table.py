@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gradcomp_jax import Compressor, none, powersgd, qsgd
+from gradcomp_jax import Compressor, gradiveq, none, powersgd, qsgd
 
 
 class Row(NamedTuple):
@@ -15,16 +15,18 @@ class Row(NamedTuple):
       id: its name in test reports.
       make: keywords of the factory -> Compressor.
       linear: whether law 3 holds.
-      payload: shapes of the compressed leaves -> bytes one worker hands to its collectives, by the paper.
+      payload: (shapes of the compressed leaves, step) -> bytes one worker hands to its collectives, by the paper.
       rebuild: (what each worker handed to the collectives, in order, each [workers, ...]; the state before;
         shapes by path) -> the mean by path, in numpy.
+      phases: a step of each kind, where what is sent depends on the step.
     """
 
     id: str
     make: Callable[..., Compressor]
     linear: bool
-    payload: Callable[[list[tuple[int, ...]]], int]
+    payload: Callable[[list[tuple[int, ...]], int], int]
     rebuild: Callable[..., dict[str, np.ndarray]]
+    phases: tuple[int, ...] = (0,)
 
 
 def rebuild_none(recorded, state, shapes):
@@ -32,12 +34,17 @@ def rebuild_none(recorded, state, shapes):
     return {path: recorded[0][path].mean(0) for path in shapes}
 
 
+def payload_dense(shapes, step):
+    del step
+    return sum(4 * int(np.prod(shape)) for shape in shapes)
+
+
 def matrix(shape):
     return int(np.prod(shape[:-1])), shape[-1]
 
 
 def payload_powersgd(rank):
-    return lambda shapes: sum(4 * min(n, m, rank) * (n + m) for n, m in map(matrix, shapes))
+    return lambda shapes, step: sum(4 * min(n, m, rank) * (n + m) for n, m in map(matrix, shapes))
 
 
 def rebuild_powersgd(recorded, state, shapes):
@@ -56,7 +63,7 @@ def rebuild_powersgd(recorded, state, shapes):
 
 
 def payload_qsgd(bits, bucket):
-    return lambda shapes: sum(-(-int(np.prod(shape)) // bucket) * (bucket * bits // 8 + 4) for shape in shapes)
+    return lambda shapes, step: sum(-(-int(np.prod(shape)) // bucket) * (bucket * bits // 8 + 4) for shape in shapes)
 
 
 def rebuild_qsgd(bits, bucket, gain=1.0):
@@ -101,8 +108,93 @@ def powersgd_row(id: str, rank: int, error_feedback: bool = True) -> Row:
     return Row(id, make, True, payload_powersgd(rank), rebuild_powersgd)
 
 
+class Cycle(NamedTuple):
+    """The phases of a GradiVeQ row: dense, on the last training step, compressed."""
+
+    warmup: int
+    train: int
+    compress: int
+    settling: int = 0
+
+    def phase(self, step: int) -> str:
+        since = (step - self.warmup) % (self.settling + self.train + self.compress) - self.settling
+        if step < self.warmup or since < self.train - 1:
+            return "dense"
+        return "fit" if since == self.train - 1 else "compressed"
+
+    def steps(self) -> tuple[int, ...]:
+        first = self.warmup + self.settling + self.train
+        return 0, first - 2, first - 1, first
+
+
+def cut(shape, k, reuse):
+    """K, slices and bases of a leaf."""
+    size = int(np.prod(shape))
+    slices = -(-size // min(size, k))
+    return min(size, k), slices, -(-slices // min(slices, reuse or slices))
+
+
+def rungs(k, most, ratio):
+    """The d among which a leaf chooses; with a ratio there is one."""
+    return [int(k / ratio)] if ratio else sorted({max(1, min(k // r, most)) for r in (32, 16, 8, 4)})
+
+
+def payload_gradiveq(cycle, k, ratio, reuse, most):
+    def payload(shapes, step):
+        total = payload_dense(shapes, step)
+        if cycle.phase(step) == "dense":
+            return total
+        cuts = [(*cut(shape, k, reuse), rungs(cut(shape, k, reuse)[0], most, ratio)) for shape in shapes]
+        if cycle.phase(step) == "fit":
+            return total + 4 * sum(groups * length * d[-1] + (not ratio) for length, _, groups, d in cuts)
+        # On a ladder the state that the test makes has all leaves on the lowest rung.
+        return 4 * sum(slices * d[0] + 1 for _, slices, _, d in cuts)
+
+    return payload
+
+
+def rebuild_gradiveq(cycle, k, ratio, reuse, most):
+    """U (c - U^T mu) + mu of each slice, from the mean of the flat coefficients."""
+
+    def rebuild(recorded, state, shapes):
+        if cycle.phase(int(state.step)) != "compressed":
+            return rebuild_none(recorded, state, shapes)
+        (flat,) = (x.astype(np.float64).mean(0) for x in recorded)
+        flat = flat[len(shapes) :] if not ratio else flat  # on a ladder the losses come first
+        mean = {}
+        for path in sorted(shapes):
+            length, slices, groups = cut(shapes[path], k, reuse)
+            widths, size = rungs(length, most, ratio), int(np.prod(shapes[path]))
+            rung = 0 if ratio else int(state.rung[path])
+            if rung == len(widths):
+                mean[path], flat = flat[:size].reshape(shapes[path]), flat[size:]
+                continue
+            d = widths[rung]
+            c, flat = flat[: slices * d].reshape(slices, d), flat[slices * d :]
+            basis, mu = (np.asarray(x[path], np.float64) for x in (state.basis, state.mu))
+            each = -(-slices // groups)
+            rows = [basis[i // each][:, :d] @ (c[i] - basis[i // each][:, :d].T @ mu[i]) + mu[i] for i in range(slices)]
+            mean[path] = np.concatenate(rows)[:size].reshape(shapes[path])
+        return mean
+
+    return rebuild
+
+
+def gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float | None = None, reuse: int | None = None, **kwargs) -> Row:
+    most = cycle.train - 1 if kwargs.get("select") != "holdout" else cycle.train - cycle.train // 5 - 1
+    settings = {"train_steps": cycle.train, "compress_steps": cycle.compress, "warmup_steps": cycle.warmup, **kwargs}
+    if ratio:
+        settings["ratio"] = ratio
+
+    def make(**kwargs: Any) -> Compressor:
+        return gradiveq(k, reuse=reuse, **{**settings, "compress": lambda path, leaf: leaf.ndim > 1, **kwargs})
+
+    by_paper = cycle, k, ratio, reuse, most
+    return Row(id, make, True, payload_gradiveq(*by_paper), rebuild_gradiveq(*by_paper), cycle.steps())
+
+
 ROWS = [
-    Row("none", none, True, lambda shapes: sum(4 * int(np.prod(shape)) for shape in shapes), rebuild_none),
+    Row("none", none, True, payload_dense, rebuild_none),
     powersgd_row("powersgd-1", 1),
     powersgd_row("powersgd-4", 4),
     powersgd_row("powersgd-2-plain", 2, error_feedback=False),
@@ -111,7 +203,12 @@ ROWS = [
     qsgd_row("qsgd-8-l2", 8, 64, norm="l2"),
     qsgd_row("qsgd-4-ef", 4, 64, error_feedback=True),
     qsgd_row("qsgd-2-l2-ef", 2, 32, norm="l2", error_feedback=True),
+    gradiveq_row("gradiveq", Cycle(1, 3, 3), 16, 8),
+    # Slices that do not tile the leaves, in groups that do not divide the slices.
+    gradiveq_row("gradiveq-ef", Cycle(1, 3, 3, settling=1), 20, 10, 7, error_feedback=True),
+    gradiveq_row("gradiveq-energy", Cycle(0, 5, 2), 64, select="energy", max_loss=0.4),
+    gradiveq_row("gradiveq-holdout", Cycle(0, 5, 2), 64, select="holdout", max_loss=0.9),
 ]
 BY_ID = {row.id: row for row in ROWS}
 # One row of each algorithm, where a law does not depend on the settings.
-EACH = [BY_ID["none"], BY_ID["powersgd-4"], BY_ID["qsgd-4"], BY_ID["qsgd-4-ef"]]
+EACH = [BY_ID[id] for id in ("none", "powersgd-4", "qsgd-4", "qsgd-4-ef", "gradiveq", "gradiveq-ef")]

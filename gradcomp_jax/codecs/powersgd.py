@@ -139,9 +139,7 @@ def powersgd(
         dead = {path: jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD for path, x in p.items()}
         flat, unravel = ravel_pytree(p)
         some = jnp.any(ravel_pytree(dead)[0])
-        zeros = jnp.zeros_like(flat)
-        # Added to zeros it has the type of P, where P differs along a further mesh axis.
-        fresh = jax.lax.cond(some, lambda: zeros + normal(flat, step), lambda: zeros)
+        fresh = jax.lax.cond(some, lambda: normal(flat, step), lambda: jnp.zeros_like(flat))
         return jax.tree.map(jnp.where, dead, unravel(fresh), p)
 
     def exchange(tensors: Tensors, state: PowerSGDState, axis_name: AxisName, **extra_args: Any) -> Exchanged:

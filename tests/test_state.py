@@ -1,0 +1,170 @@
+"""State that outlives its workers: another number of them, and what residuals hold at the end."""
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gradcomp_jax as gc
+from tests import problem, trees
+from tests.contexts import run
+from tests.table import BY_ID, EACH, ROWS
+
+WITH_RESIDUAL = [row for row in ROWS if row.make().init(trees.zeros(trees.MATRICES)).residual.value]
+with_residual = pytest.mark.parametrize("row", WITH_RESIDUAL, ids=lambda row: row.id)
+each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
+
+
+def loss_of_gradients(params, batch):
+    """A loss whose gradient is the mean over the batch [rows, ...] itself."""
+    products = jax.tree.map(lambda p, b: jnp.sum(p * jnp.mean(b, axis=0)), params, batch)
+    return sum(jax.tree.leaves(products))
+
+
+def random_state(workers, axis="data"):
+    """A state with two PerWorker nodes among replicated leaves, in its global form."""
+    rng = np.random.default_rng(workers)
+    residual = {"a": rng.standard_normal((workers, 5, 3)), "b": rng.standard_normal((workers, 7))}
+    per_worker = gc.PerWorker(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), residual), axis)
+    return {"codec": (per_worker, jnp.arange(6)), "other": gc.PerWorker(jnp.ones((workers, 2)), axis), "m": jnp.ones(4)}
+
+
+class TestResize:
+    @hypothesis.settings(max_examples=12)
+    @hypothesis.given(old=st.integers(1, 9), new=st.integers(1, 9))
+    def test_means_are_kept_and_the_rest_is_untouched(self, old, new):
+        before = random_state(old)
+        after = gc.resize_workers(before, new)
+        chex.assert_trees_all_equal_structs(before, after)
+        chex.assert_trees_all_equal((before["codec"][1], before["m"]), (after["codec"][1], after["m"]))
+        for x, y in zip(
+            jax.tree.leaves((before["codec"][0], before["other"])),
+            jax.tree.leaves((after["codec"][0], after["other"])),
+            strict=True,
+        ):
+            assert y.shape == (new, *x.shape[1:])
+            assert y.dtype == x.dtype
+            np.testing.assert_allclose(np.mean(x, axis=0), np.mean(y, axis=0), atol=1e-6)
+
+    def test_fewer_workers_take_over_whole_groups(self):
+        state = gc.PerWorker(jnp.arange(6.0)[:, None], "data")
+        np.testing.assert_allclose(gc.resize_workers(state, 3).value[:, 0], [0.5, 2.5, 4.5])
+        np.testing.assert_allclose(gc.resize_workers(state, 4).value[:, 0], [2.5] * 4)
+
+    @pytest.mark.parametrize(("old", "new"), [(8, 4), (4, 3), (1, 2)])
+    @pytest.mark.parametrize("row", [row for row in EACH if row in WITH_RESIDUAL], ids=lambda row: row.id)
+    def test_training_goes_on_and_nothing_is_lost(self, row, old, new):
+        """What was applied before and after, and is owed at the end, is all that was given."""
+        tx = optax.chain(row.make(), optax.sgd(1.0))
+        params = trees.zeros(trees.MATRICES)
+        grads = trees.noise(trees.MATRICES, 13, (24,))
+        state = gc.init(tx, params, gc.make_mesh(old))
+        for workers in (old, new):
+            mesh = gc.make_mesh(workers)
+            step = gc.train_step(loss_of_gradients, tx, mesh)
+            params = jax.device_put(jax.device_get(params), NamedSharding(mesh, P()))
+            state = gc.resize_workers(state, mesh)
+            for _ in range(4):
+                params, state, _ = step(params, state, grads)
+        owed = jax.tree.map(lambda x: x.mean(0), state[0].residual.value)
+        assert all(np.any(x != 0) for x in jax.tree.leaves(owed))
+        given = jax.tree.map(lambda x: 8 * x.mean(0), grads)
+        chex.assert_trees_all_close(jax.tree.map(jnp.subtract, owed, params), given, atol=1e-4)
+
+    def test_state_lies_on_the_new_mesh(self):
+        params = problem.params()
+        state = gc.resize_workers(gc.init(gc.powersgd(2), params, gc.make_mesh(8)), gc.make_mesh(4))
+        residual = state.residual.value["layer1/kernel"]
+        assert residual.sharding == NamedSharding(gc.make_mesh(4), P("data"))
+        assert state.codec.q["layer1/kernel"].sharding.is_fully_replicated
+
+    def test_workers_along_two_axes(self):
+        tx = gc.powersgd(2, axis_name=("node", "local"))
+        state = gc.init(tx, problem.params(), gc.make_mesh({"node": 2, "local": 4}))
+        after = gc.resize_workers(state, gc.make_mesh({"node": 2, "local": 2}))
+        assert after.residual.value["layer1/kernel"].shape == (4, 20, 16)
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match=r"do not begin with one axis of workers.*global form"):
+            gc.resize_workers(gc.powersgd(2).init(problem.params()), 4)
+        with pytest.raises(ValueError, match="at least 1 worker, got 0"):
+            gc.resize_workers(random_state(2), 0)
+        with pytest.raises(ValueError, match="'node' is not an axis of the mesh"):
+            gc.resize_workers(random_state(2, "node"), gc.make_mesh(4))
+
+
+class TestFlush:
+    @pytest.mark.parametrize("simulated", [False, True], ids=["mesh", "simulated"])
+    @with_residual
+    def test_all_that_was_given_is_applied(self, row, simulated):
+        workers = 4
+        where = workers if simulated else gc.make_mesh(workers)
+        tx = optax.chain(row.make(), optax.sgd(1.0))
+        params = trees.zeros(trees.MATRICES)
+        grads = trees.noise(trees.MATRICES, 14, (workers,))
+
+        make_step = gc.simulate if simulated else gc.train_step
+        step = make_step(loss_of_gradients, tx, where)
+        state = gc.init(tx, params, where)
+        for _ in range(6):  # gradiveq compresses in the last one
+            params, state, _ = step(params, state, grads)
+        assert all(jnp.any(x != 0) for x in jax.tree.leaves(state[0].residual))
+        flushed, after = gc.flush(tx, params, state, where)
+        given = jax.tree.map(lambda x: -6 * x.mean(0), grads)
+        chex.assert_trees_all_close(jax.device_get(flushed), given, atol=1e-4)
+        assert not any(jnp.any(x != 0) for x in jax.tree.leaves(after[0].residual))
+        chex.assert_trees_all_equal(after[0].codec, state[0].codec)
+
+        dense = 32 * sum(x.size for x in jax.tree.leaves(params)) * 2 * (workers - 1) // workers
+        bits = gc.wire_bits(after)
+        assert bits == (dense, gc.wire_bits(state).total + dense)
+        # The state still fits the step.
+        step(flushed, after, grads)
+
+    def test_momentum_takes_it_as_a_gradient(self):
+        tx = problem.optimizer(gc.powersgd(1))
+        params, mesh = problem.params(), gc.make_mesh(2)
+        state = gc.init(tx, params, mesh)
+        (batch,) = problem.batches(1)
+        params, state, _ = gc.train_step(problem.loss_fn, tx, mesh)(params, state, batch)
+        _, after = gc.flush(tx, params, state, mesh)
+        owed = state[0].residual.value["layer1/kernel"].mean(0)
+        before, trace = (s[1][0].trace["layer1"]["kernel"] for s in (state, after))
+        np.testing.assert_allclose(trace, 0.9 * before + owed, atol=1e-6)
+
+    def test_nothing_to_do_without_residuals(self):
+        tx = problem.optimizer(gc.qsgd(min_size=0))
+        params = problem.params()
+        state = gc.init(tx, params, 2)
+        assert gc.flush(tx, params, state, 2) == (params, state)
+
+    def test_a_wrapper_that_keeps_flush_from_the_codec_is_refused(self):
+        codec = gc.powersgd(1)
+        deaf = optax.GradientTransformation(codec.init, lambda u, s, p=None: codec.update(u, s, p))
+        tx = optax.chain(deaf, optax.sgd(0.1))
+        params = problem.params()
+        (batch,) = problem.batches(1)
+        params, state, _ = gc.simulate(problem.loss_fn, tx, 2)(params, gc.init(tx, params, 2), batch)
+        with pytest.raises(ValueError, match=r"residuals are left after flush.*extra arguments"):
+            gc.flush(tx, params, state, 2)
+
+
+class TestSkipped:
+    @pytest.mark.parametrize("context", ["vmap", "pmap"])
+    def test_counts_steps_of_any_form(self, context):
+        grads = trees.noise(trees.MATRICES, 15, (4, 2))
+        grads["a"][1, 0, 3, 3] = grads["a"][3, 1, 0, 0] = np.nan
+        states = run(BY_ID["powersgd-1"].make(), grads, context).states
+        counts = [gc.skipped(jax.tree.map(lambda x, t=t: x[t], states)) for t in range(4)]
+        assert counts == [0, 1, 1, 2]
+        assert gc.skipped((gc.none().init({"w": jnp.ones(3)}), "other")) == 0
+
+    def test_a_state_without_a_codec(self):
+        with pytest.raises(ValueError, match="holds no codec's state"):
+            gc.skipped(optax.sgd(0.1).init(problem.params()))
