@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
         sys.exit(f"error: {error}")
 
     screen = report.console()
-    results = [train(codecs.label(name), codec, dataset, mesh, screen) for name, codec in compressors.items()]
+    results = [train(name, codec, dataset, mesh, screen) for name, codec in compressors.items()]
 
     title = (
         f"{models.TITLES[FLAGS.model]} on {FLAGS.dataset}, {FLAGS.workers} workers, {results[0].curve[-1].step} steps"
@@ -83,7 +83,7 @@ def train(name: str, codec: Compressor, dataset: data.Dataset, mesh: Mesh, scree
     """Trains a new network with one codec.
 
     Args:
-      name: what to call the codec.
+      name: the codec's, as in `codecs.CODECS`.
       codec: the codec.
       dataset: what to train and test on.
       mesh: the workers.
@@ -109,7 +109,7 @@ def train(name: str, codec: Compressor, dataset: data.Dataset, mesh: Mesh, scree
     evaluate = evaluation(graphdef, dataset, mesh)
     dense_bytes = 4 * sum(x.size for x in jax.tree.leaves(params)) * 2 * (mesh.size - 1) / mesh.size
 
-    curve, seconds, done = [], [], 0
+    curve, megabytes, seconds, done = [], [], [], 0
     with report.progress(screen) as progress:
         task = progress.add_task(name, total=steps, status="compiling")
         for epoch in range(FLAGS.epochs):
@@ -120,7 +120,9 @@ def train(name: str, codec: Compressor, dataset: data.Dataset, mesh: Mesh, scree
                 seconds.append(time.perf_counter() - began)
 
                 done += 1
-                sent = wire_bits(opt_state).total / 8
+                bits = wire_bits(opt_state)
+                sent = bits.total / 8
+                megabytes.append(bits.last / 8e6)
                 bytes_so_far = f"{sent / 1e6:.1f} of {done * dense_bytes / 1e6:.1f} MB dense"
                 speed = FLAGS.batch_size / seconds[-1]
                 status = f"loss {loss:.3f}, {speed:.0f} images/s, {bytes_so_far}"
@@ -135,9 +137,10 @@ def train(name: str, codec: Compressor, dataset: data.Dataset, mesh: Mesh, scree
                     )
 
     return report.Result(
-        label=name,
+        name=name,
+        settings=codecs.label(name),
         curve=curve,
-        step_megabytes=wire_bits(opt_state).last / 8e6,
+        step_megabytes=megabytes,
         dense_megabytes=dense_bytes / 1e6,
         step_ms=1e3 * statistics.median(seconds[1:] or seconds),  # the first one compiles
         seconds=time.perf_counter() - started,

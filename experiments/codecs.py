@@ -13,9 +13,14 @@ from collections.abc import Callable
 
 from absl import flags
 
-from gradcomp_jax import Compressor, none, powersgd, qsgd
+from gradcomp_jax import Compressor, gradiveq, none, powersgd, qsgd
 
-CODECS: dict[str, Callable[..., Compressor]] = {"none": none, "powersgd": powersgd, "qsgd": qsgd}
+CODECS: dict[str, Callable[..., Compressor]] = {
+    "none": none,
+    "gradiveq": gradiveq,
+    "powersgd": powersgd,
+    "qsgd": qsgd,
+}
 
 FLAGS = flags.FLAGS
 

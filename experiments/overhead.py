@@ -6,12 +6,13 @@
 For ResNet-18's gradient (11,173,962 parameters, 62 tensors) on one simulated worker: encode, decode and error
 feedback, with collectives that move nothing. The codecs run in turn, round after round, and each is reported
 by its median and as a multiple of an in-place pass over the same memory, which is the least that any step
-over the gradient can cost.
+over the gradient can cost. GradiVeQ is reported in each of its phases.
 """
 
 import statistics
 import sys
 import time
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from rich.table import Table
 
 from experiments import codecs
 from experiments.models import resnet18_shapes
-from gradcomp_jax import Compressor, init, state_specs
+from gradcomp_jax import CompressorState, init, state_specs
 
 FLAGS = flags.FLAGS
 
@@ -31,15 +32,57 @@ FLAGS.set_default("codec", ",".join(codecs.CODECS))
 flags.DEFINE_integer("rounds", 15, "Times each codec is run; medians are reported.", lower_bound=1)
 
 
-def compiled(codec: Compressor, grads):
-    """The codec's update on one simulated worker, compiled; its first state; and the seconds to compile."""
+class Case(NamedTuple):
+    """What is timed under one name.
+
+    Attributes:
+      program: (gradients, state) -> (updates, state); consumes the state.
+      state: to start from.
+      step: GradiVeQ's step, to stay in one of its phases; else None.
+      seconds: to compile the program; None where another case has it too.
+    """
+
+    program: Any
+    state: CompressorState
+    step: int | None
+    seconds: float | None
+
+
+def cases(name: str, grads: Any) -> dict[str, Case]:
+    """A codec's update on one simulated worker, once for each of its phases, by what to call it."""
+    codec, label = codecs.from_flags(name, seed=0), codecs.label(name)
     params = jax.tree.map(lambda x: x[0], grads)
-    state = init(codec, params, 1)
     axes = jax.tree.map(lambda spec: 0 if "data" in spec else None, state_specs(codec, params))
     update = jax.vmap(lambda g, s: codec.update(g, s), in_axes=(0, axes), out_axes=(None, axes), axis_name="data")
     began = time.perf_counter()
-    program = jax.jit(update, donate_argnums=1).lower(grads, state).compile()
-    return program, state, time.perf_counter() - began
+    program = jax.jit(update, donate_argnums=1).lower(grads, init(codec, params, 1)).compile()
+    seconds = time.perf_counter() - began
+    if name != "gradiveq":
+        return {label: Case(program, init(codec, params, 1), None, seconds)}
+
+    first = FLAGS.gradiveq_warmup_steps + FLAGS.gradiveq_error_feedback
+    last = first + FLAGS.gradiveq_train_steps - 1
+
+    def at(step: int, state: CompressorState | None = None) -> Case:
+        return Case(program, with_samples(init(codec, params, 1)) if state is None else state, step, None)
+
+    _, fitted = program(grads, in_step(with_samples(init(codec, params, 1)), last))
+    return {
+        f"{label}, training": at(first)._replace(seconds=seconds),
+        "... fitting": at(last),
+        "... compressed": at(last + 1, fitted),
+    }
+
+
+def with_samples(state: CompressorState) -> CompressorState:
+    """A state of GradiVeQ whose samples are noise, as bases of zeros are found too quickly."""
+    samples = {path: jax.random.normal(jax.random.key(0), x.shape) for path, x in state.codec.samples.items()}
+    return state._replace(codec=state.codec._replace(samples=samples))
+
+
+def in_step(state: CompressorState, step: int | None) -> CompressorState:
+    """The state, at a step of GradiVeQ."""
+    return state if step is None else state._replace(codec=state.codec._replace(step=jnp.int32(step)))
 
 
 def main(argv: list[str]) -> None:
@@ -52,21 +95,20 @@ def main(argv: list[str]) -> None:
     leaves = [jax.random.normal(key, (1, *shape)) for key, shape in zip(keys, shapes, strict=True)]
     grads = jax.tree.unflatten(tree, leaves)
 
-    programs, states, compile_seconds = {}, {}, {}
-    for name in FLAGS.codec:
-        label = codecs.label(name)
-        programs[label], states[label], compile_seconds[label] = compiled(codecs.from_flags(name, seed=0), grads)
+    timed = {label: case for name in FLAGS.codec for label, case in cases(name, grads).items()}
+    states = {label: case.state for label, case in timed.items()}
     in_place = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
     passed = jax.block_until_ready(in_place(jax.tree.map(jnp.copy, grads)))
 
-    times: dict[str, list[float]] = {label: [] for label in ["in-place pass", *programs]}
+    times: dict[str, list[float]] = {label: [] for label in ["in-place pass", *timed]}
     for _ in range(FLAGS.rounds):
         began = time.perf_counter()
         passed = jax.block_until_ready(in_place(passed))
         times["in-place pass"].append(time.perf_counter() - began)
-        for label, program in programs.items():
+        for label, case in timed.items():
+            state = jax.block_until_ready(in_step(states[label], case.step))
             began = time.perf_counter()
-            _, states[label] = jax.block_until_ready(program(grads, states[label]))
+            _, states[label] = jax.block_until_ready(case.program(grads, state))
             times[label].append(time.perf_counter() - began)
 
     table = Table(title=f"ResNet-18's gradient, one worker on {jax.default_backend()}, medians of {FLAGS.rounds}")
@@ -75,7 +117,8 @@ def main(argv: list[str]) -> None:
     unit = statistics.median(times["in-place pass"])
     for label, seconds in times.items():
         median = statistics.median(seconds)
-        compiling = f"{compile_seconds[label]:.1f}" if label in compile_seconds else ""
+        seconds_to_compile = timed[label].seconds if label in timed else None
+        compiling = "" if seconds_to_compile is None else f"{seconds_to_compile:.1f}"
         table.add_row(label, f"{1e3 * median:.1f}", f"{median / unit:.1f}", compiling)
     Console(highlight=False, width=100).print(table)
 

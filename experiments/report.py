@@ -1,6 +1,7 @@
 """What an experiment shows: progress while it runs, then a table and a figure over all codecs."""
 
 import pathlib
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 BYTES_NOTE = (
-    "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense float32 all-reduce, over these."
+    "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense float32 all-reduce, over these. "
+    "Compressed steps: those that send less than it."
 )
 EMULATED_NOTE = (
     "The workers are emulated on one CPU: ms a step is compute only and tells nothing of the time a network saves."
@@ -40,25 +42,32 @@ class Result(NamedTuple):
     """One codec's training.
 
     Attributes:
-      label: the codec and its settings.
+      name: the codec's.
+      settings: its keywords that are not at their defaults, after its name.
       curve: the evaluations, the last one after the last step.
-      step_megabytes: one worker sent in the last step.
-      dense_megabytes: one worker would have sent in it by a dense float32 all-reduce.
+      step_megabytes: one worker sent in each step.
+      dense_megabytes: one worker would have sent in a step by a dense float32 all-reduce.
       step_ms: median milliseconds of a step.
       seconds: from start to end, compilation and evaluation included.
     """
 
-    label: str
+    name: str
+    settings: str
     curve: list[Point]
-    step_megabytes: float
+    step_megabytes: list[float]
     dense_megabytes: float
     step_ms: float
     seconds: float
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes than dense."""
-        return self.dense_megabytes / self.step_megabytes
+        """How many times fewer bytes than dense, over the run."""
+        return self.dense_megabytes / statistics.fmean(self.step_megabytes)
+
+    @property
+    def compressed(self) -> list[float]:
+        """What was sent in each step that sent less than dense."""
+        return [megabytes for megabytes in self.step_megabytes if megabytes < self.dense_megabytes]
 
 
 def console() -> Console:
@@ -85,16 +94,22 @@ def table(results: Sequence[Result], title: str) -> Table:
     """One row a codec."""
     out = Table(title=title)
     out.add_column("codec")
-    for heading in ("test accuracy", "MB a step", "MB in total", "ratio", "ms a step", "total s"):
+    numbers = ("test accuracy", "MB a step", "MB in total", "ratio", "compressed steps", "their ratio")
+    for heading in (*numbers, "ms a step", "total s"):
         out.add_column(heading, justify="right")
     for result in results:
         last = result.curve[-1]
+        compressed = result.compressed
+        share = len(compressed) / len(result.step_megabytes)
+        their_ratio = f"{result.dense_megabytes / statistics.fmean(compressed):.2f}" if compressed else ""
         out.add_row(
-            result.label,
+            result.name,
             f"{last.accuracy:.2%}",
-            f"{result.step_megabytes:.4f}",
+            f"{statistics.fmean(result.step_megabytes):.4f}",
             f"{last.megabytes:.2f}",
             f"{result.ratio:.2f}",
+            f"{share:.0%}",
+            their_ratio,
             f"{result.step_ms:.1f}",
             f"{result.seconds:.1f}",
         )
@@ -105,9 +120,11 @@ def notes(results: Sequence[Result], workers: int, emulated: bool) -> list[str]:
     """What must be said beside the table."""
     found = [BYTES_NOTE]
     for result in results:
+        if result.settings != result.name:
+            found.append(f"Settings: {result.settings}.")
         if result.ratio < 1:
             found.append(
-                f"{result.label} does not pay here: over {workers} workers it sends {1 / result.ratio:.2f} times as "
+                f"{result.name} does not pay here: over {workers} workers it sends {1 / result.ratio:.2f} times as "
                 "many bytes as a dense all-reduce."
             )
     return found + [EMULATED_NOTE] * emulated
@@ -120,7 +137,7 @@ def plot(results: Sequence[Result], title: str, path: pathlib.Path) -> None:
     for result, marker in zip(results, "osD^v<>PX*" * len(results), strict=False):
         steps, megabytes, accuracy = zip(*result.curve, strict=True)
         style = {"marker": marker, "markersize": 5, "alpha": 0.8}
-        by_step.plot(steps, accuracy, label=f"{result.label} ({megabytes[-1]:.3g} MB in all)", **style)
+        by_step.plot(steps, accuracy, label=f"{result.name} ({megabytes[-1]:.3g} MB in all)", **style)
         by_bytes.plot(megabytes, accuracy, **style)
     by_step.set(xlabel="training steps", ylabel="test accuracy")
     by_bytes.set(xlabel="MB sent by one worker so far (10^6 bytes, log scale)", xscale="log")

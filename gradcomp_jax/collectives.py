@@ -165,7 +165,7 @@ def mean_front(
         received, bits = mean(buffer[:size], axis_name)
         return jnp.pad(received, (0, buffer.size - size)), bit_pair(bits)
 
-    smallest = jnp.searchsorted(jnp.array(sizes), length)
+    smallest = jnp.searchsorted(jnp.array(sizes, jnp.int32), length)
     return lax.switch(smallest, [functools.partial(send, size) for size in sizes])
 
 

@@ -346,7 +346,7 @@ def gradiveq(
             sizes = {path: [cut.slices * d for d in cut.widths] + [tensors[path].size] for path, cut in cuts.items()}
             losses, unravel = ravel_pytree(loss)
             own = [losses, *(piece(path) for path in tensors)]
-            lengths = [jnp.int32(len(losses)), *(jnp.array(sizes[path])[state.rung[path]] for path in tensors)]
+            lengths = [jnp.int32(len(losses)), *(jnp.array(sizes[path], jnp.int32)[state.rung[path]] for path in tensors)]
             least, most = (len(losses) + sum(end(s) for s in sizes.values()) for end in (min, max))
             total = functools.reduce(jnp.add, lengths)
             received, bits = collectives.mean_front(pack_front(own, lengths), total, least, most, axis_name)
