@@ -122,6 +122,11 @@ def notes(results: Sequence[Result], workers: int, emulated: bool) -> list[str]:
     for result in results:
         if result.settings != result.name:
             found.append(f"Settings: {result.settings}.")
+        if result.name != "none" and not result.compressed:
+            found.append(
+                f"{result.name} sent less than dense in none of the {len(result.step_megabytes)} steps: if it has a "
+                "warm-up, that was longer."
+            )
         if result.ratio < 1:
             found.append(
                 f"{result.name} does not pay here: over {workers} workers it sends {1 / result.ratio:.2f} times as "

@@ -17,6 +17,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 # What the library adds and multiplies, it has cast on purpose.
@@ -25,3 +26,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Draws are fixed, so that a failure here is a failure everywhere; examples compile, hence no deadline.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_collection_modifyitems(items):
+    """Under pytest-xdist's --dist=loadgroup, tests that share compiled programs run in one process."""
+    for item in items:
+        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
+        item.add_marker(pytest.mark.xdist_group(row.id if row else item.module.__name__ if item.module else item.name))

@@ -1,6 +1,7 @@
 """The table of codecs, over which every law is tested. A new codec adds its rows here and inherits all."""
 
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +19,8 @@ class Row(NamedTuple):
       payload: (shapes of the compressed leaves, step) -> bytes one worker hands to its collectives, by the paper.
       rebuild: (what each worker handed to the collectives, in order, each [workers, ...]; the state before;
         shapes by path) -> the mean by path, in numpy.
-      phases: a step of each kind, where what is sent depends on the step.
+      phases: where what is sent depends on the step, one step of each kind, and which branches its conditionals
+        that hold collectives take.
     """
 
     id: str
@@ -26,7 +28,7 @@ class Row(NamedTuple):
     linear: bool
     payload: Callable[[list[tuple[int, ...]], int], int]
     rebuild: Callable[..., dict[str, np.ndarray]]
-    phases: tuple[int, ...] = (0,)
+    phases: Mapping[int, tuple[bool, ...]] = types.MappingProxyType({0: ()})
 
 
 def rebuild_none(recorded, state, shapes):
@@ -122,9 +124,10 @@ class Cycle(NamedTuple):
             return "dense"
         return "fit" if since == self.train - 1 else "compressed"
 
-    def steps(self) -> tuple[int, ...]:
+    def phases(self) -> dict[int, tuple[bool, ...]]:
+        """Steps of the warm-up and of each phase: whether they compress, and whether they fit."""
         first = self.warmup + self.settling + self.train
-        return 0, first - 2, first - 1, first
+        return {0: (False, False), first - 2: (False, False), first - 1: (False, True), first: (True, False)}
 
 
 def cut(shape, k, reuse):
@@ -190,7 +193,7 @@ def gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float | None = None, reus
         return gradiveq(k, reuse=reuse, **{**settings, "compress": lambda path, leaf: leaf.ndim > 1, **kwargs})
 
     by_paper = cycle, k, ratio, reuse, most
-    return Row(id, make, True, payload_gradiveq(*by_paper), rebuild_gradiveq(*by_paper), cycle.steps())
+    return Row(id, make, True, payload_gradiveq(*by_paper), rebuild_gradiveq(*by_paper), cycle.phases())
 
 
 ROWS = [

@@ -15,7 +15,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cifar, codecs, data, models
+from experiments import cifar, codecs, data, models, report
 from gradcomp_jax import init, powersgd, qsgd, simulate, wire_bits
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -56,16 +56,21 @@ def test_flags_have_the_types_and_the_help_of_the_factory():
 
 
 def test_flags_reach_the_codec_and_its_label():
-    FLAGS(["test", "--qsgd_bits=8", "--powersgd_rank=4"])
+    FLAGS(["test", "--qsgd_bits=8", "--powersgd_rank=4", "--gradiveq_ratio=4", "--gradiveq_warmup_steps=0"])
     params = {"w": jnp.zeros((100, 200))}
     for name, codec in (("qsgd", qsgd(bits=8)), ("powersgd", powersgd(rank=4))):
         assert sent(codecs.from_flags(name, 0), params, 4) == sent(codec, params, 4)
-    assert [codecs.label(name) for name in codecs.CODECS] == ["none", "powersgd rank=4", "qsgd bits=8"]
+    assert [codecs.label(name) for name in codecs.CODECS] == [
+        "none",
+        "gradiveq ratio=4.0 warmup_steps=0",
+        "powersgd rank=4",
+        "qsgd bits=8",
+    ]
 
 
 @pytest.mark.parametrize("given", ["qsgd,zip", ""])
 def test_an_unknown_codec_is_told_which_there_are(given):
-    with pytest.raises(flags.IllegalFlagValueError, match="the codecs are none, powersgd, qsgd"):
+    with pytest.raises(flags.IllegalFlagValueError, match="the codecs are none, gradiveq, powersgd, qsgd"):
         FLAGS(["test", f"--codec={given}"])
 
 
@@ -242,6 +247,19 @@ def test_a_short_training_gives_a_table_and_a_figure(tmp_path):
         expected, dense = (sent(codecs.CODECS[codec](), params, 2) for codec in (name, "none"))
         assert accuracy.endswith("%")
         assert (step, total, ratio) == (f"{expected:.4f}", f"{2 * expected:.2f}", f"{dense / expected:.2f}")
+
+
+def test_the_table_tells_compressed_steps_from_the_others():
+    """Of 8 steps, 6 at a quarter of 2 MB; the run sent 7 MB where dense sends 16."""
+    curve = [report.Point(8, 7.0, 0.5)]
+    phases = report.Result("gradiveq", "gradiveq k=3", curve, [2.0, 2.0] + 6 * [0.5], 2.0, 1.0, 1.0)
+    dense = report.Result("none", "none", curve, 8 * [2.0], 2.0, 1.0, 1.0)
+    cells = [list(column.cells) for column in report.table([phases, dense], "").columns]
+    assert cells[2] == ["0.8750", "2.0000"]
+    assert cells[4:7] == [["2.29", "1.00"], ["75%", "0%"], ["4.00", ""]]
+    notes = report.notes([phases, dense, dense._replace(name="gradiveq")], 4, emulated=False)
+    assert "Settings: gradiveq k=3." in notes
+    assert [note for note in notes if "sent less than dense in none of the 8 steps" in note] == notes[-1:]
 
 
 @pytest.mark.parametrize(

@@ -162,7 +162,7 @@ class TestContextsAgree:
         reference = run(TX[row.id], GRADS, "vmap")
         for context in CONTEXTS[1:]:
             got = run(TX[row.id], GRADS, context)
-            chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=0)
+            chex.assert_trees_all_close(got, reference, atol=5e-5, rtol=0)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
 
     @pytest.mark.parametrize("workers", [1, 3, 8])
@@ -383,22 +383,29 @@ class TestBounded:
 
 
 class Recorder:
-    """Stands in the place of jax's collectives and keeps what they are given, outside jit.
+    """Stands in the place of jax's collectives and keeps what they are given.
 
-    Conditionals whose predicate is known take their branch by hand, so that what is kept is what was sent.
+    Of a conditional it has one branch run, so that what is kept is what is sent: that of its predicate where
+    the value is known, else that of `taken`, else (of a switch) the first.
     """
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, taken=()):
         self.operands = []
         for name in ("psum", "pmean", "pmax", "all_gather", "all_to_all", "ppermute", "psum_scatter"):
             monkeypatch.setattr(lax, name, self._recording(getattr(lax, name)))
-        cond, switch = lax.cond, lax.switch
-        monkeypatch.setattr(
-            lax, "cond", lambda p, yes, no: cond(p, yes, no) if isinstance(p, jax.core.Tracer) else yes() if p else no()
-        )
-        monkeypatch.setattr(
-            lax, "switch", lambda i, branches: switch(i, branches) if isinstance(i, jax.core.Tracer) else branches[i]()
-        )
+        taken, cond = iter(taken), lax.cond
+
+        def one_of_two(known, yes, no):
+            predicate = next(taken, None) if isinstance(known, jax.core.Tracer) else known
+            if predicate is None:  # holds no collectives
+                return cond(known, yes, no)
+            return yes() if predicate else no()
+
+        def one_of_many(index, branches):
+            return branches[0 if isinstance(index, jax.core.Tracer) else int(index)]()
+
+        monkeypatch.setattr(lax, "cond", one_of_two)
+        monkeypatch.setattr(lax, "switch", one_of_many)
 
     def _recording(self, collective):
         def record(operand, axis_name, **kwargs):
@@ -414,14 +421,16 @@ class TestOnlyTheWireSpeaks:
     @every_phase
     def test_mean_is_rebuilt_from_the_wire_alone(self, row, step, monkeypatch):
         state = state_at(row, step)
-        recorder = Recorder(monkeypatch)
+        recorder = Recorder(monkeypatch, row.phases[step])
         codec = TX[row.id].codec
         grads = trees.noise(TWO, 9, (WORKERS,))
 
         def worker(x):
             return codec.exchange(x, state, "data").mean, list(recorder.operands)
 
-        mean, operands = jax.vmap(worker, axis_name="data")(grads)
+        program = jax.vmap(worker, axis_name="data")
+        # Which rung a leaf is on is known outside jit only.
+        mean, operands = (program if getattr(state, "rung", None) else jax.jit(program))(grads)
         rebuilt = row.rebuild(jax.device_get(operands), state, TWO)
         chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], mean), rebuilt, atol=5e-5, rtol=0)
 
@@ -431,17 +440,12 @@ class TestOnlyTheWireSpeaks:
         shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: trees.zeros(resnet18_shapes())))]
         vectors = [shape for shape in shapes if len(shape) < 2]
         matrices = [shape for shape in shapes if len(shape) >= 2]
-        recorder = Recorder(monkeypatch)
+        recorder = Recorder(monkeypatch, row.phases[step])
 
         def worker(_):
             grads = trees.zeros(resnet18_shapes())
-            state = tx.init(grads)
-            if len(row.phases) > 1:
-                state = state._replace(codec=state.codec._replace(step=jnp.int32(step)))
-            return tx.update(grads, state)
+            return tx.update(grads, tx.init(grads))
 
-        # Phases are told apart by values, so those codecs run; of the others shapes are enough.
-        evaluate = jax.eval_shape if len(row.phases) == 1 else lambda f, x: f(x)
-        evaluate(jax.vmap(worker, axis_name="data"), jnp.zeros(4))
+        jax.eval_shape(jax.vmap(worker, axis_name="data"), jnp.zeros(4))
         sent = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(recorder.operands))
         assert sent <= row.payload(matrices, step) + sum(4 * shape[0] for shape in vectors)

@@ -190,16 +190,17 @@ def gradiveq(
       k: K, the length of a slice, at most the leaf's size; the last slice is padded with zeros. By default
         `slice_length` of each leaf: multiples of D F elements, one position of a kernel [H, W, D, F].
       ratio: K / d, above 1, for select="ratio"; d must be below train_steps.
-      train_steps: L_t, at least 2.
-      compress_steps: L_c.
+      train_steps: L_t, the dense steps of a cycle on which bases are fitted, at least 2.
+      compress_steps: L_c, the compressed steps of a cycle.
       warmup_steps: dense steps before the first cycle.
       k_max: the largest K where k is None; costs 4 d flops an element to compress and restore.
-      reuse: s, the slices that share one basis, computed from the first of them; by default all of a leaf.
+      reuse: s, how many consecutive slices share one basis at most, computed from the first of them; by default
+        all of a leaf. Groups are as equal as they can be.
       select: "ratio"; or "energy", "holdout": at the end of each training phase, for each leaf, the smallest d of
         K/32, K/16, K/8, K/4 that loses at most max_loss, else dense. "energy" is the paper's rule, the variance of
         the training samples themselves, and falls into the rank trap where K / train_steps is large; "holdout"
         fits on the first 4/5 of the samples and takes the squared relative loss on the others.
-      max_loss: lambda, for "energy" and "holdout".
+      max_loss: lambda, the most that "energy" and "holdout" allow a leaf to lose.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: keep residuals, which the paper does not. What a basis leaves out waits for the end of its
         compressed steps; one more dense step, which is no sample, then sends it.
@@ -279,6 +280,23 @@ def gradiveq(
             loss=zeros(lambda cut: ()),
         )
 
+    def fit_leaf(samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """U [groups, K, d] and the rung, of the samples' type."""
+
+        def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+            basis, variance = principal_basis(samples[:fitted], widths[-1])
+            if select == "holdout":
+                lost = unexplained(samples[fitted:], basis, jnp.mean(samples[:fitted], axis=0))
+            else:
+                total = jnp.sum(variance)
+                lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.maximum(total, TINY), 1)
+            return basis, lost[jnp.array(widths) - 1]
+
+        # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
+        basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
+        enough = jnp.append(jnp.max(lost, axis=0) <= max_loss, True)
+        return basis, jnp.argmax(enough).astype(samples.dtype)
+
     def exchange(tensors: Tensors, state: GradiVeQState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
         del extra_args
         if not tensors:
@@ -346,7 +364,10 @@ def gradiveq(
             sizes = {path: [cut.slices * d for d in cut.widths] + [tensors[path].size] for path, cut in cuts.items()}
             losses, unravel = ravel_pytree(loss)
             own = [losses, *(piece(path) for path in tensors)]
-            lengths = [jnp.int32(len(losses)), *(jnp.array(sizes[path], jnp.int32)[state.rung[path]] for path in tensors)]
+            lengths = [
+                jnp.int32(len(losses)),
+                *(jnp.array(sizes[path], jnp.int32)[state.rung[path]] for path in tensors),
+            ]
             least, most = (len(losses) + sum(end(s) for s in sizes.values()) for end in (min, max))
             total = functools.reduce(jnp.add, lengths)
             received, bits = collectives.mean_front(pack_front(own, lengths), total, least, most, axis_name)
@@ -354,6 +375,23 @@ def gradiveq(
             own_leaves = {path: leaf(path, x) for path, x in zip(tensors, own[1:], strict=True)}
             mean_leaves = {path: leaf(path, x) for path, x in zip(tensors, means, strict=True)}
             return mean_leaves, own_leaves, unravel(mean_loss), bits
+
+        mean, own, loss, bits = lax.cond(position >= train_steps, compressed, dense)
+        training = (position >= 0) & (position < train_steps)
+        row = jnp.clip(position, 0, train_steps - 1)
+
+        def averaged(mean: jax.Array, sample: jax.Array) -> jax.Array:
+            """The mean of row + 1 samples, from that of the first row."""
+            weight = 1 / (row + 1).astype(mean.dtype)
+            return (1 - weight) * mean + weight * sample
+
+        def record(samples: jax.Array, rows: jax.Array, reuse: int) -> jax.Array:
+            # A row at a time, outside any cond: one that carried the samples would copy them.
+            return samples.at[row].set(jnp.where(training, rows[::reuse], samples[row]))
+
+        rows = {path: buckets(x, cuts[path].k) for path, x in mean.items()}
+        next_samples = {path: record(x, rows[path], cuts[path].reuse) for path, x in state.samples.items()}
+        next_mu = {p: jnp.where(training, averaged(x, rows[p]), x) for p, x in state.mu.items()}
 
         def fit():
             """The bases, each leaf's rung, and U^T mu, from the samples."""
@@ -372,39 +410,6 @@ def gradiveq(
             }
             return bases, rungs, projected, bit_pair(bits)
 
-        def fit_leaf(samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-            """U [groups, K, d] and the rung, of the samples' type."""
-
-            def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-                basis, variance = principal_basis(samples[:fitted], widths[-1])
-                if select == "holdout":
-                    lost = unexplained(samples[fitted:], basis, jnp.mean(samples[:fitted], axis=0))
-                else:
-                    total = jnp.sum(variance)
-                    lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.maximum(total, TINY), 1)
-                return basis, lost[jnp.array(widths) - 1]
-
-            # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
-            basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
-            enough = jnp.append(jnp.max(lost, axis=0) <= max_loss, True)
-            return basis, jnp.argmax(enough).astype(samples.dtype)
-
-        mean, own, loss, bits = lax.cond(position >= train_steps, compressed, dense)
-        training = (position >= 0) & (position < train_steps)
-        row = jnp.clip(position, 0, train_steps - 1)
-
-        def averaged(mean: jax.Array, sample: jax.Array) -> jax.Array:
-            """The mean of row + 1 samples, from that of the first row."""
-            weight = 1 / (row + 1).astype(mean.dtype)
-            return (1 - weight) * mean + weight * sample
-
-        def record(samples: jax.Array, rows: jax.Array, reuse: int) -> jax.Array:
-            # A row at a time, outside any cond: one that carried the samples would copy them.
-            return samples.at[row].set(jnp.where(training, rows[::reuse], samples[row]))
-
-        rows = {path: buckets(x, cuts[path].k) for path, x in mean.items()}
-        next_samples = {path: record(x, rows[path], cuts[path].reuse) for path, x in state.samples.items()}
-        next_mu = {p: jnp.where(training, averaged(x, rows[p]), x) for p, x in state.mu.items()}
         kept = state.basis, state.rung, state.projected, bit_pair(0)
         basis, rung, projected, fit_bits = lax.cond(position == train_steps - 1, fit, lambda: kept)
         next_state = GradiVeQState(state.step + 1, next_samples, next_mu, basis, projected, rung, loss)
