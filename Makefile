@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m experiments.cifar --flagfile=experiments/presets/digits.flags
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

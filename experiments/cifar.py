@@ -40,12 +40,12 @@ flags.DEFINE_enum("model", "resnet8", list(models.BLOCKS), "The network.")
 flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", lower_bound=2)
 flags.DEFINE_integer("epochs", 10, "Passes over the training split.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Images a step, over all workers; a multiple of --workers.", lower_bound=1)
-flags.DEFINE_float("lr", 0.1, "The highest learning rate: reached after the first tenth of the steps, then a cosine.")
+flags.DEFINE_float("lr", 0.1, "The highest learning rate, reached after the first tenth of the steps.")
 flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float("weight_decay", 1e-4, "Weight decay, added to the aggregated gradient.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Of the initial parameters, the batches and the codecs.", lower_bound=0)
 flags.DEFINE_integer("eval_every", 20, "Steps from one evaluation on the test split to the next.", lower_bound=1)
-flags.DEFINE_string("out_dir", "out", "The directory of the figure, <dataset>.png.")
+flags.DEFINE_string("out_dir", "out", "The directory of the figure.")
 
 
 def main(argv: list[str]) -> None:

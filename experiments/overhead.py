@@ -38,13 +38,13 @@ class Case(NamedTuple):
     Attributes:
       program: (gradients, state) -> (updates, state); consumes the state.
       state: to start from.
-      step: GradiVeQ's step, to stay in one of its phases; else None.
+      position: GradiVeQ's place in its cycle, to stay in one phase; else None.
       seconds: to compile the program; None where another case has it too.
     """
 
     program: Any
     state: CompressorState
-    step: int | None
+    position: int | None
     seconds: float | None
 
 
@@ -60,15 +60,14 @@ def cases(name: str, grads: Any) -> dict[str, Case]:
     if name != "gradiveq":
         return {label: Case(program, init(codec, params, 1), None, seconds)}
 
-    first = FLAGS.gradiveq_warmup_steps + FLAGS.gradiveq_error_feedback
-    last = first + FLAGS.gradiveq_train_steps - 1
+    last = FLAGS.gradiveq_train_steps - 1
 
-    def at(step: int, state: CompressorState | None = None) -> Case:
-        return Case(program, with_samples(init(codec, params, 1)) if state is None else state, step, None)
+    def at(position: int, state: CompressorState | None = None) -> Case:
+        return Case(program, with_samples(init(codec, params, 1)) if state is None else state, position, None)
 
-    _, fitted = program(grads, in_step(with_samples(init(codec, params, 1)), last))
+    _, fitted = program(grads, at_position(with_samples(init(codec, params, 1)), last))
     return {
-        f"{label}, training": at(first)._replace(seconds=seconds),
+        f"{label}, training": at(0)._replace(seconds=seconds),
         "... fitting": at(last),
         "... compressed": at(last + 1, fitted),
     }
@@ -80,9 +79,9 @@ def with_samples(state: CompressorState) -> CompressorState:
     return state._replace(codec=state.codec._replace(samples=samples))
 
 
-def in_step(state: CompressorState, step: int | None) -> CompressorState:
-    """The state, at a step of GradiVeQ."""
-    return state if step is None else state._replace(codec=state.codec._replace(step=jnp.int32(step)))
+def at_position(state: CompressorState, position: int | None) -> CompressorState:
+    """The state, at a place in GradiVeQ's cycle."""
+    return state if position is None else state._replace(codec=state.codec._replace(position=jnp.int32(position)))
 
 
 def main(argv: list[str]) -> None:
@@ -106,7 +105,7 @@ def main(argv: list[str]) -> None:
         passed = jax.block_until_ready(in_place(passed))
         times["in-place pass"].append(time.perf_counter() - began)
         for label, case in timed.items():
-            state = jax.block_until_ready(in_step(states[label], case.step))
+            state = jax.block_until_ready(at_position(states[label], case.position))
             began = time.perf_counter()
             _, states[label] = jax.block_until_ready(case.program(grads, state))
             times[label].append(time.perf_counter() - began)

@@ -127,7 +127,7 @@ def notes(results: Sequence[Result], workers: int, emulated: bool) -> list[str]:
                 f"{result.name} sent less than dense in none of the {len(result.step_megabytes)} steps: if it has a "
                 "warm-up, that was longer."
             )
-        if result.ratio < 1:
+        if result.ratio < 0.995:  # as the table shows it
             found.append(
                 f"{result.name} does not pay here: over {workers} workers it sends {1 / result.ratio:.2f} times as "
                 "many bytes as a dense all-reduce."

@@ -13,7 +13,6 @@ All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, w
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,8 +25,8 @@ from gradcomp_jax.metrics import bit_pair
 AxisName = str | tuple[str, ...]
 T = TypeVar("T")
 
-# Sizes that `mean_front` compiles for: 16 between 1 and 1/32 round up by 1.26 at most.
-FRONT_SIZES = 16
+# What `mean_front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
+FRONT_STEP = 1.25
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
@@ -136,8 +135,12 @@ def require_same_elsewhere(leaves: Sequence[tuple[str, Any]], axis_name: AxisNam
 def mean(tree: T, axis_name: AxisName) -> tuple[T, int]:
     """All-reduces every leaf of `tree` to its mean over the workers; see the module for the bits."""
     n = workers(axis_name)
+    return lax.pmean(tree, axis_name), _all_reduce_bits(tree, n)
+
+
+def _all_reduce_bits(tree: Any, n: int) -> int:
     payload = sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    return lax.pmean(tree, axis_name), -(-2 * (n - 1) * payload // n)
+    return -(-2 * (n - 1) * payload // n)
 
 
 def mean_front(
@@ -145,8 +148,8 @@ def mean_front(
 ) -> tuple[jax.Array, jax.Array]:
     """All-reduces the first `length` elements of `buffer` to their mean, and little more than those.
 
-    Shapes are static, so one of `FRONT_SIZES` fixed sizes between `least` and `most`, in equal ratios, is sent:
-    the smallest that holds them.
+    Shapes are static, so one of some fixed sizes from `least` to `most` is sent, the smallest that holds them;
+    each is at most `FRONT_STEP` times the one before.
 
     Args:
       buffer: a vector of at least `most` elements.
@@ -158,8 +161,9 @@ def mean_front(
     Returns:
       A vector of the buffer's size, zero beyond what was sent; and the bits this worker sent, as a pair.
     """
-    steps = range(FRONT_SIZES)
-    sizes = sorted({min(most, math.ceil(least * (most / least) ** (i / (FRONT_SIZES - 1)))) for i in steps} | {most})
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(min(most, max(sizes[-1] + 1, int(sizes[-1] * FRONT_STEP))))
 
     def send(size: int):
         received, bits = mean(buffer[:size], axis_name)
@@ -169,11 +173,12 @@ def mean_front(
     return lax.switch(smallest, [functools.partial(send, size) for size in sizes])
 
 
-def from_first(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
-    """The first worker's `x`, on all; an all-reduce, with its bits."""
+def from_first(tree: T, axis_name: AxisName) -> tuple[T, int]:
+    """The first worker's `tree`, on all; by an all-reduce, with its bits."""
     n = workers(axis_name)
-    mine = jnp.where(worker_index(axis_name) == 0, x, jnp.zeros_like(x))
-    return lax.psum(mine, axis_name), -(-2 * (n - 1) * 8 * x.size * x.dtype.itemsize // n)
+    first = worker_index(axis_name) == 0
+    mine = jax.tree.map(lambda x: jnp.where(first, x, jnp.zeros_like(x)), tree)
+    return lax.psum(mine, axis_name), _all_reduce_bits(tree, n)
 
 
 def gather(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:

@@ -146,7 +146,8 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
       The global form for the new workers, sharded over the mesh.
 
     Raises:
-      ValueError: opt_state is not in its global form, its axes are not axes of the mesh, or there is no worker.
+      ValueError: the leaves of opt_state do not begin with one number of workers, its axes are not axes of the
+        mesh, there is no worker, or several processes hold it on other devices.
 
     >>> import jax.numpy as jnp
     >>> from gradcomp_jax import init, powersgd, resize_workers
@@ -175,8 +176,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     def resize(opt_state):
         return _map_per_worker(resized, opt_state, lambda x: x)
 
-    # Arrays of one process may come from any devices; those of several lie where they must.
-    opt_state = jax.tree.map(lambda x: x if _is_remote(x) else np.asarray(x), opt_state)
+    opt_state = jax.tree.map(functools.partial(_movable, mesh=mesh), opt_state)
     if isinstance(mesh, int):
         return jax.jit(resize)(opt_state)
     jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
@@ -184,8 +184,31 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     return jax.jit(resize, out_shardings=shardings)(opt_state)
 
 
-def _is_remote(x: Any) -> bool:
-    return isinstance(x, jax.Array) and not x.is_fully_addressable
+def _movable(x: Any, mesh: Mesh | int) -> Any:
+    """`x` such that jit takes it to the mesh: on the host, or where several processes share it, on its devices."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if isinstance(mesh, int) or x.sharding.device_set != set(mesh.devices.flat):
+            raise ValueError(
+                f"an array of opt_state of shape {x.shape} is shared by processes, on other devices than those of the "
+                "mesh: save the state, and restore it on the mesh, or as numpy arrays, before resize_workers"
+            )
+        return x
+    if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
+    return np.asarray(x)
+
+
+def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
+    """Raises ValueError for a state of another number of workers than the mesh has."""
+    count = _count(mesh)
+    for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker):
+        if is_per_worker(x):
+            got = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
+            if got and got != {(count(x.axis),)}:
+                raise ValueError(
+                    f"opt_state is of {sorted(got)} workers along {x.axis!r}, mesh={mesh} has {count(x.axis)}: pass "
+                    "the mesh of the step, or the state through resize_workers first"
+                )
 
 
 def _count(mesh: Mesh | int) -> Callable[[AxisName], int]:

@@ -13,7 +13,15 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import compressor_states, is_compressor_state, skipped_steps
-from gradcomp_jax.sharding import PerWorker, automatic, global_state, is_per_worker, local_state, state_specs
+from gradcomp_jax.sharding import (
+    PerWorker,
+    automatic,
+    global_state,
+    is_per_worker,
+    local_state,
+    require_workers,
+    state_specs,
+)
 from gradcomp_jax.views import widen
 
 Step = Callable[..., tuple[Any, ...]]
@@ -69,8 +77,9 @@ def train_step(
     parameters, model state and optimiser state stay as they were on all, and only `skipped` and the count
     of bits go on. (`average` alone tests nothing.)
 
-    To freeze leaves, use `optax.stateless(lambda u, p: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
-    u))`: the zeros of `optax.set_to_zero` have the type of the worker's own gradients, and are refused.
+    To freeze leaves, put `optax.freeze(mask)` after the codec. As a label of `optax.partition`, beside one that
+    has a codec, use `optax.stateless(lambda u, p: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), u))`, which
+    sends nothing: the zeros of `optax.set_to_zero` have the type of the worker's own gradients, and are refused.
 
     Args:
       loss_fn: `(params, batch) -> loss`, a scalar that is this worker's mean over its part of the batch; not
@@ -83,7 +92,7 @@ def train_step(
         state are averaged over the workers; of integer leaves, such as counters, the largest is kept.
       donate: reuse the memory of params, opt_state and model_state, which cannot be read afterwards.
       check_vma: let shard_map check what differs between workers. Switch it off only for a model that it
-        cannot check; gradients stay local then too, and tx is checked by itself.
+        cannot check; gradients stay local then too, and tx, which is traced by itself first, is still checked.
 
     Returns:
       `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
@@ -94,7 +103,8 @@ def train_step(
 
     Raises:
       ValueError: when called with a batch that does not divide among the workers, a loss that is reduced
-        already, or a tx that leaves the workers' updates different.
+        already, or a tx that leaves the workers' updates or its state different, or calls a codec in some
+        steps only.
     """
     mesh = automatic(mesh)
     axes = tuple(mesh.axis_names)
@@ -166,7 +176,8 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
 
     One step of `tx` with gradients of zero, in which every codec sends its residual uncompressed; the bits are
     counted. The rest of the chain sees the mean as a gradient like any other: momentum, weight decay and
-    schedules go on by a step. Where no codec keeps residuals nothing happens.
+    schedules go on by a step. So it must be a step in which the chain applies what it is given. Where no codec
+    keeps residuals nothing happens.
 
     Args:
       tx: the optimiser, as in `train_step`.
@@ -178,11 +189,13 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
       The new parameters and opt_state, whose residuals are zero. With 16-bit gradients their mean is rounded.
 
     Raises:
-      ValueError: a transformation of tx does not pass extra arguments on to the codec inside it.
+      ValueError: the mesh is not that of opt_state; a transformation of tx does not pass extra arguments on to
+        the codec inside it; or no parameter changed, as under a learning rate of zero or in `optax.MultiSteps`.
     """
     residuals = [state.residual for state in compressor_states(opt_state)]
     if not jax.tree.leaves(residuals):
         return params, opt_state
+    require_workers(opt_state, mesh)
     tx = optax.with_extra_args_support(tx)
     flushing = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, flush=True))
 
@@ -191,18 +204,29 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
         return jnp.sum(batch)
 
     if isinstance(mesh, int):
-        (axis_name,) = collectives.axis_names(residuals[0].axis)
+        axis_name = residuals[0].axis
+        if not isinstance(axis_name, str):
+            raise ValueError(f"mesh={mesh}: workers along {axis_name} are those of a mesh, pass that")
         step, workers = simulate(loss_fn, flushing, mesh, axis_name=axis_name), mesh
     else:
         step, workers = train_step(loss_fn, flushing, mesh), mesh.size
-    params, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
+    flushed, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
     owed = [state.residual for state in compressor_states(opt_state)]
-    if any(jnp.any(x != 0) for x in jax.tree.leaves(owed)):
+    if _any_nonzero(owed):
         raise ValueError(
             "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
             "flush reaches it; make that one an optax.GradientTransformationExtraArgs that passes them on"
         )
-    return params, opt_state
+    if _any_nonzero(residuals) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
+        raise ValueError(
+            "flush changed no parameter, though residuals held something: the learning rate is zero here, or what "
+            "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that"
+        )
+    return flushed, opt_state
+
+
+def _any_nonzero(tree: Any) -> bool:
+    return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(tree))
 
 
 _UPDATES_DIFFER = (
@@ -221,7 +245,9 @@ _AROUND = (
     "wrapper around the codec, such as optax.MultiSteps, apply_if_finite, conditionally_transform or "
     "conditionally_mask, or a second codec behind it. Workers could part, or wait for each other for ever. Put the "
     "wrapper after the codec: optax.chain(codec, optax.MultiSteps(...)). Steps that are not finite the codec skips by "
-    "itself; to send once for several batches, let loss_fn average over them"
+    "itself; to send once for several batches, let loss_fn average over them. Without a wrapper or second codec, what "
+    "stands before the codec mixes, in its control flow, what differs between workers with what does not: let it "
+    "start from vary(zeros, axis)"
 )
 
 

@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items):
-    """Under pytest-xdist's --dist=loadgroup, tests that share compiled programs run in one process."""
+    """For pytest-xdist's --dist=loadgroup: tests of a file, or of a row of the table, share compiled programs."""
     for item in items:
-        row = getattr(item, "callspec", None) and item.callspec.params.get("row")
-        item.add_marker(pytest.mark.xdist_group(row.id if row else item.module.__name__ if item.module else item.name))
+        file, row = item.nodeid.split("::")[0], getattr(item, "callspec", None) and item.callspec.params.get("row")
+        item.add_marker(pytest.mark.xdist_group(f"{file}-{getattr(row, 'id', '')}"))

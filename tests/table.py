@@ -160,10 +160,13 @@ def rebuild_gradiveq(cycle, k, ratio, reuse, most):
     """U (c - U^T mu) + mu of each slice, from the mean of the flat coefficients."""
 
     def rebuild(recorded, state, shapes):
-        if cycle.phase(int(state.step)) != "compressed":
+        if state.position < cycle.train:
             return rebuild_none(recorded, state, shapes)
-        (flat,) = (x.astype(np.float64).mean(0) for x in recorded)
-        flat = flat[len(shapes) :] if not ratio else flat  # on a ladder the losses come first
+        if ratio:
+            coefficients, _ = recorded[0]
+            flat = np.concatenate([coefficients[path].mean(0).reshape(-1) for path in sorted(shapes)])
+        else:
+            flat = recorded[0].mean(0)[len(shapes) :]  # the losses come first
         mean = {}
         for path in sorted(shapes):
             length, slices, groups = cut(shapes[path], k, reuse)

@@ -204,21 +204,13 @@ class TestStep:
 
     @pytest.mark.parametrize("check_vma", [True, False])
     def test_one_axis_of_two(self, check_vma):
-        tx = problem.optimizer(gc.powersgd(axis_name="node"))
         params = problem.params()
         mesh = gc.make_mesh({"node": 2, "local": 2})
-        step = gc.train_step(problem.loss_fn, tx, mesh, check_vma=check_vma)
-        with refuses("still differ between the workers", "'node', 'local'"):
-            step(params, gc.init(tx, params, mesh), next(problem.batches(1)))
-
-    @pytest.mark.parametrize("check_vma", [True, False])
-    def test_a_wrapper_around_the_codec(self, check_vma):
-        tx = optax.MultiSteps(problem.optimizer(gc.powersgd()), 2)
-        params = problem.params()
-        mesh = gc.make_mesh(4)
-        step = gc.train_step(problem.loss_fn, tx, mesh, check_vma=check_vma)
-        with pytest.raises((TypeError, ValueError)), jax.numpy_dtype_promotion("standard"):
-            step(params, gc.init(tx, params, mesh), next(problem.batches(1)))
+        codec = gc.powersgd(axis_name="node")
+        for tx in (problem.optimizer(codec), optax.chain(codec, gc.average("local"), optax.sgd(0.1))):
+            step = gc.train_step(problem.loss_fn, tx, mesh, check_vma=check_vma)
+            with refuses("'layer1/bias' differs along mesh axis 'local' too", "average('local') before the codec"):
+                step.lower(params, gc.init(tx, params, mesh), next(problem.batches(1)))
 
     def test_random_keys_in_the_model_state(self):
         def loss_fn(params, keys, batch):

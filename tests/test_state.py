@@ -90,6 +90,10 @@ class TestResize:
         after = gc.resize_workers(state, gc.make_mesh({"node": 2, "local": 2}))
         assert after.residual.value["layer1/kernel"].shape == (4, 20, 16)
 
+    def test_random_keys(self):
+        state = gc.resize_workers({"key": jax.random.key(3), "residual": gc.PerWorker(jnp.ones((4, 2)), "data")}, 2)
+        assert state["key"] == jax.random.key(3)
+
     def test_refusals(self):
         with pytest.raises(ValueError, match=r"do not begin with one axis of workers.*global form"):
             gc.resize_workers(gc.powersgd(2).init(problem.params()), 4)
@@ -153,6 +157,25 @@ class TestFlush:
         params, state, _ = gc.simulate(problem.loss_fn, tx, 2)(params, gc.init(tx, params, 2), batch)
         with pytest.raises(ValueError, match=r"residuals are left after flush.*extra arguments"):
             gc.flush(tx, params, state, 2)
+
+    @pytest.mark.parametrize("rest", [optax.MultiSteps(optax.sgd(0.1), 4), optax.sgd(0.0)], ids=["kept back", "zero"])
+    @jax.numpy_dtype_promotion("standard")  # which optax needs
+    def test_a_flush_that_would_be_lost_is_refused(self, rest):
+        tx = optax.chain(gc.powersgd(1), rest)
+        params = problem.params()
+        (batch,) = problem.batches(1)
+        params, state, _ = gc.simulate(problem.loss_fn, tx, 2)(params, gc.init(tx, params, 2), batch)
+        with pytest.raises(ValueError, match=r"flush changed no parameter.*learning rate is zero.*MultiSteps"):
+            gc.flush(tx, params, state, 2)
+
+    def test_another_number_of_workers_is_refused(self):
+        tx = problem.optimizer(gc.powersgd(1))
+        params = problem.params()
+        for mesh in (2, gc.make_mesh(2)):
+            with pytest.raises(
+                ValueError, match=r"opt_state is of \[\(4,\)\] workers along 'data'.* has 2.*resize_workers"
+            ):
+                gc.flush(tx, params, gc.init(tx, params, 4), mesh)
 
 
 class TestSkipped:

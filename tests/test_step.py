@@ -6,11 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
+from gradcomp_jax.compressor import is_compressor_state
 from tests import problem
+from tests.table import EACH
 
 N = problem.WORKERS
+each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
 
 
 def steps(loss_fn, tx, **kwargs):
@@ -21,6 +26,11 @@ def steps(loss_fn, tx, **kwargs):
         (gc.train_step(loss_fn, tx, mesh, check_vma=False, **kwargs), mesh),
         (gc.simulate(loss_fn, tx, N, **kwargs), N),
     )
+
+
+def on_all(tree, where):
+    """The tree on all devices of the step, or its second call compiles anew."""
+    return tree if where == N else jax.device_put(tree, NamedSharding(where, P()))
 
 
 def with_everything(params, stats, batch):
@@ -63,28 +73,76 @@ def test_donation_frees_what_was_passed(kind):
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
+def without_counters(opt_state):
+    """All of the optimiser's state but the counts of skipped steps and of bits."""
+
+    def strip(x):
+        return x._replace(wire=None, skipped=None) if is_compressor_state(x) else x
+
+    return jax.tree.map(strip, jax.device_get(opt_state), is_leaf=is_compressor_state)
+
+
+def poisoned(params, stats, batch):
+    loss, rest = with_everything(params, stats, batch)
+    return loss + jnp.sum(params["layer1"]["kernel"]) * jnp.sum(batch["poison"]), rest
+
+
+# What is added to the gradients, of the first worker or of all; each is met in the first step or later.
+POISONS = [jnp.zeros(32).at[: 1 if one else 32].set(value) for value in (np.nan, np.inf) for one in (True, False)]
+
+
 @pytest.mark.parametrize("kind", [0, 1, 2], ids=["checked", "unchecked", "simulated"])
-@pytest.mark.parametrize("optimizer", [optax.adam(0.1), optax.MultiSteps(optax.sgd(0.1, momentum=0.9), 2)])
+@each_codec
 @jax.numpy_dtype_promotion("standard")  # which optax needs
-def test_a_step_that_is_not_finite_changes_nothing_but_the_count(kind, optimizer):
-    tx = optax.chain(gc.powersgd(2), optimizer)
-    step, where = steps(with_everything, tx, has_aux=True, has_state=True)[kind]
-    params = problem.params()
-    stats = {"mean": jnp.zeros(20), "count": jnp.int32(0)}
-    state = gc.init(tx, params, where)
-    good, other = problem.batches(2)
-    params, state, stats, _, _ = step(params, state, stats, good)
-    bad = {**other, "x": other["x"].at[3, 4].set(jnp.nan)}
-    params2, state2, stats2, loss, _ = step(params, state, stats, bad)
-    assert np.isnan(loss)
-    codec, codec2 = state[0], state2[0]
-    chex.assert_trees_all_equal(
-        jax.device_get((params, stats, state[1:], codec.codec, codec.residual)),
-        jax.device_get((params2, stats2, state2[1:], codec2.codec, codec2.residual)),
-    )
-    assert codec2.skipped == codec.skipped + 1 == 1
-    bits, bits2 = gc.wire_bits(state), gc.wire_bits(state2)
-    assert bits2 == (bits.last, 2 * bits.last)
+def test_steps_that_are_not_finite_change_nothing_but_the_counts(row, kind):
+    """Among them all of momentum's, accumulation's and Adam's state; the others go on as if they had not been."""
+    tx = optax.chain(row.make(), optax.trace(0.9), optax.MultiSteps(optax.adam(0.1), 2))
+    step, where = steps(poisoned, tx, has_aux=True, has_state=True)[kind]
+    params, stats = on_all((problem.params(), {"mean": jnp.zeros(20), "count": jnp.int32(0)}), where)
+    now = undisturbed = params, gc.init(tx, params, where), stats
+    for i, batch in enumerate(problem.batches(8)):
+        *after, loss, _ = step(*now, {**batch, "poison": POISONS[i % 4]})
+        assert not np.isfinite(loss)
+        (kept_params, state, kept_stats), (old_params, old, old_stats) = after, now
+        chex.assert_trees_all_equal(*jax.device_get(((kept_params, kept_stats), (old_params, old_stats))))
+        chex.assert_trees_all_equal(without_counters(state), without_counters(old))
+        assert gc.skipped(state) == gc.skipped(old) + 1 == i + 1
+
+        good = {**batch, "poison": jnp.zeros(32)}
+        now = step(*after, good)[:3]
+        undisturbed = step(*undisturbed, good)[:3]
+        # What was skipped travelled: the same step is sent again.
+        assert gc.wire_bits(state).last == gc.wire_bits(now[1]).last
+        assert gc.wire_bits(state).total == gc.wire_bits(old).total + gc.wire_bits(state).last
+    (params, state, stats), (other_params, other, other_stats) = now, undisturbed
+    chex.assert_trees_all_equal(*jax.device_get(((params, stats), (other_params, other_stats))))
+    chex.assert_trees_all_equal(without_counters(state), without_counters(other))
+    assert gc.skipped(other) == 0
+    assert any((a != b).any() for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(problem.params()), strict=True))
+
+
+@each_codec
+@jax.numpy_dtype_promotion("standard")
+def test_in_a_bare_chain_the_zeros_of_a_skipped_step_reach_what_follows(row):
+    """Momentum decays and Adam counts a step; the codec is as it was."""
+    tx = optax.chain(row.make(), optax.trace(0.9), optax.scale_by_adam())
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((24, 16)), jnp.float32)}
+    mesh, specs = gc.make_mesh(2), gc.state_specs(tx, params)
+
+    def worker(grads, state):
+        updates, state = tx.update({"w": grads["w"][0]}, gc.local_state(state))
+        return updates, gc.global_state(state)
+
+    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs)))
+    grads = {"w": jnp.stack([params["w"], 2 * params["w"]])}
+    _, before = step(grads, gc.init(tx, params, mesh))
+    for poison in (np.nan, np.inf):
+        updates, after = step({"w": grads["w"].at[1, 2, 3].set(poison)}, before)
+        chex.assert_trees_all_equal(without_counters(after[0]), without_counters(before[0]))
+        np.testing.assert_array_equal(after[1].trace["w"], np.float32(0.9) * before[1].trace["w"])
+        assert after[2].count == before[2].count + 1 == 2
+        assert np.all(np.isfinite(updates["w"]))
+        assert np.any(updates["w"] != 0)
 
 
 def test_state_is_sharded_over_the_workers():

@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
-from jax.flatten_util import ravel_pytree
 
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
@@ -42,24 +42,24 @@ from gradcomp_jax.views import buckets, from_buckets, pack_front, unpack_front
 SELECT = ("ratio", "energy", "holdout")
 # K / d on the rungs from which "energy" and "holdout" choose.
 RATIOS = (32, 16, 8, 4)
-# Keeps a quotient finite where the gradient is zero.
-TINY = 1e-30
 
 
 class GradiVeQState(NamedTuple):
     """State of `gradiveq`, the same on all workers; arrays are by leaf path.
 
     Attributes:
-      step: int32, exchanges done; tells the phase.
+      position: int32, in the cycle: below 0 in dense steps that are no samples (the warm-up), then the row of
+        the next sample, and from L_t on in compressed steps.
       samples: aggregated first slices of each group in the training steps, [L_t, groups, K].
       mu: each slice's mean over the training steps, [slices, K].
       basis: U, [groups, K, d]; on a ladder d is that of the widest rung.
       projected: U^T mu, [slices, d].
       rung: int32, the place on the ladder of `select`; empty for "ratio".
-      loss: |own - gradient|^2 / |gradient|^2 in the last compressed step (eq. 7), mean over the workers.
+      loss: |own - gradient|^2 / |gradient|^2 in the last compressed step (eq. 7), mean over the workers; 0 for a
+        gradient of zeros.
     """
 
-    step: jax.Array
+    position: jax.Array
     samples: Tensors
     mu: Tensors
     basis: Tensors
@@ -75,7 +75,7 @@ class Layout(NamedTuple):
       k: K, the length of a slice.
       slices: how many there are; the last one is padded with zeros.
       groups: how many bases they have.
-      widths: the d of each rung, ascending.
+      widths: the d of each rung, ascending; below the number of samples.
     """
 
     k: int
@@ -93,25 +93,26 @@ def slice_length(shape: tuple[int, ...], k_max: int = 768) -> int:
     """K for a leaf of this shape [..., D, F]: a multiple of F D that tiles it, where that is at most k_max.
 
     At multiples of F D, the values at one spatial position, the loss drops sharply (Fig. 5). Where F D is
-    larger, K is the largest multiple of F that tiles the leaf, and where F is larger, the largest divisor of F.
+    larger, K is the largest multiple of F that tiles the leaf, and where F is larger, the largest divisor of F;
+    where F is a prime K is k_max, and the last slice is not full.
     """
     size = math.prod(shape)
     for unit in (math.prod(shape[-2:]), math.prod(shape[-1:])):
         fitting = [k for k in range(unit, k_max + 1, unit) if size % k == 0]
         if fitting:
             return fitting[-1]
-    return max(k for k in range(1, k_max + 1) if shape[-1] % k == 0)
+    return max((k for k in range(2, k_max + 1) if shape[-1] % k == 0), default=k_max)
 
 
 def principal_basis(samples: jax.Array, d: int) -> tuple[jax.Array, jax.Array]:
     """The top d principal components of samples [L, K], as columns [K, d], and all variances [L], descending.
 
     Columns are orthonormal; those whose variance is rounding are zero. d is at most min(L, K). Variances are
-    relative to the squared largest deviation from the mean.
+    relative to the square of the largest sample.
     """
-    x = samples - jnp.mean(samples, axis=0)
-    largest = jnp.max(jnp.abs(x))
-    x = x / jnp.where(largest > 0, largest, 1)  # squares of the samples may leave their type's range
+    largest = jnp.max(jnp.abs(samples))
+    x = samples / jnp.where(largest > 0, largest, 1)  # sums and squares of samples may leave their type's range
+    x = x - jnp.mean(x, axis=0)
     variance, v = jnp.linalg.eigh(_matmul(x, x.T))
     variance, v = jnp.maximum(variance[::-1], 0), v[:, ::-1]
     u, _ = jnp.linalg.qr(_matmul(x.T, v[:, :d]))
@@ -178,8 +179,8 @@ def gradiveq(
     """GradiVeQ (Yu et al., NeurIPS 2018), linear, by one all-reduce in the compressed space.
 
     Steps go in cycles, after `warmup_steps` dense ones: `train_steps` dense ones on which the bases are fitted,
-    then `compress_steps` that send d = K / ratio floats for each slice of K, and one a leaf for the loss. A
-    skipped step does not count. On the last training step the first worker sends the bases. So the bytes of a
+    on the last of which the first worker sends them, then `compress_steps` that send d = K / ratio floats for each
+    slice of K, and one a leaf for the loss, which the state tells. A skipped step does not count. So the bytes of a
     run are those of its phases, and a run shorter than the warm-up is not compressed at all.
 
     State, the same on all workers, in the gradient's type (float32 or wider): mu, of the size of the compressed
@@ -195,12 +196,13 @@ def gradiveq(
       warmup_steps: dense steps before the first cycle.
       k_max: the largest K where k is None; costs 4 d flops an element to compress and restore.
       reuse: s, how many consecutive slices share one basis at most, computed from the first of them; by default
-        all of a leaf. Groups are as equal as they can be.
+        all of a leaf. Groups are of one size, but for the last.
       select: "ratio"; or "energy", "holdout": at the end of each training phase, for each leaf, the smallest d of
-        K/32, K/16, K/8, K/4 that loses at most max_loss, else dense. "energy" is the paper's rule, the variance of
-        the training samples themselves, and falls into the rank trap where K / train_steps is large; "holdout"
-        fits on the first 4/5 of the samples and takes the squared relative loss on the others.
-      max_loss: lambda, the most that "energy" and "holdout" allow a leaf to lose.
+        K/32, K/16, K/8, K/4 (but below the number of samples) that loses at most max_loss of the first slice of
+        each group, else dense. "energy" is the paper's rule, the variance of the training samples themselves, and
+        falls into the rank trap where K / train_steps is large; "holdout" fits on the first 4/5 of the samples and
+        takes the squared relative loss on the others. What all slices lose is in the state's `loss`.
+      max_loss: lambda, for "energy" and "holdout".
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: keep residuals, which the paper does not. What a basis leaves out waits for the end of its
         compressed steps; one more dense step, which is no sample, then sends it.
@@ -241,7 +243,6 @@ def gradiveq(
     fitted = train_steps - train_steps // 5 if select == "holdout" else train_steps
     # With error feedback, a cycle begins by sending what the last one owes.
     settling = int(error_feedback)
-    cycle = settling + train_steps + compress_steps
 
     def layout(path: str, leaf: Any) -> Layout:
         length = min(leaf.size, k or slice_length(leaf.shape, k_max))
@@ -271,7 +272,7 @@ def gradiveq(
             return {path: jnp.zeros(shape(cut), tensors[path].dtype) for path, cut in cuts.items()}
 
         return GradiVeQState(
-            step=jnp.int32(0),
+            position=jnp.int32(-warmup_steps - settling),
             samples=zeros(lambda cut: (train_steps, cut.groups, cut.k)),
             mu=zeros(lambda cut: (cut.slices, cut.k)),
             basis=zeros(lambda cut: (cut.groups, cut.k, cut.widths[-1])),
@@ -281,7 +282,7 @@ def gradiveq(
         )
 
     def fit_leaf(samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        """U [groups, K, d] and the rung, of the samples' type."""
+        """U [groups, K, d] and the rung."""
 
         def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
             basis, variance = principal_basis(samples[:fitted], widths[-1])
@@ -289,22 +290,20 @@ def gradiveq(
                 lost = unexplained(samples[fitted:], basis, jnp.mean(samples[:fitted], axis=0))
             else:
                 total = jnp.sum(variance)
-                lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.maximum(total, TINY), 1)
+                lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.where(total > 0, total, 1), 1)
             return basis, lost[jnp.array(widths) - 1]
 
         # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
         basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
         enough = jnp.append(jnp.max(lost, axis=0) <= max_loss, True)
-        return basis, jnp.argmax(enough).astype(samples.dtype)
+        return basis, jnp.argmax(enough).astype(jnp.int32)
 
     def exchange(tensors: Tensors, state: GradiVeQState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
         del extra_args
         if not tensors:
-            return Exchanged({}, {}, state._replace(step=state.step + 1), 0)
+            return Exchanged({}, {}, state, 0)
         cuts = {path: layout(path, x) for path, x in tensors.items()}
-        # Negative in the warm-up and where a residual is sent; then the training steps, then the compressed ones.
-        since = state.step - warmup_steps
-        position = jnp.where(since < 0, -1, since % cycle - settling)
+        position = state.position
 
         def decode(c: Tensors) -> Tensors:
             rows = {p: restore(x, state.basis[p], state.projected[p], state.mu[p]) for p, x in c.items()}
@@ -320,21 +319,22 @@ def gradiveq(
             loss = {path: own_loss(rows[path], c[path], path) for path in tensors}
             if ladder:
                 return exchange_on_ladder(c, loss)
-            flat, unravel = ravel_pytree((c, loss))
-            flat, bits = collectives.mean(flat, axis_name)
-            mean, loss = unravel(flat)
+            (mean, loss), bits = collectives.mean((c, loss), axis_name)
             return decode(mean), decode(c), loss, bit_pair(bits)
 
         def own_loss(rows: jax.Array, c: jax.Array, path: str) -> jax.Array:
-            kept = (c - state.projected[path]) ** 2
-            lost = jnp.sum((rows - state.mu[path]) ** 2)
+            largest = jnp.max(jnp.abs(rows))
+            scale = jnp.where(largest > 0, largest, 1)
+            kept = ((c - state.projected[path]) / scale) ** 2
+            lost = jnp.sum(((rows - state.mu[path]) / scale) ** 2)
             if ladder:
                 widths = jnp.array([*cuts[path].widths, 0])
                 kept = jnp.where(jnp.arange(c.shape[-1]) < widths[state.rung[path]], kept, 0)
                 lost = jnp.where(state.rung[path] < len(cuts[path].widths), lost, 0)
-            relative = jnp.maximum(lost - jnp.sum(kept), 0) / jnp.maximum(jnp.sum(rows**2), TINY)
-            # Squares of extreme values leave the type's range; what is not finite shows in the mean.
-            return jnp.where(jnp.isfinite(relative), relative, 1)
+            relative = jnp.maximum(lost - jnp.sum(kept), 0) / jnp.sum((rows / scale) ** 2)
+            # Where mu is larger by far, or a gradient not finite, which its mean will show.
+            relative = jnp.where(jnp.isfinite(relative), relative, 1)
+            return jnp.where(largest > 0, relative, 0)
 
         def exchange_on_ladder(c: Tensors, loss: Tensors):
             """Each leaf at its own rung: what they send fills one buffer from the front, and that much is sent."""
@@ -362,8 +362,9 @@ def gradiveq(
                 return on_rung(path, take, lambda: piece.reshape(tensors[path].shape))
 
             sizes = {path: [cut.slices * d for d in cut.widths] + [tensors[path].size] for path, cut in cuts.items()}
-            losses, unravel = ravel_pytree(loss)
-            own = [losses, *(piece(path) for path in tensors)]
+            wide = np.result_type(*(x.dtype for x in tensors.values()))
+            losses = jnp.stack([x.astype(wide) for x in loss.values()])
+            own = [losses, *(piece(path).astype(wide) for path in tensors)]
             lengths = [
                 jnp.int32(len(losses)),
                 *(jnp.array(sizes[path], jnp.int32)[state.rung[path]] for path in tensors),
@@ -372,9 +373,12 @@ def gradiveq(
             total = functools.reduce(jnp.add, lengths)
             received, bits = collectives.mean_front(pack_front(own, lengths), total, least, most, axis_name)
             mean_loss, *means = unpack_front(received, lengths, [len(x) for x in own])
-            own_leaves = {path: leaf(path, x) for path, x in zip(tensors, own[1:], strict=True)}
-            mean_leaves = {path: leaf(path, x) for path, x in zip(tensors, means, strict=True)}
-            return mean_leaves, own_leaves, unravel(mean_loss), bits
+            restored = [
+                {path: leaf(path, x.astype(tensors[path].dtype)) for path, x in zip(tensors, pieces, strict=True)}
+                for pieces in (means, own[1:])
+            ]
+            mean_losses = {path: mean_loss[i].astype(x.dtype) for i, (path, x) in enumerate(loss.items())}
+            return *restored, mean_losses, bits
 
         mean, own, loss, bits = lax.cond(position >= train_steps, compressed, dense)
         training = (position >= 0) & (position < train_steps)
@@ -400,10 +404,7 @@ def gradiveq(
             fits = {path: fit_leaf(x, cuts[path].widths) for path, x in samples.items()}
             bases = {path: basis for path, (basis, _) in fits.items()}
             rungs = {path: rung for path, (_, rung) in fits.items()} if ladder else {}
-            flat, unravel = ravel_pytree((bases, rungs))
-            flat, bits = collectives.from_first(flat, axis_name)
-            bases, rungs = unravel(flat)
-            rungs = {path: rung.astype(jnp.int32) for path, rung in rungs.items()}
+            (bases, rungs), bits = collectives.from_first((bases, rungs), axis_name)
             # Of the last row and the mean before it: with next_mu as an operand a copy of that would be made.
             projected = {
                 p: averaged(project(state.mu[p], basis), project(rows[p], basis)) for p, basis in bases.items()
@@ -412,7 +413,8 @@ def gradiveq(
 
         kept = state.basis, state.rung, state.projected, bit_pair(0)
         basis, rung, projected, fit_bits = lax.cond(position == train_steps - 1, fit, lambda: kept)
-        next_state = GradiVeQState(state.step + 1, next_samples, next_mu, basis, projected, rung, loss)
+        next_position = jnp.where(position + 1 < train_steps + compress_steps, position + 1, -settling)
+        next_state = GradiVeQState(next_position, next_samples, next_mu, basis, projected, rung, loss)
         return Exchanged(mean, own, next_state, sum_bits(bits, fit_bits))
 
     def is_convolution(path: str, leaf: Any) -> bool:

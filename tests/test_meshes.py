@@ -1,0 +1,160 @@
+"""Meshes of more than one axis: nodes of several workers, and parameters sharded over a model axis."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gradcomp_jax as gc
+from tests import problem
+from tests.table import BY_ID, EACH
+from tests.test_refusals import refuses
+
+# Enough for each phase of each codec of the table.
+STEPS = 8
+each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
+# As Megatron has it: the first layer's outputs are split over the model axis, and the second's inputs.
+SPLIT = {"layer1": {"kernel": P(None, "model"), "bias": P("model")}, "layer2": {"kernel": P("model"), "bias": P()}}
+
+
+def is_spec(x):
+    return isinstance(x, P)
+
+
+def keeps_residuals(row):
+    return bool(row.make().init(problem.params()).residual.value)
+
+
+def shardings(specs, mesh):
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def trained(step, params, state):
+    for batch in problem.batches(STEPS):
+        params, state = step(params, state, batch)[:2]
+    return jax.device_get(params), state
+
+
+@functools.cache
+def simulated(id, workers):
+    """Training with the codec of that row of the table, without a mesh."""
+    tx = problem.optimizer(BY_ID[id].make())
+    params = problem.params()
+    return trained(gc.simulate(problem.loss_fn, tx, workers), params, gc.init(tx, params, workers))
+
+
+def assert_same(got, expected):
+    (params, state), (other_params, other) = got, expected
+    chex.assert_trees_all_close(params, other_params, atol=1e-5, rtol=0)
+    residuals = state.residual.value, other.residual.value
+    chex.assert_trees_all_close(*jax.device_get(residuals), atol=1e-4, rtol=0)
+    assert gc.wire_bits(state) == gc.wire_bits(other)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(problem.params()), strict=True))
+
+
+@each_codec
+def test_nodes_of_workers_are_as_one_worker_each(row):
+    """Exact inside a node, compressed between nodes."""
+    mesh = gc.make_mesh({"node": 2, "local": 4})
+    tx = optax.chain(gc.average("local"), problem.optimizer(row.make(axis_name="node")))
+    params = jax.device_put(problem.params(), NamedSharding(mesh, P()))
+    params, state = trained(gc.train_step(problem.loss_fn, tx, mesh), params, gc.init(tx, params, mesh))
+    expected, (codec, _) = simulated(row.id, 2)
+    assert_same((params, state[1][0]), (expected, codec))
+
+
+def start(tx, mesh):
+    """Parameters that are split over the model axis, and the first state as `init` makes it."""
+    params = jax.device_put(problem.params(), shardings(SPLIT, mesh))
+    return params, gc.init(tx, params, mesh)
+
+
+def gathered(grads):
+    """Whole gradients on all devices of the model axis, as codecs that cut them into buckets or slices like them."""
+    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), grads)
+
+
+def by_shard_map(tx, mesh, params, state, check_vma=True, prepare=lambda grads: grads):
+    """A step of one's own, of which shard_map leaves the model axis to the compiler."""
+    workers = tuple(name for name in mesh.axis_names if name != "model")
+    specs = gc.state_specs(tx, params)
+
+    def worker(params, state, batch):
+        grads = jax.grad(problem.loss_fn)(gc.vary(params, workers), batch)
+        updates, state = tx.update(prepare(grads), gc.local_state(state), params)
+        return optax.apply_updates(params, updates), gc.global_state(state)
+
+    step = jax.shard_map(
+        worker,
+        mesh=mesh,
+        in_specs=(P(), specs, P(workers)),
+        out_specs=(P(), specs),
+        axis_names=set(workers),
+        check_vma=check_vma,
+    )
+    # What comes out lies as what went in, or the second step compiles anew.
+    step = jax.jit(step, out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)))
+    return trained(step, params, state)
+
+
+@each_codec
+def test_parameters_split_over_a_model_axis_are_as_whole_ones(row):
+    tx, mesh = problem.optimizer(row.make()), gc.make_mesh({"data": 4, "model": 2})
+    params, (codec, _) = by_shard_map(tx, mesh, *start(tx, mesh))
+    expected, (other, _) = simulated(row.id, 4)
+    assert_same((params, codec), (expected, other))
+
+
+@pytest.mark.parametrize("id", ["qsgd-4", "gradiveq"])
+def test_gradients_may_be_gathered_over_the_model_axis_first(id):
+    tx, mesh = problem.optimizer(BY_ID[id].make()), gc.make_mesh({"data": 4, "model": 2})
+    params, (codec, _) = by_shard_map(tx, mesh, *start(tx, mesh), prepare=gathered)
+    expected, (other, _) = simulated(id, 4)
+    assert_same((params, codec), (expected, other))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("row", [row for row in EACH if keeps_residuals(row)], ids=lambda row: row.id)
+def test_residuals_may_be_split_as_the_parameters_are(row, check_vma):
+    tx, mesh = problem.optimizer(row.make()), gc.make_mesh({"data": 4, "model": 2})
+    params, (codec, momentum) = start(tx, mesh)
+    whole = codec.residual.value
+    split = {path: P("data", *SPLIT[path.split("/")[0]][path.split("/")[1]]) for path in whole}
+    residual = gc.PerWorker(jax.device_put(whole, shardings(split, mesh)), codec.residual.axis)
+    params, (codec, _) = by_shard_map(tx, mesh, params, (codec._replace(residual=residual), momentum), check_vma)
+    expected, (other, _) = simulated(row.id, 4)
+    assert_same((params, codec), (expected, other))
+    for path, x in codec.residual.value.items():
+        assert np.prod(x.sharding.shard_shape(x.shape)) == x.size // mesh.size, path
+
+
+def test_nodes_and_a_model_axis():
+    mesh = gc.make_mesh({"node": 2, "local": 2, "model": 2})
+    row = next(row for row in EACH if row.id.startswith("powersgd"))
+    tx = optax.chain(gc.average("local"), problem.optimizer(row.make(axis_name="node")))
+    params, (_, (codec, _)) = by_shard_map(tx, mesh, *start(tx, mesh))
+    expected, (other, _) = simulated(row.id, 2)
+    assert_same((params, codec), (expected, other))
+
+
+def test_a_model_axis_that_is_not_the_compilers_is_refused():
+    """By a shard_map over all axes, and by train_step, to which all axes are of workers."""
+    mesh, tx = gc.make_mesh({"data": 4, "model": 2}), problem.optimizer(gc.powersgd(2))
+    params, state = start(tx, mesh)
+    words = "differs along mesh axis 'model' too", "leave it to the compiler, with shard_map's axis_names="
+    (batch,) = problem.batches(1)
+    with refuses(*words):
+        gc.train_step(problem.loss_fn, tx, mesh).lower(params, state, batch)
+
+    def worker(grads):
+        return tx.update(grads, tx.init(grads))[0]
+
+    step = jax.shard_map(worker, mesh=mesh, in_specs=P("data", "model"), out_specs=P(None, "model"))
+    with refuses(*words):
+        jax.eval_shape(step, {"w": jnp.ones((96, 32))})

@@ -1,0 +1,164 @@
+"""Processes of their own, on one machine: the numbers of one process, and the bytes that their sockets send.
+
+A worker in its own process computes as one on an emulated device does, bit for bit, but for sums of more than two:
+gloo's ring begins each part of an array at another worker, XLA's emulation adds in the workers' order. So two
+workers give the same bits with every codec, and four with those that gather. `simulate` batches the workers'
+products, some of which then add in another order: it agrees to rounding.
+
+Every message of gloo carries 144 bytes of headers. In an all-reduce a worker sends 4 (n - 1) messages, or more where
+those would be larger than 1 MiB, in an all-gather 2 (n - 1). Nothing else is sent; the coordinator has connections of
+its own.
+"""
+
+import functools
+import os
+import pathlib
+import pickle
+import socket
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+import gradcomp_jax as gc
+from gradcomp_jax.sharding import is_per_worker
+from tests import problem
+from tests.process_worker import STEPS, kernel_counts_bytes, kernels, loss_fn
+from tests.table import BY_ID, EACH
+
+ROOT = pathlib.Path(__file__).parent.parent
+SECONDS = 400
+HEADERS = 144
+# The most that headers add here, as a share of the bits declared; measured: 1.1 %.
+OVERHEAD = 0.02
+
+# Not `row`, by which conftest.py would spread the tests, and each a launch, over the processes of pytest-xdist.
+each_codec = pytest.mark.parametrize("codec", EACH, ids=lambda row: row.id)
+counted = pytest.mark.skipif(
+    not kernel_counts_bytes(), reason="the kernel does not tell what a TCP connection sent; Linux does from 4.19 on"
+)
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request, tmp_path_factory):
+    """What each of the processes hands back, by rank."""
+    return launch(request.param, tmp_path_factory.mktemp("processes"))
+
+
+def launch(processes, folder):
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    files = [folder / str(rank) for rank in range(processes)]
+    children = []
+    try:
+        for rank, file in enumerate(files):
+            command = [sys.executable, "-m", "tests.process_worker", str(file), str(rank), str(processes), str(port)]
+            with file.with_suffix(".log").open("wb") as log:
+                # The compiler flags, which decide on the bits, are in the environment.
+                children.append(subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=log, stderr=log))
+        wait(children, [file.with_suffix(".log") for file in files])
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    return [pickle.loads(file.read_bytes()) for file in files]
+
+
+def wait(children, logs):
+    """Until all have ended well; fails, with what they printed, when one has not or time is up."""
+    end = time.monotonic() + SECONDS
+    while any(codes := [child.poll() for child in children]) or None in codes:
+        if any(codes) or time.monotonic() > end:
+            printed = "".join(
+                f"\n--- process {rank}, {'running' if code is None else f'exit code {code}'}\n{log.read_text()[-4000:]}"
+                for rank, (code, log) in enumerate(zip(codes, logs, strict=True))
+            )
+            pytest.fail(f"{'a process failed' if any(codes) else f'not done in {SECONDS} s'}{printed}", pytrace=False)
+        time.sleep(0.05)
+
+
+@functools.cache
+def in_one_process(id, workers, simulated):
+    """(parameters, state, loss) after each step, of `simulate` or of emulated devices."""
+    tx = problem.optimizer(BY_ID[id].make())
+    where = workers if simulated else gc.make_mesh(workers)
+    step = gc.simulate(loss_fn, tx, workers) if simulated else gc.train_step(loss_fn, tx, where)
+    params = kernels()
+    opt_state = gc.init(tx, params, where)
+    history = []
+    for batch in problem.batches(STEPS):
+        params, opt_state, loss = step(params, opt_state, batch)
+        history.append(jax.device_get((params, opt_state, loss)))
+    return history
+
+
+def of_worker(rank, step):
+    """The part of a step's (parameters, state, loss) that is in this worker's process."""
+
+    def own(x):
+        return jax.tree.map(lambda leaf: leaf[rank : rank + 1], x) if is_per_worker(x) else x
+
+    return jax.tree.map(own, step, is_leaf=is_per_worker)
+
+
+def pairs(results, codec, simulated):
+    """(a worker's step, the same in one process), for all workers and steps."""
+    history = in_one_process(codec.id, len(results), simulated)
+    for rank, result in enumerate(results):
+        for got, expected in zip(result[codec.id]["steps"], history, strict=True):
+            yield got, of_worker(rank, expected)
+
+
+def test_the_steps_go_through_every_phase():
+    assert all(max(row.phases) < STEPS for row in EACH)
+
+
+@each_codec
+def test_processes_give_the_numbers_of_simulate(codec, results):
+    for got, expected in pairs(results, codec, simulated=True):
+        chex.assert_trees_all_close(got, expected, atol=2e-5, rtol=0)
+
+
+@each_codec
+def test_processes_give_the_bits_of_emulated_devices(codec, results):
+    if codec.linear and len(results) > 2:
+        pytest.skip("it sums, and a ring adds more than two in another order")
+    for got, expected in pairs(results, codec, simulated=False):
+        chex.assert_trees_all_equal(got[:2], expected[:2])
+        np.testing.assert_allclose(got[2], expected[2], rtol=1e-6)  # the loss is a sum with every codec
+
+
+@each_codec
+def test_processes_count_the_same_bits(codec, results):
+    for got, expected in pairs(results, codec, simulated=True):
+        assert gc.wire_bits(got[1]) == gc.wire_bits(expected[1])
+
+
+@each_codec
+def test_all_workers_have_the_same_bits(codec, results):
+    def replicated(rank):
+        return [
+            (params, state[1:], state[0]._replace(residual=None), loss)
+            for params, state, loss in results[rank][codec.id]["steps"]
+        ]
+
+    for rank in range(1, len(results)):
+        chex.assert_trees_all_equal(replicated(0), replicated(rank))
+
+
+@counted
+@each_codec
+def test_sockets_send_what_the_codec_declares(codec, results):
+    """In every step; and all workers together to the byte, where rings of uneven parts even out."""
+    for result in results:
+        sent, declared = (np.array(result[codec.id][key]) for key in ("sent", "declared"))
+        over = sent - declared / 8
+        assert (over >= 0).all(), over
+        assert (over <= OVERHEAD * declared / 8).all(), over
+        assert result[codec.id]["total"] == declared.sum()
+    sent, declared = (np.sum([result[codec.id][key] for result in results], axis=0) for key in ("sent", "declared"))
+    np.testing.assert_array_equal((8 * sent - declared) % (8 * HEADERS), 0)
