@@ -101,6 +101,11 @@ class Compressor(optax.GradientTransformationExtraArgs):
 
 def require_whole(name: str, value: Any, least: int) -> None:
     """Raises ValueError for an argument that is not a whole number of at least `least`."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} is a value that jax traces, but a codec's settings are fixed when it is made: under "
+            f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
+        )
     if not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
 

@@ -6,7 +6,6 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -175,25 +174,6 @@ def test_nnx_optimizer(codec):
     chex.assert_trees_all_close(got, by_pmap(tx)[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("slow", [gc.none, gc.powersgd], ids=["none", "powersgd"])
-def test_hierarchy_by_axis_names(slow):
-    """Exact inside a node, compressed between nodes: as many workers as there are nodes."""
-    mesh = gc.make_mesh({"node": 2, "local": 2})
-    tx = optax.chain(gc.average("local"), problem.optimizer(slow(axis_name="node")))
-    params = problem.params()
-    opt_state = gc.init(tx, params, mesh)
-    step = gc.train_step(problem.loss_fn, tx, mesh)
-
-    flat_tx = problem.optimizer(slow())
-    flat_params, flat_state = params, gc.init(flat_tx, params, 2)
-    flat_step = gc.simulate(problem.loss_fn, flat_tx, 2)
-    for batch in problem.batches(STEPS):
-        params, opt_state, _ = step(params, opt_state, batch)
-        flat_params, flat_state, _ = flat_step(flat_params, flat_state, batch)
-    chex.assert_trees_all_close(params, flat_params, atol=1e-5, rtol=0)
-    assert gc.wire_bits(opt_state) == gc.wire_bits(flat_state)
-
-
 @pytest.mark.parametrize(
     "make", [lambda **kw: gc.powersgd(2, **kw), lambda **kw: gc.qsgd(8, min_size=0, error_feedback=True, **kw)]
 )
@@ -206,23 +186,6 @@ def test_workers_along_two_axes(make):
     for batch in problem.batches(STEPS):
         params, opt_state, _ = step(params, opt_state, batch)
     chex.assert_trees_all_close(params, by_train_step(problem.optimizer(make()))[0], atol=1e-5, rtol=0)
-
-
-def test_a_gradient_that_varies_along_a_further_axis():
-    """Parameters sharded over a model axis: each shard is compressed over the data axis alone."""
-    mesh = gc.make_mesh({"data": 2, "model": 2})
-    tx = gc.powersgd(1, error_feedback=False)
-    grads = jnp.asarray(np.random.default_rng(0).standard_normal((2, 24, 16)), jnp.float32)
-
-    def worker(grads):
-        return tx.update({"w": grads[0]}, tx.init({"w": grads[0]}))[0]["w"]
-
-    got = jax.shard_map(worker, mesh=mesh, in_specs=P("data", None, "model"), out_specs=P(None, "model"))(grads)
-    halves = [
-        jax.vmap(lambda g: tx.update({"w": g}, tx.init({"w": g}))[0]["w"], axis_name="data")(grads[..., i : i + 8])[0]
-        for i in (0, 8)
-    ]
-    chex.assert_trees_all_close(got, jnp.concatenate(halves, axis=1), atol=1e-5)
 
 
 def test_names_of_leaves():

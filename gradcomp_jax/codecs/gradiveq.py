@@ -94,7 +94,8 @@ def slice_length(shape: tuple[int, ...], k_max: int = 768) -> int:
 
     At multiples of F D, the values at one spatial position, the loss drops sharply (Fig. 5). Where F D is
     larger, K is the largest multiple of F that tiles the leaf, and where F is larger, the largest divisor of F;
-    where F is a prime K is k_max, and the last slice is not full.
+    where F is a prime K is k_max, and the last slice is not full. Slices shorter than D F begin at different
+    depths, and the first one's basis fits those at another depth less.
     """
     size = math.prod(shape)
     for unit in (math.prod(shape[-2:]), math.prod(shape[-1:])):
