@@ -43,13 +43,15 @@ counted = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(params=[2, 4])
 def results(request, tmp_path_factory):
     """What each of the processes hands back, by rank."""
-    return launch(request.param, tmp_path_factory.mktemp("processes"))
+    return launch(request.param, tmp_path_factory)
 
 
-def launch(processes, folder):
+@functools.cache  # not the fixture's scope, which pytest-xdist ends and begins anew between tests
+def launch(processes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     files = [folder / str(rank) for rank in range(processes)]
