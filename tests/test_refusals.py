@@ -62,6 +62,34 @@ class TestArguments:
         with refuses("'qsgd' is not linear", "aggregate='psum' would add packed codes", "use 'gather'"):
             gc.qsgd(aggregate="psum")
 
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"k": 0}, "k=0 must be a whole number of at least 1"),
+            ({"ratio": 1}, "ratio=1 must be above 1"),
+            ({"ratio": float("nan")}, "ratio=nan must be above 1"),
+            ({"train_steps": 1}, "train_steps=1 must be a whole number of at least 2"),
+            ({"train_steps": 4, "select": "holdout"}, "train_steps=4 must be a whole number of at least 5"),
+            ({"compress_steps": 0}, "compress_steps=0 must be"),
+            ({"warmup_steps": -1}, "warmup_steps=-1 must be"),
+            ({"k_max": 0}, "k_max=0 must be"),
+            ({"reuse": 0}, "reuse=0 must be"),
+            ({"select": "best"}, "select='best' must be one of 'ratio', 'energy', 'holdout'"),
+            ({"max_loss": 1.0}, "max_loss=1.0 must be above 0 and below 1"),
+        ],
+        ids=str,
+    )
+    def test_gradiveq(self, given, words):
+        with refuses(words):
+            gc.gradiveq(**given)
+
+    def test_more_directions_than_samples_span(self):
+        params = {"first": jnp.zeros((3, 3, 3, 16)), "conv": jnp.zeros((3, 3, 64, 64))}
+        gc.gradiveq(train_steps=97).init(params)
+        words = "leaf 'conv'", "K=768 at ratio=8 keeps d=96", "train_steps=96 samples span 95", "train_steps=97 or more"
+        with refuses(*words):
+            gc.gradiveq(train_steps=96).init(params)
+
     @pytest.mark.parametrize("decay", [-0.1, 1.0])
     def test_decay(self, decay):
         with refuses(f"decay={decay}", "[0, 1)"):
