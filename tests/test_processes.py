@@ -17,6 +17,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import chex
@@ -44,14 +45,18 @@ counted = pytest.mark.skipif(
 
 
 @pytest.fixture(params=[2, 4])
-def results(request, tmp_path_factory):
+def results(request):
     """What each of the processes hands back, by rank."""
-    return launch(request.param, tmp_path_factory)
+    return launched(request.param)
 
 
 @functools.cache  # not the fixture's scope, which pytest-xdist ends and begins anew between tests
-def launch(processes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
+def launched(processes):
+    with tempfile.TemporaryDirectory() as folder:
+        return launch(processes, pathlib.Path(folder))
+
+
+def launch(processes, folder):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     files = [folder / str(rank) for rank in range(processes)]
