@@ -217,7 +217,8 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
             "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
             "flush reaches it; make that one an optax.GradientTransformationExtraArgs that passes them on"
         )
-    if _any_nonzero(residuals) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
+    held = jax.tree.map(lambda x: jnp.mean(x, axis=0), residuals)
+    if _any_nonzero(held) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
         raise ValueError(
             "flush changed no parameter, though residuals held something: the learning rate is zero here, or what "
             "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that"

@@ -162,7 +162,8 @@ class TestContextsAgree:
         reference = run(TX[row.id], GRADS, "vmap")
         for context in CONTEXTS[1:]:
             got = run(TX[row.id], GRADS, context)
-            chex.assert_trees_all_close(got, reference, atol=5e-5, rtol=0)
+            # Some columns of PowerSGD's Q exceed 2, hence the relative part.
+            chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=1e-5)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
 
     @pytest.mark.parametrize("workers", [1, 3, 8])
@@ -432,7 +433,7 @@ class TestOnlyTheWireSpeaks:
         # Which rung a leaf is on is known outside jit only.
         mean, operands = (program if getattr(state, "rung", None) else jax.jit(program))(grads)
         rebuilt = row.rebuild(jax.device_get(operands), state, TWO)
-        chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], mean), rebuilt, atol=5e-5, rtol=0)
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], mean), rebuilt, atol=2e-5, rtol=0)
 
     @every_phase
     def test_no_more_than_the_papers_formula_on_resnet18(self, row, step, monkeypatch):

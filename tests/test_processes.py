@@ -132,10 +132,10 @@ def test_processes_give_the_numbers_of_simulate(codec, results):
 
 @each_codec
 def test_processes_give_the_bits_of_emulated_devices(codec, results):
-    if codec.linear and len(results) > 2:
-        pytest.skip("it sums, and a ring adds more than two in another order")
+    """But for sums of more than two, which agree to their rounding."""
+    tolerance = 5e-6 if codec.linear and len(results) > 2 else 0
     for got, expected in pairs(results, codec, simulated=False):
-        chex.assert_trees_all_equal(got[:2], expected[:2])
+        chex.assert_trees_all_close(got[:2], expected[:2], atol=tolerance, rtol=0)
         np.testing.assert_allclose(got[2], expected[2], rtol=1e-6)  # the loss is a sum with every codec
 
 

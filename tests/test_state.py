@@ -168,6 +168,18 @@ class TestFlush:
         with pytest.raises(ValueError, match=r"flush changed no parameter.*learning rate is zero.*MultiSteps"):
             gc.flush(tx, params, state, 2)
 
+    def test_residuals_that_cancel_change_nothing(self):
+        tx = optax.chain(gc.powersgd(1), optax.sgd(1.0))
+        params = trees.zeros(trees.MATRICES)
+        grads = trees.noise(trees.MATRICES, 16, (1,))
+        batch = jax.tree.map(lambda x: np.concatenate([x, -x]), grads)
+        params, state, _ = gc.simulate(loss_of_gradients, tx, 2)(params, gc.init(tx, params, 2), batch)
+        cancelling = gc.PerWorker(jax.tree.map(jnp.asarray, batch), "data")
+        state = (state[0]._replace(residual=cancelling), *state[1:])
+        flushed, after = gc.flush(tx, params, state, 2)
+        chex.assert_trees_all_equal(flushed, params)
+        assert not any(jnp.any(x != 0) for x in jax.tree.leaves(after[0].residual))
+
     def test_another_number_of_workers_is_refused(self):
         tx = problem.optimizer(gc.powersgd(1))
         params = problem.params()

@@ -1,9 +1,9 @@
 """GradiVeQ: slices of the gradient in the basis of their principal components, summed in compressed form.
 
-Yu, Li, Xu, Annavaram, Avestimehr et al., "GradiVeQ: Vector Quantization for Bandwidth-Efficient Gradient
-Aggregation in Distributed CNN Training", NeurIPS 2018, arXiv 1811.03617. A convolution's kernel, walked
-filter first, then depth, width and height, is cut into slices g_m of K values. In cycles of steps, with the
-means over N workers where the paper has sums:
+Yu et al., "GradiVeQ: Vector Quantization for Bandwidth-Efficient Gradient Aggregation in Distributed CNN
+Training", NeurIPS 2018, arXiv 1811.03617. A convolution's kernel, walked filter first, then depth, width and
+height, is cut into slices g_m of K values. In cycles of steps, with the means over N workers where the paper
+has sums:
 
     L_t steps:  mean of g_m dense; the slices are samples     mu_m <- their mean
                 U (K x d) <- top d principal components of the first slice's L_t samples
