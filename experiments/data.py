@@ -1,5 +1,6 @@
-"""Image data sets, in memory: scikit-learn's handwritten digits, and CIFAR-10 from its official files."""
+"""Image data sets, in memory: scikit-learn's handwritten digits; CIFAR-10 and CIFAR-100 from their official files."""
 
+import itertools
 import os
 import pathlib
 import pickle
@@ -10,11 +11,70 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-CIFAR10_FOLDER = "cifar-10-batches-py"
-CIFAR10_FILE_ROWS = 10_000
-CIFAR10_TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
-CIFAR10_TEST_FILE = "test_batch"
+from experiments import download
+
+DATASETS = ("digits", "cifar10", "cifar100")
 DIGITS_TEST_ROWS = 360
+
+
+class Cifar(NamedTuple):
+    """What the "python version" of a CIFAR data set (Krizhevsky 2009) looks like.
+
+    Attributes:
+      classes: how many there are, in equal shares.
+      label_key: of the list of classes, in each file.
+      train_files: which together hold the training split, in equal parts.
+      test_file: which holds the test split.
+      train_rows: images in the training split.
+      test_rows: likewise.
+      archive: the official one.
+    """
+
+    classes: int
+    label_key: bytes
+    train_files: tuple[str, ...]
+    test_file: str
+    train_rows: int
+    test_rows: int
+    archive: download.Archive
+
+
+_CIFAR10_TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
+
+# The site publishes MD5 sums, c58f30108f718f92721af3b95e74349a and eb9058c3a382ffc7106e4002c42a8d85. The stronger
+# SHA-256 of the same archives are those of Keras (keras/src/datasets/cifar10.py, cifar100.py).
+CIFAR = {
+    "cifar10": Cifar(
+        classes=10,
+        label_key=b"labels",
+        train_files=_CIFAR10_TRAIN_FILES,
+        test_file="test_batch",
+        train_rows=50_000,
+        test_rows=10_000,
+        archive=download.Archive(
+            url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
+            size=170_498_071,
+            sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
+            folder="cifar-10-batches-py",
+            files=(*_CIFAR10_TRAIN_FILES, "test_batch"),
+        ),
+    ),
+    "cifar100": Cifar(
+        classes=100,
+        label_key=b"fine_labels",
+        train_files=("train",),
+        test_file="test",
+        train_rows=50_000,
+        test_rows=10_000,
+        archive=download.Archive(
+            url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+            size=169_001_437,
+            sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
+            folder="cifar-100-python",
+            files=("train", "test"),
+        ),
+    ),
+}
 
 
 class DataError(Exception):
@@ -34,21 +94,25 @@ class Split(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """A data set of images in ten classes.
+    """A data set of images in classes.
 
     Attributes:
       name: of the data set.
+      classes: how many there are; labels are 0 to classes - 1.
       train: the split to learn from.
       test: the split to be judged by.
       mean: of the training split, by channel, float32 [channels].
       std: likewise.
+      augment: whether an image shifted by a few pixels, or mirrored, is still one of its class.
     """
 
     name: str
+    classes: int
     train: Split
     test: Split
     mean: np.ndarray
     std: np.ndarray
+    augment: bool
 
     @property
     def channels(self) -> int:
@@ -59,20 +123,43 @@ class Dataset(NamedTuple):
         return (images.astype(np.float32) - self.mean) / self.std
 
 
-def load(name: str, data_dir: str | None) -> Dataset:
-    """The data set `name`, "digits" or "cifar10".
+def load(name: str, data_dir: str | None, validation: bool = False) -> Dataset:
+    """The data set `name`.
 
     Args:
-      name: of the data set.
-      data_dir: where CIFAR-10's files are, see `cifar10`; digits need none.
+      name: one of DATASETS.
+      data_dir: where CIFAR's files are, see `cifar`; digits need none.
+      validation: `test` is not the test split, but a tenth of the training images, which `train` then lacks;
+        always the same, with the classes in equal shares. So that settings are chosen without the test images.
 
     Raises:
-      DataError: a file is missing or wrong.
+      DataError: a file is missing or wrong, or cannot be downloaded.
     """
-    train, test = digits() if name == "digits" else cifar10(data_dir)
-    # numpy's default, float64: float32 would lose digits in sums over millions of pixels.
-    mean, std = (np.asarray(f(train.images, axis=(0, 1, 2)), np.float32) for f in (np.mean, np.std))
-    return Dataset(name, train, test, mean, std)
+    if name not in DATASETS:
+        raise ValueError(f"name={name!r} is none of {', '.join(DATASETS)}")
+    train, test = digits() if name == "digits" else cifar(name, data_dir)
+    if validation:
+        train, test = _held_out(train, len(train.labels) // 10)
+    mean, std = _moments(train.images)
+    return Dataset(name, 10 if name == "digits" else CIFAR[name].classes, train, test, mean, std, name != "digits")
+
+
+def _held_out(split: Split, rows: int) -> tuple[Split, Split]:
+    """The split without `rows` of its images, and these: always the same, with the classes in equal shares."""
+    parts = train_test_split(np.arange(len(split.labels)), test_size=rows, random_state=0, stratify=split.labels)
+    rest, held_out = (Split(split.images[part], split.labels[part]) for part in parts)
+    return rest, held_out
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation by channel, float32 [channels].
+
+    From exact integer sums: np.std would copy all pixels as float64, 1.2 GB of CIFAR.
+    """
+    count = images[..., 0].size
+    mean = images.sum(axis=(0, 1, 2), dtype=np.int64) / count
+    squares = np.einsum("nhwc,nhwc->c", images, images, dtype=np.int64, casting="unsafe") / count
+    return mean.astype(np.float32), np.sqrt(squares - mean**2).astype(np.float32)
 
 
 def digits() -> tuple[Split, Split]:
@@ -81,65 +168,85 @@ def digits() -> tuple[Split, Split]:
     The split is always the same, and has the classes in equal shares.
     """
     source: Any = load_digits()
-    images = source.images.astype(np.uint8)[..., None]
-    labels = source.target.astype(np.int32)
-    train, test = train_test_split(np.arange(len(labels)), test_size=DIGITS_TEST_ROWS, random_state=0, stratify=labels)
-    return Split(images[train], labels[train]), Split(images[test], labels[test])
+    return _held_out(Split(source.images.astype(np.uint8)[..., None], source.target.astype(np.int32)), DIGITS_TEST_ROWS)
 
 
-def cifar10(data_dir: str | None) -> tuple[Split, Split]:
-    """CIFAR-10 (Krizhevsky 2009) from the files of its official "python version".
+def cifar(name: str, data_dir: str | None) -> tuple[Split, Split]:
+    """CIFAR-10, or CIFAR-100 with its hundred fine classes, from the files of the official "python version".
 
     Args:
-      data_dir: the folder cifar-10-batches-py, or the one that holds it; by default the environment
-        variable GRADCOMP_DATA_DIR.
+      name: "cifar10" or "cifar100".
+      data_dir: the folder of the files (cifar-10-batches-py, cifar-100-python), or the one that holds it; by
+        default the environment variable GRADCOMP_DATA_DIR. Without either the folder in the cache, see
+        `download.cache_dir`, where it is downloaded to if it is not there.
 
     Returns:
       50,000 images [32, 32, 3] to train and 10,000 to test.
 
     Raises:
-      DataError: a file is missing or not what it should be.
+      DataError: a file is missing or not what it should be, or the download fails.
     """
+    layout = CIFAR[name]
+    archive, cache = layout.archive, download.cache_dir()
+    by_hand = (
+        f"download {archive.url} by hand, unpack it, and give the directory that holds {archive.folder} as --data_dir "
+        f"or in the environment variable GRADCOMP_DATA_DIR, or move {archive.folder} to {cache}; or use "
+        "--dataset=digits, which needs no files"
+    )
     given = data_dir or os.environ.get("GRADCOMP_DATA_DIR")
-    if not given:
-        raise DataError(f"no directory given for cifar10: {_WAYS_OUT}")
-    folder = pathlib.Path(given)
-    if folder.name != CIFAR10_FOLDER:
-        folder /= CIFAR10_FOLDER
-    parts = [_cifar10_file(folder / name) for name in CIFAR10_TRAIN_FILES]
-    train = Split(np.concatenate([part.images for part in parts]), np.concatenate([part.labels for part in parts]))
-    return train, _cifar10_file(folder / CIFAR10_TEST_FILE)
+    if given:
+        folder = pathlib.Path(os.path.expanduser(given)).absolute()
+        folder = folder if folder.name == archive.folder else folder / archive.folder
+        way_out = f"without --data_dir and GRADCOMP_DATA_DIR it is downloaded; else {by_hand}"
+    else:
+        try:
+            folder = download.fetch(archive, cache)
+        except download.DownloadError as error:
+            raise DataError(f"{error}: {by_hand}") from error
+        way_out = f"delete {folder} to have it downloaded anew"
+    try:
+        train = _cifar_split(folder, layout.train_files, layout.train_rows, layout)
+        return train, _cifar_split(folder, (layout.test_file,), layout.test_rows, layout)
+    except DataError as error:
+        raise DataError(f"{error}: {way_out}") from error
 
 
-_WAYS_OUT = (
-    "unpack cifar-10-python.tar.gz, from https://www.cs.toronto.edu/~kriz/cifar.html, and give the directory "
-    f"that holds {CIFAR10_FOLDER} as --data_dir or in the environment variable GRADCOMP_DATA_DIR; or use "
-    "--dataset=digits, which needs no files"
-)
+def _cifar_split(folder: pathlib.Path, files: tuple[str, ...], rows: int, layout: Cifar) -> Split:
+    parts = [_cifar_file(folder / file, rows // len(files), layout) for file in files]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    share = rows // layout.classes
+    counts = np.bincount(labels, minlength=layout.classes)
+    wrong = {label: count for label, count in enumerate(counts.tolist()) if count != share}
+    if wrong:
+        # Each file alone is fine, so one of them is likely another's copy.
+        raise DataError(
+            f"{', '.join(files)} in {folder}: expected {share} images of each class, got {wrong} (class: images); "
+            "is one a copy of another file?"
+        )
+    return Split(images, labels)
 
 
-def _cifar10_file(path: pathlib.Path) -> Split:
+def _cifar_file(path: pathlib.Path, rows: int, layout: Cifar) -> Split:
     try:
         with path.open("rb") as file:
             content = _ArraysOnly(file, encoding="bytes").load()
     except OSError as error:
-        raise DataError(f"cannot read {path} ({error.strerror}): {_WAYS_OUT}") from error
+        raise DataError(f"cannot read {path} ({error.strerror})") from error
     # A damaged stream of pickle opcodes can raise nearly anything.
     except Exception as error:
-        raise DataError(f"{path} is not a whole batch file of CIFAR-10 ({error}): {_WAYS_OUT}") from error
+        raise DataError(f"{path} is not a whole file of CIFAR ({error})") from error
 
     images: Any
     labels: Any
-    images, labels = (content.get(key) if isinstance(content, dict) else None for key in (b"data", b"labels"))
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (CIFAR10_FILE_ROWS, 3072):
+    images, labels = (content.get(key) if isinstance(content, dict) else None for key in (b"data", layout.label_key))
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8 or images.shape != (rows, 3072):
+        raise DataError(f"{path}: expected b'data' to be uint8 [{rows}, 3072], got {_describe(images)}")
+    last = layout.classes - 1
+    known = isinstance(labels, list) and all(isinstance(label, int) and 0 <= label <= last for label in labels)
+    if not known or len(labels) != rows:
         raise DataError(
-            f"{path}: expected b'data' to be uint8 [{CIFAR10_FILE_ROWS}, 3072], got {_describe(images)}; {_WAYS_OUT}"
-        )
-    known = isinstance(labels, list) and all(isinstance(label, int) and 0 <= label <= 9 for label in labels)
-    if not known or len(labels) != CIFAR10_FILE_ROWS:
-        raise DataError(
-            f"{path}: expected b'labels' to be a list of {CIFAR10_FILE_ROWS} ints from 0 to 9, got "
-            f"{_describe(labels)}; {_WAYS_OUT}"
+            f"{path}: expected {layout.label_key!r} to be a list of {rows} ints from 0 to {last}, "
+            f"got {_describe(labels)}"
         )
     # Rows are the red, then the green, then the blue plane.
     return Split(images.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), np.asarray(labels, np.int32))
@@ -182,12 +289,30 @@ def _describe(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else "nothing" if value is None else repr(type(value))
 
 
-def batches(split: Split, size: int, seed: int, epoch: int) -> Iterator[Split]:
-    """The batches of an epoch, in an order that `seed` and `epoch` alone decide; a last partial one is dropped."""
-    order = np.random.default_rng((seed, epoch)).permutation(len(split.labels))
-    for start in range(0, len(order) - size + 1, size):
-        rows = order[start : start + size]
-        yield Split(split.images[rows], split.labels[rows])
+def batches(split: Split, size: int, seed: int, first: int = 0) -> Iterator[Split]:
+    """Batches without end, beginning with batch number `first`.
+
+    An epoch is all images in an order that `seed` and the epoch's number alone decide; a last partial batch is
+    dropped. A stateful input pipeline would have its position saved with each checkpoint; here the number of the
+    step is the position, and a training that resumes sees the batches that it would have seen uninterrupted.
+
+    Args:
+      split: what to draw from.
+      size: images in a batch, at most those of the split.
+      seed: not negative.
+      first: number of the first batch; those before it are not read.
+    """
+    rows = len(split.labels)
+    if size > rows:
+        raise ValueError(f"size={size} is more than the {rows} images of the split")
+    steps = rows // size
+    skipped = first % steps
+    for epoch in itertools.count(first // steps):
+        order = np.random.default_rng((seed, epoch)).permutation(rows)
+        for start in range(skipped * size, steps * size, size):
+            batch = order[start : start + size]
+            yield Split(split.images[batch], split.labels[batch])
+        skipped = 0
 
 
 def padded_batches(split: Split, size: int) -> Iterator[Split]:
