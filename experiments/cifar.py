@@ -1,19 +1,18 @@
-"""A residual network on small images, trained with one gradient codec after another.
+"""Image classification, trained with one gradient codec after another.
 
     python -m experiments.cifar --flagfile=experiments/presets/digits.flags
-    python -m experiments.cifar --codec=none,qsgd --qsgd_bits=2 --dataset=cifar10 --data_dir=DIR
+    python -m experiments.cifar --codec=none,qsgd --qsgd_bits=2 --dataset=cifar10 --model=resnet20
 
 All codecs start from the same parameters and see the same batches at the same learning rates; they differ in
-nothing else. The workers are the accelerators there are, or devices that the CPU emulates.
+nothing else. The workers are the accelerators there are, or devices that the CPU emulates. With --checkpoint_dir a
+run that was stopped, by Ctrl-C or by anything else, goes on where it was when the same command is given again.
 """
 
-import contextlib
 import pathlib
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,139 +22,139 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import codecs, data, models, report
-from gradcomp_jax import Compressor, init, make_mesh, train_step, wire_bits
+from experiments import checkpoints, codecs, data, display, figures, models, training
 
 FLAGS = flags.FLAGS
 
-codecs.define_flags()
-flags.adopt_module_key_flags(codecs)  # into --help
-flags.DEFINE_enum("dataset", "digits", ["digits", "cifar10"], "What to train on; digits needs no files.")
+flags.adopt_module_key_flags(training)  # into --help
+flags.DEFINE_enum("dataset", "digits", data.DATASETS, "What to train on; digits needs no files and no network.")
 flags.DEFINE_string(
     "data_dir",
     None,
-    "The directory that holds cifar-10-batches-py; by default the environment variable GRADCOMP_DATA_DIR.",
+    "The directory that holds the data set's folder, such as cifar-10-batches-py; by default the environment variable "
+    "GRADCOMP_DATA_DIR, or else what has been downloaded from the official site.",
 )
-flags.DEFINE_enum("model", "resnet8", list(models.BLOCKS), "The network.")
-flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", lower_bound=2)
-flags.DEFINE_integer("epochs", 10, "Passes over the training split.", lower_bound=1)
-flags.DEFINE_integer("batch_size", 128, "Images a step, over all workers; a multiple of --workers.", lower_bound=1)
-flags.DEFINE_float("lr", 0.1, "The highest learning rate, reached after the first tenth of the steps.")
-flags.DEFINE_float("momentum", 0.9, "Momentum of SGD.", lower_bound=0, upper_bound=1)
-flags.DEFINE_float("weight_decay", 1e-4, "Weight decay, added to the aggregated gradient.", lower_bound=0)
-flags.DEFINE_integer("seed", 0, "Of the initial parameters, the batches and the codecs.", lower_bound=0)
-flags.DEFINE_integer("eval_every", 20, "Steps from one evaluation on the test split to the next.", lower_bound=1)
-flags.DEFINE_string("out_dir", "out", "The directory of the figure.")
+flags.DEFINE_enum("model", "resnet8", list(models.NAMES), "The network.")
+flags.DEFINE_boolean(
+    "augment", None, "Random crops and flips of the images to train on; by default those of CIFAR, not the digits."
+)
+flags.DEFINE_boolean(
+    "validation", False, "Test on a tenth of the training images, and train on the others: to choose settings by."
+)
+
+CROP_PADDING = 4
+
+
+class Batch(NamedTuple):
+    """What a step is given.
+
+    Attributes:
+      images: uint8 [batch, height, width, channels].
+      labels: int32 [batch].
+      keys: of the workers' dropout, [workers].
+    """
+
+    images: jax.Array
+    labels: jax.Array
+    keys: jax.Array
 
 
 def main(argv: list[str]) -> None:
     """Trains with every codec of --codec, then prints the table and writes the figure."""
     logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
+    screen = display.console()
     try:
         if argv[1:]:
             raise ValueError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
-        mesh = worker_mesh(FLAGS.workers)
+        mesh = training.worker_mesh(FLAGS.workers)
         compressors = {name: codecs.from_flags(name, FLAGS.seed) for name in FLAGS.codec}
-        dataset = data.load(FLAGS.dataset, FLAGS.data_dir)
-        require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
-        # A codec that refuses this network does so now, not after the ones before it have trained.
-        params = jax.eval_shape(lambda: models.create(FLAGS.model, dataset.channels, FLAGS.seed)[1])
+        dataset = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation)
+        training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
+        task = classification(dataset, mesh)
         for codec in compressors.values():
-            jax.eval_shape(codec.init, params)
-    except (ValueError, data.DataError) as error:
+            # A codec that refuses this network does so now, not after the ones before it have trained.
+            jax.eval_shape(codec.init, task.params)
+        runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
+    except (ValueError, data.DataError, checkpoints.CheckpointError) as error:
         sys.exit(f"error: {error}")
+    except (training.InterruptedRunError, KeyboardInterrupt) as interrupt:
+        screen.print(str(interrupt) or "interrupted", soft_wrap=True)
+        sys.exit(130)
 
-    screen = report.console()
-    results = [train(name, codec, dataset, mesh, screen) for name, codec in compressors.items()]
-
-    title = (
-        f"{models.TITLES[FLAGS.model]} on {FLAGS.dataset}, {FLAGS.workers} workers, {results[0].curve[-1].step} steps"
-    )
-    screen.print(report.table(results, title))
-    for note in report.notes(results, FLAGS.workers, emulated=jax.default_backend() == "cpu"):
+    title = f"{models.NAMES[FLAGS.model]} on {FLAGS.dataset}, {FLAGS.workers} workers, {runs[0].step} steps"
+    screen.print(display.table(runs, title))
+    for note in display.notes(runs):
         screen.print(note)
     figure = pathlib.Path(FLAGS.out_dir) / f"{FLAGS.dataset}.png"
-    report.plot(results, title, figure)
-    screen.print(f"Figure: {figure}", soft_wrap=True)
+    figures.accuracy(runs, title, figure)
+    screen.print(f"Records of each step and figure: {figure.parent}, {figure.name}", soft_wrap=True)
 
 
-def train(name: str, codec: Compressor, dataset: data.Dataset, mesh: Mesh, screen: report.Console) -> report.Result:
-    """Trains a new network with one codec.
-
-    Args:
-      name: the codec's, as in `codecs.CODECS`.
-      codec: the codec.
-      dataset: what to train and test on.
-      mesh: the workers.
-      screen: where to show progress.
-    """
-    started = time.perf_counter()
-    graphdef, params, stats = models.create(FLAGS.model, dataset.channels, FLAGS.seed)
-    steps = FLAGS.epochs * (len(dataset.train.labels) // FLAGS.batch_size)
-    tx = optimizer(codec, steps)
+def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:
+    """To tell the images of a data set from each other, by the network of --model."""
+    train, workers = dataset.train, NamedSharding(mesh, P(mesh.axis_names))
+    augment = dataset.augment if FLAGS.augment is None else FLAGS.augment
+    graphdef, params, stats = models.create(FLAGS.model, train.images.shape[1:], dataset.classes, FLAGS.seed)
+    key = jax.random.fold_in(jax.random.key(FLAGS.seed), 1)  # the codecs draw from the seed itself
 
     def loss_fn(params, stats, batch):
         # A copy, because statistics from outside this function may not be written to under jax.grad.
         network = nnx.merge(graphdef, params, stats, copy=True)
-        logits = network(dataset.normalize(batch.images))
+        logits = network(dataset.normalize(batch.images), nnx.Rngs(batch.keys[0]))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
         accuracy = (logits.argmax(-1) == batch.labels).mean()
         return loss, (nnx.state(network, nnx.BatchStat), accuracy)
 
-    step = train_step(loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
-    opt_state = init(tx, params, mesh)
-    # Parameters that lay on one device at the first step would have the second one compiled anew.
-    params, stats = jax.device_put((params, stats), NamedSharding(mesh, P()))
+    def prepare(split: Any, step: Any) -> Batch:
+        crops, dropout = jax.random.split(jax.random.fold_in(key, step))
+        images = crop_and_flip(crops, split.images) if augment else split.images
+        return Batch(images, split.labels, jax.random.split(dropout, mesh.size))
+
+    prepare = jax.jit(prepare, out_shardings=workers)
+
+    def batches(done: int) -> Iterator[Batch]:
+        for step, split in enumerate(data.batches(train, FLAGS.batch_size, FLAGS.seed, done), done):
+            yield prepare(jax.device_put(split, workers), step)
+
+    settings = {
+        "dataset": FLAGS.dataset,
+        "data_crc32": f"{zlib.crc32(train.images.tobytes()):08x}",
+        "model": FLAGS.model,
+        "augment": augment,
+        "validation": FLAGS.validation,
+    }
+    name = f"{FLAGS.dataset}-{FLAGS.model}"
     evaluate = evaluation(graphdef, dataset, mesh)
-    dense_bytes = 4 * sum(x.size for x in jax.tree.leaves(params)) * 2 * (mesh.size - 1) / mesh.size
-
-    curve, megabytes, seconds, done = [], [], [], 0
-    with report.progress(screen) as progress:
-        task = progress.add_task(name, total=steps, status="compiling")
-        for epoch in range(FLAGS.epochs):
-            for batch in data.batches(dataset.train, FLAGS.batch_size, FLAGS.seed, epoch):
-                began = time.perf_counter()
-                params, opt_state, stats, loss, accuracy = step(params, opt_state, stats, batch)
-                jax.block_until_ready(params)
-                seconds.append(time.perf_counter() - began)
-
-                done += 1
-                bits = wire_bits(opt_state)
-                sent = bits.total / 8
-                megabytes.append(bits.last / 8e6)
-                bytes_so_far = f"{sent / 1e6:.1f} of {done * dense_bytes / 1e6:.1f} MB dense"
-                speed = FLAGS.batch_size / seconds[-1]
-                status = f"loss {loss:.3f}, {speed:.0f} images/s, {bytes_so_far}"
-                progress.update(task, advance=1, status=status)
-
-                if done % FLAGS.eval_every == 0 or done == steps:
-                    curve.append(report.Point(done, sent / 1e6, evaluate(params, stats)))
-                    screen.print(
-                        f"{name}: epoch {epoch + 1}, step {done}/{steps}, loss {loss:.3f}, train accuracy "
-                        f"{accuracy:.1%}, test accuracy {curve[-1].accuracy:.1%}, {bytes_so_far}",
-                        soft_wrap=True,
-                    )
-
-    return report.Result(
-        name=name,
-        settings=codecs.label(name),
-        curve=curve,
-        step_megabytes=megabytes,
-        dense_megabytes=dense_bytes / 1e6,
-        step_ms=1e3 * statistics.median(seconds[1:] or seconds),  # the first one compiles
-        seconds=time.perf_counter() - started,
-    )
+    return training.Task(name, settings, params, stats, loss_fn, batches, len(train.labels), evaluate)
 
 
-def optimizer(codec: Compressor, steps: int) -> optax.GradientTransformation:
-    """The codec, then SGD with momentum and weight decay; a linear warm-up of a tenth of the steps and a cosine."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, FLAGS.lr, warmup_steps=steps // 10, decay_steps=steps)
-    sgd = optax.sgd(schedule, momentum=FLAGS.momentum)
-    return optax.chain(codec, optax.add_decayed_weights(FLAGS.weight_decay), sgd)
+def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+    """Each image moved by up to four pixels, into zeros, and mirrored or not; both at random.
+
+    He et al., CVPR 2016, section 4.2. What is drawn depends on the key and the place in the batch alone, not on how
+    the batch is split.
+
+    Args:
+      key: of the draws.
+      images: [N, H, W, C].
+
+    Returns:
+      Images of the same shape and type.
+    """
+    corner_key, flip_key = jax.random.split(key)
+    corners = jax.random.randint(corner_key, (len(images), 2), 0, 2 * CROP_PADDING + 1)
+    flips = jax.random.bernoulli(flip_key, shape=(len(images),))
+    padding = [(CROP_PADDING, CROP_PADDING)] * 2 + [(0, 0)]
+
+    def one(image, corner, flip):
+        crop = jax.lax.dynamic_slice(jnp.pad(image, padding), (*corner, 0), image.shape)
+        return jnp.where(flip, crop[:, ::-1], crop)
+
+    return jax.vmap(one)(images, corners, flips)
 
 
-def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[Any, Any], float]:
-    """A function from parameters and batch statistics to the accuracy on the test split, between 0 and 1.
+def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[Any, Any], dict[str, float]]:
+    """A function from parameters and batch statistics to the loss and the accuracy on the test split.
 
     The test split is split over the workers, and stays on them.
     """
@@ -163,49 +162,22 @@ def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[An
     test = [jax.device_put(batch, sharding) for batch in data.padded_batches(dataset.test, FLAGS.batch_size)]
 
     @jax.jit
-    def correct(params, stats, batch):
+    def judge(params, stats, batch):
         network = nnx.merge(graphdef, params, stats)
         network.eval()
-        return jnp.sum(network(dataset.normalize(batch.images)).argmax(-1) == batch.labels)
+        logits = network(dataset.normalize(batch.images))
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
+        # Images that fill up the last batch have class -1.
+        return jnp.sum(losses * (batch.labels >= 0)), jnp.sum(logits.argmax(-1) == batch.labels)
 
-    def accuracy(params, stats):
-        return sum(int(correct(params, stats, batch)) for batch in test) / len(dataset.test.labels)
+    def evaluate(params, stats):
+        # Read one by one: programs that run at once on emulated devices can wait for each other's threads for ever.
+        sums = [[float(x) for x in judge(params, stats, batch)] for batch in test]
+        loss, accuracy = (sum(column) / len(dataset.test.labels) for column in zip(*sums, strict=True))
+        return {"loss": loss, "accuracy": accuracy}
 
-    return accuracy
-
-
-def worker_mesh(workers: int) -> Mesh:
-    """A mesh of `workers` accelerators, or of devices that the CPU emulates where there is no accelerator.
-
-    Raises:
-      ValueError: there are fewer, and it is too late, or not in place, to emulate them.
-    """
-    if jax.config.values["jax_num_cpu_devices"] < workers:
-        # Refused where jax runs already, perhaps with enough devices.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", workers)
-    if jax.device_count() < workers:
-        raise ValueError(
-            f"--workers={workers}: jax has {jax.device_count()} devices of type {jax.default_backend()!r}; use fewer "
-            "workers, or JAX_PLATFORMS=cpu in the environment of a new process to emulate them"
-        )
-    return make_mesh(workers)
-
-
-def require_batches(batch_size: int, workers: int, images: int) -> None:
-    """Raises ValueError for a batch that does not divide among the workers, or is larger than the data set."""
-    if batch_size % workers:
-        raise ValueError(
-            f"--batch_size={batch_size} does not divide among --workers={workers}: it must be a multiple of them"
-        )
-    if batch_size > images:
-        raise ValueError(f"--batch_size={batch_size} is more than the {images} images to train on")
-
-
-def flagfiles_first(argv: list[str]) -> list[str]:
-    """`argv` with every --flagfile=... moved to the front: what is typed beside a preset wins, in any order."""
-    return argv[:1] + sorted(argv[1:], key=lambda arg: not arg.lstrip("-").startswith("flagfile="))
+    return evaluate
 
 
 if __name__ == "__main__":
-    app.run(main, argv=flagfiles_first(sys.argv))
+    app.run(main, argv=training.flagfiles_first(sys.argv))

@@ -62,6 +62,11 @@ def label(name: str) -> str:
     return " ".join([name, *changed])
 
 
+def settings(name: str) -> dict[str, typing.Any]:
+    """The codec's name, and what each of its flags says."""
+    return {"codec": name} | {f"{name}_{keyword}": value for keyword, value in _given(name).items()}
+
+
 def keywords(factory: Callable[..., Compressor]) -> dict[str, tuple[type, typing.Any]]:
     """The keywords of a factory that a flag can give, each with its type and default.
 

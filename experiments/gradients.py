@@ -25,14 +25,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from absl import app, flags, logging
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from experiments import bases, cifar, data, models, report
+from experiments import bases, cifar, data, display, models, training
 from gradcomp_jax import init, none, train_step
 from gradcomp_jax.codecs.gradiveq import slice_length
 from gradcomp_jax.compressor import flatten
@@ -40,7 +39,19 @@ from gradcomp_jax.compressor import flatten
 FLAGS = flags.FLAGS
 
 # absl lets a flag be defined once only; these are the training command's.
-SHARED = ("dataset", "data_dir", "model", "workers", "batch_size", "lr", "momentum", "weight_decay", "seed", "out_dir")
+SHARED = (
+    "dataset",
+    "data_dir",
+    "augment",
+    "model",
+    "workers",
+    "batch_size",
+    "lr",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "out_dir",
+)
 for name in SHARED:
     flags.declare_key_flag(name)
 flags.DEFINE_list("layers", [], "Paths of the kernels to record; by default one of each shape [H, W, F, F].")
@@ -59,40 +70,31 @@ NOTES = (
 )
 
 
-def record(dataset: data.Dataset, mesh: Mesh, layers: Sequence[str], screen: report.Console) -> dict[str, np.ndarray]:
+def record(task: training.Task, mesh: Mesh, layers: Sequence[str], screen: display.Console) -> dict[str, np.ndarray]:
     """Trains, and returns the mean gradients of the kernels `layers` in the steps after the warm-up, by path."""
-    graphdef, params, stats = models.create(FLAGS.model, dataset.channels, FLAGS.seed)
     recorded = FLAGS.train_steps + FLAGS.compress_steps
     steps = FLAGS.warmup_steps + recorded
     # Its state is the mean gradient.
     keep = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, *_: (g, g))
     rate = optax.warmup_constant_schedule(0.0, FLAGS.lr, steps // 10)
-    tx = optax.chain(none(), keep, optax.add_decayed_weights(FLAGS.weight_decay), optax.sgd(rate, FLAGS.momentum))
-
-    def loss_fn(params, stats, batch):
-        # A copy, because statistics from outside this function may not be written to under jax.grad.
-        network = nnx.merge(graphdef, params, stats, copy=True)
-        logits = network(dataset.normalize(batch.images))
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels).mean()
-        return loss, nnx.state(network, nnx.BatchStat)
-
-    step = train_step(loss_fn, tx, mesh, has_state=True, donate=True)
-    opt_state = init(tx, params, mesh)
-    shapes = {path: x.shape for path, x in flatten(params)[0].items()}
+    sgd = optax.sgd(rate, FLAGS.momentum)
+    tx = optax.chain(none(), keep, optax.add_decayed_weights(FLAGS.weight_decay), sgd)
+    step = train_step(task.loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
+    opt_state = init(tx, task.params, mesh)
+    shapes = {path: x.shape for path, x in flatten(task.params)[0].items()}
     # Parameters that lay on one device at the first step would have the second one compiled anew.
-    params, stats = jax.device_put((params, stats), NamedSharding(mesh, P()))
+    params, stats = jax.device_put((task.params, task.model_state), NamedSharding(mesh, P()))
 
     gradients = {path: np.empty((recorded, *shapes[path]), np.float32) for path in layers}
-    epochs = (data.batches(dataset.train, FLAGS.batch_size, FLAGS.seed, epoch) for epoch in itertools.count())
-    with report.progress(screen) as progress:
-        task = progress.add_task("training", total=steps, status="compiling")
-        for done, batch in enumerate(itertools.islice(itertools.chain.from_iterable(epochs), steps)):
-            params, opt_state, stats, loss = step(params, opt_state, stats, batch)
+    with display.progress(screen) as progress:
+        bar = progress.add_task("training", total=steps, status="compiling")
+        for done, batch in enumerate(itertools.islice(task.batches(0), steps)):
+            params, opt_state, stats, loss, _ = step(params, opt_state, stats, batch)
             if done >= FLAGS.warmup_steps:
                 mean, _ = flatten(opt_state[1])
                 for path in layers:
                     gradients[path][done - FLAGS.warmup_steps] = mean[path]
-            progress.update(task, advance=1, status=f"loss {loss:.3f}")
+            progress.update(bar, advance=1, status=f"loss {loss:.3f}")
             if (done + 1) % 100 == 0:
                 screen.print(f"step {done + 1}/{steps}, loss {loss:.3f}")
     return gradients
@@ -200,11 +202,11 @@ def main(argv: list[str]) -> None:
             raise ValueError(
                 f"--compress_steps={FLAGS.compress_steps} must be more than --train_steps={FLAGS.train_steps}"
             )
-        mesh = cifar.worker_mesh(FLAGS.workers)
+        mesh = training.worker_mesh(FLAGS.workers)
         dataset = data.load(FLAGS.dataset, FLAGS.data_dir)
-        cifar.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
-        params = jax.eval_shape(lambda: models.create(FLAGS.model, dataset.channels, FLAGS.seed)[1])
-        kernels = {path: x.shape for path, x in flatten(params)[0].items() if x.ndim == 4}
+        training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
+        task = cifar.classification(dataset, mesh)
+        kernels = {path: x.shape for path, x in flatten(task.params)[0].items() if x.ndim == 4}
         layers = FLAGS.layers or default_layers(kernels)
         for path in layers:
             if path not in kernels:
@@ -212,14 +214,14 @@ def main(argv: list[str]) -> None:
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
 
-    screen = report.console()
-    gradients = record(dataset, mesh, layers, screen)
+    screen = display.console()
+    gradients = record(task, mesh, layers, screen)
     noise = np.random.default_rng(FLAGS.seed).standard_normal(gradients[layers[0]].shape, np.float32)
     named = {path.removesuffix("/kernel"): x for path, x in gradients.items()} | {NOISE: noise}
     findings = {name: bases.analyse(x, FLAGS.train_steps) for name, x in named.items()}
 
     first, last = FLAGS.warmup_steps + 1, FLAGS.warmup_steps + len(noise)
-    title = f"{models.TITLES[FLAGS.model]} on {FLAGS.dataset}, mean gradients of steps {first} to {last}"
+    title = f"{models.NAMES[FLAGS.model]} on {FLAGS.dataset}, mean gradients of steps {first} to {last}"
     screen.print(table(findings, title))
     for note in NOTES:
         screen.print(note)
@@ -229,4 +231,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, argv=cifar.flagfiles_first(sys.argv))
+    app.run(main, argv=training.flagfiles_first(sys.argv))

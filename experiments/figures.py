@@ -1,0 +1,322 @@
+"""Figures over several runs, for files and for pages.
+
+A codec with its settings has one color and one marker in all figures of a report; the color is a hue for the codec,
+in a shade for its settings. Black is no compression. Runs that differ in the seed alone are alike.
+"""
+
+import io
+import math
+import pathlib
+import re
+import statistics
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter, NullLocator, PercentFormatter
+from matplotlib.transforms import Bbox
+
+from experiments.records import Run
+
+# Okabe and Ito's, told apart by all kinds of color vision; without their yellow, too pale for a line.
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vPX<>*"
+MEGABYTES = "MB sent by one worker (10⁶ bytes, log scale)"
+# Tol's, which are none of the codecs'.
+WORK = {
+    "compile": "#bbbbbb",
+    "input": "#ddcc77",
+    "step": "#332288",
+    "evaluate": "#aa4499",
+    "checkpoint": "#999933",
+}
+ACCURACY_SPAN = 0.3  # where differences are to be seen; of what comes before, less is shown
+POINTS = 80  # of a curve of the training loss, at most
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "text.parse_math": False,  # a "$" in a label is a "$"
+}
+
+
+Point = tuple[float, float]
+
+
+class Style(NamedTuple):
+    """How the runs of a codec with its settings look."""
+
+    color: str
+    marker: str
+
+
+class Series(NamedTuple):
+    """The runs of a codec with its settings.
+
+    Attributes:
+      name: for legends.
+      style: of its lines and points.
+      runs: one a seed, in the order of the seeds.
+    """
+
+    name: str
+    style: Style
+    runs: Sequence[Run]
+
+
+def styles(labels: Mapping[str, str]) -> dict[str, Style]:
+    """A style for each label, that is a codec with its settings; `labels` maps them to the codec's name."""
+    codecs = [codec for codec in dict.fromkeys(labels.values()) if codec != "none"]
+    found = {}
+    for (label, codec), marker in zip(labels.items(), MARKERS * len(labels), strict=False):
+        alike = [other for other in labels if labels[other] == codec]
+        hue = "#1a1a1a" if codec == "none" else HUES[codecs.index(codec) % len(HUES)]
+        shades = np.linspace(-0.45, 0.5, len(alike)) if len(alike) > 1 else [0.0]
+        found[label] = Style(_shade(hue, shades[alike.index(label)]), marker)
+    return found
+
+
+def _shade(color: str, amount: float) -> str:
+    """The color, mixed with white if the amount is below 0, else with black."""
+    rgb = np.array(to_rgb(color))
+    return to_hex(tuple(rgb + (1 - rgb) * -amount if amount < 0 else rgb * (1 - amount)))
+
+
+# Drawing
+
+
+@matplotlib.rc_context(STYLE)
+def final_accuracy(series: Sequence[Series], baseline: Series | None) -> Figure:
+    """Test accuracy at the end against all bytes sent: a point a codec, with the seeds about it.
+
+    Args:
+      series: what to draw.
+      baseline: the one the others are compared with, if there is one; a line at its mean, a band over its seeds.
+    """
+    figure, axes = _panel()
+    labels: list[tuple[Point, str, str]] = []
+    taken: list[Point] = []
+    for one, name in zip(series, _wrapped(series), strict=True):
+        x = [run.test[-1]["bytes"] / 1e6 for run in one.runs]
+        y = [run.accuracy for run in one.runs]
+        if one is baseline:
+            axes.axhspan(min(y), max(y), color=one.style.color, alpha=0.12, linewidth=0)
+            axes.axhline(statistics.fmean(y), color=one.style.color, linewidth=0.8, linestyle="--")
+        if len(y) > 1:
+            axes.scatter(x, y, s=12, color=one.style.color, marker=one.style.marker, alpha=0.5, linewidth=0)
+        mean = (statistics.fmean(x), statistics.fmean(y))
+        axes.scatter(*mean, s=55, color=one.style.color, marker=one.style.marker, edgecolor="white", zorder=3)
+        labels.append((mean, name, one.style.color))
+        taken += [mean, *zip(x, y, strict=True)]
+    axes.margins(0.2, 0.15)
+    axes.set(xlabel=MEGABYTES, ylabel="test accuracy at the end")
+    _log(axes, "x")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
+    _label_points(figure, axes, labels, taken)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def curves(series: Sequence[Series], value: str, against: str) -> Figure:
+    """Lines over the course of the runs, one a run.
+
+    Args:
+      series: what to draw.
+      value: "accuracy", on the test split, or "loss", on the training split.
+      against: "step" or "bytes".
+    """
+    names = _wrapped(series)
+    columns = 3 if max(map(len, names)) < 24 else 2
+    lines = 1 + max(name.count("\n") for name in names)
+    figure, axes = _panel(height=3.6 + 0.16 * lines * math.ceil(len(series) / columns))
+    for number, (one, name) in enumerate(zip(series, names, strict=True)):
+        for place, run in enumerate(one.runs):
+            points = run.test if value == "accuracy" else _means(run.train, POINTS)
+            (line,) = _line(axes, points, value, against, one.style, thin=len(one.runs) > 1)
+            line.set_gid(f"run{place}-codec{number}")
+            line.set_label("_" if place else name)  # "_" is left out of the legend
+    if value == "accuracy":
+        _cut(axes)
+    _scales(axes, value, against)
+    figure.legend(loc="outside lower center", ncols=min(columns, len(series)), fontsize=8)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def time_split(series: Sequence[Series]) -> Figure:
+    """The seconds that went into each kind of work, as a bar a codec; the mean over its seeds."""
+    names = _wrapped(series)
+    figure, axes = _panel(height=1.3 + 0.15 * len(series) + 0.15 * sum(1 + name.count("\n") for name in names))
+    times = [[run.end["seconds"] for run in one.runs if run.end] for one in series]
+    kinds = dict.fromkeys([*WORK, *(kind for alike in times for seconds in alike for kind in seconds)])
+    left = np.zeros(len(series))
+    for kind in kinds:
+        means = [statistics.fmean(seconds.get(kind, 0.0) for seconds in alike) for alike in times]
+        if any(means):
+            axes.barh(range(len(series)), means, left=left, height=0.65, color=WORK.get(kind, "#333333"), label=kind)
+            left += means
+    for row, total in enumerate(left):
+        axes.annotate(
+            f"{total:,.0f} s" if total >= 100 else f"{total:.1f} s",
+            (total, row),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+        )
+    axes.set_yticks(range(len(series)), names)
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.grid(visible=False, axis="y")
+    axes.set(xlabel="seconds of a whole run")
+    figure.legend(loc="outside lower center", ncols=len(WORK), fontsize=8, handlelength=1, columnspacing=1)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy(runs: Sequence[Run], title: str, path: pathlib.Path) -> None:
+    """Writes a figure of test accuracy against steps, and against what one worker sent, as a PNG."""
+    looks = styles({run.name: run.header["codec"] for run in runs})
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    by_step, by_bytes = figure.subplots(1, 2, sharey=True)
+    for run in runs:
+        (line,) = _line(by_step, run.test, "accuracy", "step", looks[run.name], thin=False)
+        line.set_label(f"{run.header['codec']} ({run.test[-1]['bytes'] / 1e6:.3g} MB in all)")
+        _line(by_bytes, run.test, "accuracy", "bytes", looks[run.name], thin=False)
+    for axes, against in ((by_step, "step"), (by_bytes, "bytes")):
+        _scales(axes, "accuracy", against)
+    by_bytes.set_ylabel("")
+    figure.legend(loc="outside lower center", ncols=min(4, len(runs)))
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def _panel(height: float = 4.1) -> tuple[Figure, Axes]:
+    """A figure of one panel, narrow, so that its letters can be read on a phone too."""
+    figure = Figure(figsize=(5.4, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _line(axes: Axes, points: Sequence[Mapping[str, Any]], value: str, against: str, style: Style, thin: bool) -> Any:
+    x = [point[against] / (1e6 if against == "bytes" else 1) for point in points]
+    look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markersize": 4.5, "alpha": 0.85}
+    # Where two codecs do equally well their lines coincide; a few markers keep both in sight.
+    every = max(1, math.ceil(len(x) / 12))
+    return axes.plot(x, [point[value] for point in points], **look, linewidth=0.8 if thin else 1.5, markevery=every)
+
+
+def _wrapped(series: Sequence[Series]) -> list[str]:
+    """The names, in lines that a legend has room for."""
+    return [textwrap.fill(one.name, 30) for one in series]
+
+
+def _cut(axes: Axes) -> None:
+    """Leaves out what lies far below the results at the end, so that their differences are seen."""
+    points = [np.column_stack(line.get_data(orig=False)) for line in axes.lines]
+    low, high = axes.get_ylim()
+    low = max(low, min(high - ACCURACY_SPAN, min(line[-1, 1] for line in points) - 0.05))
+    shown = np.concatenate(points)
+    axes.set(ylim=(low, high), xlim=(0.8 * shown[shown[:, 1] >= low, 0].min(), None))
+
+
+def _scales(axes: Axes, value: str, against: str) -> None:
+    if value == "accuracy":
+        axes.set(ylabel="test accuracy")
+        axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    else:
+        axes.set(ylabel="training loss (log scale)")
+        _log(axes, "y")
+    if against == "step":
+        axes.set(xlabel="training steps", xlim=(0, None))
+    else:
+        axes.set(xlabel=MEGABYTES)
+        _log(axes, "x")
+
+
+def _log(axes: Axes, which: str) -> None:
+    """A logarithmic axis whose numbers are written out, as many as it has room for."""
+    scale, axis = (axes.set_xscale, axes.xaxis) if which == "x" else (axes.set_yscale, axes.yaxis)
+    scale("log")
+    low, high = axis.get_view_interval()
+    if not 0 < low < high:  # nothing that is drawn is a number above 0
+        scale("linear")
+        return
+    decades = math.log10(high / low)
+    axis.set_major_locator(
+        AutoLocator() if decades < 0.7 else LogLocator(subs=(1, 2, 5) if decades < 2.5 else (1,), numticks=20)
+    )
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _means(records: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, float]]:
+    """At most so many points, each the mean loss of as many consecutive records, at the last one's step and bytes."""
+    size = max(1, math.ceil(len(records) / most))
+    parts = [records[begin : begin + size] for begin in range(0, len(records), size)]
+    return [
+        {**{key: part[-1][key] for key in ("step", "bytes")}, "loss": statistics.fmean(r["loss"] for r in part)}
+        for part in parts
+    ]
+
+
+def _label_points(
+    figure: Figure, axes: Axes, labels: Sequence[tuple[Point, str, str]], points: Sequence[Point]
+) -> None:
+    """Writes beside each point, (point, text, color), where nothing is yet; `points` are not written over either."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # decides on the places
+    frame, taken = axes.get_window_extent(), []
+    for x, y in axes.transData.transform(points):
+        taken.append(Bbox.from_extents(x - 6, y - 6, x + 6, y + 6))
+    for point, text, color in labels:
+        for distance, angle in (
+            (distance, angle) for distance in (7, 14, 24, 36, 50, 70) for angle in range(0, 360, 30)
+        ):
+            dx, dy = (distance * f(math.radians(angle)) for f in (math.cos, math.sin))
+            note = axes.annotate(
+                text,
+                point,
+                (dx, dy),
+                textcoords="offset points",
+                ha="center" if abs(dx) < 1 else "left" if dx > 0 else "right",
+                va="center" if abs(dy) < 1 else "bottom" if dy > 0 else "top",
+                fontsize=8,
+                color="#333333",
+                bbox={"facecolor": "white", "alpha": 0.75, "pad": 0.5, "linewidth": 0},
+                arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.5} if distance > 7 else None,
+            )
+            note.update_positions(canvas.get_renderer())
+            box = Text.get_window_extent(note).padded(1)  # without the arrow
+            inside = frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            note.remove()
+
+
+# Writing
+
+
+@matplotlib.rc_context(STYLE)
+def svg(figure: Figure, name: str) -> str:
+    """The figure as an SVG element to stand in a page, the same each time; `name` tells its ids from others'."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):
+        figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    opening, rest = re.split(r"(?<=>)\n", buffer.getvalue().partition("<svg")[2], maxsplit=1)
+    opening = re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", opening)
+    rest = re.sub(r'(\bid="|\burl\(#|\bhref="#)', rf"\g<1>{name}-", rest)
+    return f"<svg{opening}\n{rest}"

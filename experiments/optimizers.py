@@ -1,0 +1,84 @@
+"""The optimisers and learning rates of the papers' experiments, behind any codec."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradcomp_jax import Compressor, ef_momentum
+
+OPTIMIZERS = ("sgd", "ef_momentum", "adam")
+SCHEDULES = ("cosine", "step")
+
+
+def optimizer(
+    name: str, codec: Compressor, schedule: optax.Schedule, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """The codec, and after it the optimiser.
+
+    Weight decay comes after the reduction, so it is not compressed, and leaves out biases and the parameters of
+    normalisation, as in PowerSGD's experiments.
+
+    Args:
+      name: "sgd", with (heavy-ball) momentum; "ef_momentum", PowerSGD's Algorithm 2; or "adam", whose weight
+        decay is decoupled.
+      codec: what comes first.
+      schedule: from the number of steps done to the learning rate.
+      momentum: of "sgd" and "ef_momentum"; adam has its own.
+      weight_decay: lambda in D + lambda x.
+    """
+    if name == "adam":
+        return optax.chain(codec, optax.adamw(schedule, weight_decay=weight_decay, mask=decayed))
+    decay = optax.add_decayed_weights(weight_decay, mask=decayed)
+    if name == "sgd":
+        return optax.chain(codec, decay, optax.sgd(schedule, momentum=momentum))
+    return optax.chain(codec, decay, ef_momentum(momentum), optax.scale_by_learning_rate(schedule))
+
+
+def decayed(params: Any) -> Any:
+    """Which parameters decay: kernels, not the vectors (biases and what normalisation scales and shifts by)."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def schedule(
+    name: str,
+    lr: float,
+    scale: float,
+    steps_per_epoch: int,
+    epochs: int,
+    warmup_epochs: float,
+    decay_epochs: Sequence[float],
+) -> optax.Schedule:
+    """From the number of steps done to the learning rate, which is `scale * lr` at its highest.
+
+    Args:
+      name: "step", PowerSGD's and Accordion's: linearly from lr, which suits one worker, to scale * lr in the
+        warm-up (Goyal et al., arXiv 1706.02677), then a tenth of what it was at each of decay_epochs. Or
+        "cosine": linearly from 0 in the warm-up, then half a cosine back to 0.
+      lr: the learning rate before it is scaled.
+      scale: PowerSGD's and Accordion's is the number of workers.
+      steps_per_epoch: how many.
+      epochs: how long the training is; "step" does not depend on it.
+      warmup_epochs: how long the warm-up is.
+      decay_epochs: of "step"; ascending.
+
+    Raises:
+      ValueError: the warm-up is as long as the training, or longer, so that no cosine follows.
+    """
+    warmup = round(warmup_epochs * steps_per_epoch)
+    if name == "cosine":
+        if warmup_epochs >= epochs:
+            raise ValueError(
+                f"warmup_epochs={warmup_epochs} must be less than epochs={epochs}: the cosine comes after the warm-up"
+            )
+        return optax.warmup_cosine_decay_schedule(0.0, scale * lr, warmup, epochs * steps_per_epoch)
+    boundaries = {round(epoch * steps_per_epoch): 0.1 for epoch in decay_epochs}
+    decay = optax.piecewise_constant_schedule(1.0, boundaries)
+
+    def step_schedule(count):
+        rise = jnp.clip(count / max(warmup, 1), 0.0, 1.0) if warmup else 1.0
+        return lr * (1 + (scale - 1) * rise) * decay(count)
+
+    return step_schedule

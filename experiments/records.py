@@ -1,0 +1,218 @@
+"""What a run leaves behind: one file of JSON lines, from which tables, figures and reports are made.
+
+The kind of a line is its "kind":
+
+- run, the first: what was run, see `training.header`;
+- train, every --log_every steps: means over the steps since the line before;
+- test, at every evaluation;
+- resumed, where a run went on from a checkpoint;
+- end, the last, only in a run that has reached its end.
+
+All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent for the
+gradients by then, and "dense_bytes", what it would have sent by a dense float32 all-reduce.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import tensorboardX
+
+from gradcomp_jax import WireBits
+
+Record = dict[str, Any]
+
+
+class RecordsError(Exception):
+    """A file is not the records of a run."""
+
+
+class Run(NamedTuple):
+    """The records of one run.
+
+    Attributes:
+      header: the line "run".
+      train: the lines "train".
+      test: the lines "test".
+      resumed: the lines "resumed".
+      end: the line "end"; None in a run that has not reached its end.
+    """
+
+    header: Record
+    train: list[Record]
+    test: list[Record]
+    resumed: list[Record]
+    end: Record | None
+
+    @property
+    def name(self) -> str:
+        """The codec with its settings, such as "qsgd bits=2"."""
+        return self.header["label"]
+
+    @property
+    def accuracy(self) -> float:
+        """On the test split, at the last evaluation, between 0 and 1."""
+        return self.test[-1]["accuracy"] if self.test else float("nan")
+
+    @property
+    def step(self) -> int:
+        """The last step there is a record of."""
+        return max((record["step"] for record in (*self.train, *self.test)), default=0)
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes than dense, over the run."""
+        last = self.end or max((*self.train, *self.test), key=lambda record: record["step"])
+        return last["dense_bytes"] / last["bytes"]
+
+    @property
+    def compressed_share(self) -> float:
+        """The part of the steps that sent less than dense, between 0 and 1; of a run that has reached its end."""
+        return self.end["compressed_steps"] / self.step
+
+    @property
+    def compressed_ratio(self) -> float:
+        """How many times fewer bytes than dense, over those steps."""
+        return self.end["dense_bytes"] * self.compressed_share / self.end["compressed_bytes"]
+
+    @property
+    def step_ms(self) -> float:
+        """Median milliseconds of a step."""
+        times = [record["ms"] for record in self.train]
+        return statistics.median(times[1:] or times)  # the first one holds the compilation
+
+
+def of(lines: Iterable[Record]) -> Run:
+    """The run that the records tell of.
+
+    Raises:
+      RecordsError: the first one is not of the kind "run", or another is of an unknown kind.
+    """
+    header, *rest = lines or [{}]
+    kinds: dict[str, list[Record]] = {"train": [], "test": [], "resumed": [], "end": []}
+    if header.get("kind") != "run":
+        raise RecordsError("the first line is not of the kind 'run'")
+    for record in rest:
+        if record.get("kind") not in kinds:
+            raise RecordsError(f"there is a line of kind {record.get('kind')!r}")
+        kinds[record["kind"]].append(record)
+    return Run(header, kinds["train"], kinds["test"], kinds["resumed"], kinds["end"][-1] if kinds["end"] else None)
+
+
+def read(path: pathlib.Path) -> Run:
+    """The run whose records are in a file. A last line that was cut off, as by a kill, is left out.
+
+    Raises:
+      RecordsError: the file cannot be read, or is something else.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+        # What comes after the last newline is nothing, or a line that was not written to its end.
+        return of([json.loads(line) for line in lines[:-1]])
+    except (OSError, ValueError, AttributeError, RecordsError) as error:
+        raise RecordsError(f"{path} is not the records of a run: {error}") from error
+
+
+class Recorder:
+    """Keeps the records of a run while it goes on: in a file, for TensorBoard if asked, and for its checkpoints.
+
+    Attributes:
+      state: all that another process needs to go on; JSON.
+    """
+
+    def __init__(self, path: pathlib.Path, header: Record, board: pathlib.Path | None, state: Record | None = None):
+        """Writes the file, up to where `state` was.
+
+        Args:
+          path: of the file.
+          header: the first line of new records.
+          board: TensorBoard's directory.
+          state: of the recorder of the checkpoint from which the run goes on.
+        """
+        self.path = path
+        self.state = state or {
+            "lines": [header],
+            "recent": [],  # loss, accuracy and milliseconds of each step since the last line "train"
+            "step": 0,
+            "bits": 0,
+            "dense_bits": 0,
+            "compressed_steps": 0,
+            "compressed_bits": 0,
+            "seconds": {},  # by kind of work
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # In one step: the file has either its old content or the new.
+        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
+        partial.replace(path)
+        # What TensorBoard was told of later steps, it forgets.
+        self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=self.state["step"] + 1)
+
+    @property
+    def sent(self) -> str:
+        """What one worker has sent so far, beside what it would have sent dense."""
+        return f"{self.state['bits'] / 8e6:.1f} of {self.state['dense_bits'] / 8e6:.1f} MB dense"
+
+    @contextlib.contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        """Adds the time that a block takes to what its kind took before."""
+        began = time.perf_counter()
+        yield
+        self.state["seconds"][kind] = self.state["seconds"].get(kind, 0.0) + time.perf_counter() - began
+
+    def count(self, wire: WireBits, dense_bits: int, loss: float, accuracy: float, ms: float) -> None:
+        """Counts a step."""
+        state = self.state
+        state["step"] += 1
+        state["bits"] = wire.total
+        state["dense_bits"] += dense_bits
+        if wire.last < dense_bits:
+            state["compressed_steps"] += 1
+            state["compressed_bits"] += wire.last
+        state["recent"].append([loss, accuracy, ms])
+
+    def train(self, **values: float) -> None:
+        """Writes a line "train" of the steps since the one before."""
+        losses, accuracies, ms = zip(*self.state["recent"], strict=True)
+        means = {"loss": statistics.fmean(losses), "accuracy": statistics.fmean(accuracies)}
+        self.state["recent"] = []
+        self.write("train", **means, ms=statistics.median(ms), **values)
+
+    def end(self, **values: Any) -> None:
+        """Writes the line "end"."""
+        compressed = {"steps": self.state["compressed_steps"], "bytes": self.state["compressed_bits"] // 8}
+        seconds = {kind: _rounded(value) for kind, value in self.state["seconds"].items()}
+        self.write("end", **{f"compressed_{key}": n for key, n in compressed.items()}, **values, seconds=seconds)
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Writes a line."""
+        so_far = {"bytes": self.state["bits"] // 8, "dense_bytes": self.state["dense_bits"] // 8}
+        values = {**so_far, **{key: _rounded(value) for key, value in values.items()}}
+        line = {"kind": kind, "step": self.state["step"], **values}
+        self.state["lines"].append(line)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_text(line))
+        if self.board:
+            for key, value in values.items():
+                if isinstance(value, int | float):
+                    self.board.add_scalar(f"{kind}/{key}", value, line["step"])
+
+    def close(self) -> Run:
+        """The run so far."""
+        if self.board:
+            self.board.close()
+        return of(self.state["lines"])
+
+
+def _text(line: Record) -> str:
+    return json.dumps(line) + "\n"
+
+
+def _rounded(value: Any) -> Any:
+    """A float with six significant digits, as a float32 has no more; anything else as it is."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -1,0 +1,209 @@
+"""Runs a grid of trainings, one after another, each in a process of its own.
+
+    python -m experiments.sweep --grid=experiments/sweeps/cifar10.toml --out_dir=out/cifar10
+
+The grid is a TOML file. Every [[grid]] of it stands for all combinations of its presets, codecs and seeds:
+
+    [[grid]]
+    presets = ["experiments/presets/cifar10.flags"]
+    codecs = ["none", "powersgd --powersgd_rank=1", "qsgd --qsgd_bits=8"]
+    seeds = [0, 1, 2]
+
+A run that has reached its end is skipped, one that has not goes on from its checkpoint, and one that fails does not
+keep the others from running. So after a failure or an interruption the same command finishes the work. Each run has a
+directory in --out_dir, with its records and its log; `experiments.report` makes a page of them. Where data are is told
+by GRADCOMP_DATA_DIR in the environment.
+"""
+
+import contextlib
+import datetime
+import itertools
+import pathlib
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from absl import app, flags
+
+from experiments import display, records
+from experiments.interrupts import interruptible
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_string("grid", None, "The TOML file of what to run.", required=True)
+flags.DEFINE_string("out_dir", "out", "The directory of the runs' directories.")
+
+KEYS = {"presets": str, "codecs": str, "seeds": int}
+POLL_SECONDS = 1.0
+
+
+class GridError(Exception):
+    """The file is not a grid."""
+
+
+class Cell(NamedTuple):
+    """One run.
+
+    Attributes:
+      preset: the path of a flagfile.
+      codec: its name, and the flags of its settings.
+      seed: of the run.
+    """
+
+    preset: str
+    codec: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Such as "cifar10-qsgd_qsgd_bits=8-seed0", which names its directory."""
+        codec = "_".join(part.lstrip("-") for part in shlex.split(self.codec))
+        return f"{pathlib.Path(self.preset).stem}-{codec}-seed{self.seed}"
+
+    def command(self, out_dir: pathlib.Path) -> list[str]:
+        """What to run; `out_dir` is the sweep's."""
+        codec, *settings = shlex.split(self.codec)
+        folder = out_dir / self.name
+        return [
+            *(sys.executable, "-m", "experiments.cifar", f"--flagfile={self.preset}", f"--codec={codec}", *settings),
+            *(f"--seed={self.seed}", f"--out_dir={folder}", f"--checkpoint_dir={folder / 'checkpoints'}"),
+        ]
+
+
+def read(path: pathlib.Path) -> list[Cell]:
+    """The runs of a grid's file, in its order.
+
+    Raises:
+      GridError: it cannot be read, is no such file, or names a run twice.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise GridError(f"cannot read {path}: {error}") from error
+    grids = content.get("grid")
+    if set(content) != {"grid"} or not isinstance(grids, list):
+        raise GridError(f"{path}: expected [[grid]] and nothing else at the top, got {', '.join(content) or 'nothing'}")
+    cells: list[Cell] = []
+    for grid in grids:
+        if set(grid) != set(KEYS):
+            raise GridError(f"{path}: a [[grid]] has {', '.join(KEYS)}, got {', '.join(grid) or 'nothing'}")
+        for key, kind in KEYS.items():
+            _require_list(path, key, grid[key], kind)
+        cells += itertools.starmap(Cell, itertools.product(*(grid[key] for key in KEYS)))
+    for cell in cells:
+        if not pathlib.Path(cell.preset).is_file():
+            raise GridError(f"{path}: there is no preset {cell.preset}")
+        if cells.count(cell) > 1:
+            raise GridError(f"{path}: {cell.name} is there {cells.count(cell)} times")
+    return cells
+
+
+def _require_list(path: pathlib.Path, key: str, value: Any, kind: type) -> None:
+    if not isinstance(value, list) or not value or not all(type(x) is kind and x != "" for x in value):
+        raise GridError(f"{path}: {key} must be a list of {kind.__name__}, got {value!r}")
+
+
+def settings(cell: Cell, out_dir: pathlib.Path) -> str:
+    """What decides a run: its arguments, and what its preset says."""
+    preset = pathlib.Path(cell.preset).read_text(encoding="utf-8").splitlines()
+    return "\n".join([*cell.command(out_dir)[2:], *(line for line in preset if line and line[0] != "#")]) + "\n"
+
+
+def recorded(folder: pathlib.Path) -> records.Run | None:
+    """What a run has recorded so far."""
+    for path in folder.glob("*.jsonl"):
+        with contextlib.suppress(records.RecordsError):  # its first line is still to be written
+            return records.read(path)
+    return None
+
+
+def require_same(cell: Cell, out_dir: pathlib.Path) -> None:
+    """Raises GridError where the run's directory is of a run with other settings; else notes the settings there."""
+    path = out_dir / cell.name / "settings.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and path.read_text(encoding="utf-8") != settings(cell, out_dir):
+        raise GridError(f"{path.parent} is of a run with other settings: move it away, or give another --out_dir")
+    path.write_text(settings(cell, out_dir), encoding="utf-8")
+
+
+def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show: Callable[[float], None]) -> str:
+    """Runs a cell in a process of its own, to its end unless the user interrupts.
+
+    Args:
+      cell: what to run.
+      out_dir: the sweep's.
+      interrupted: whether the user asks to stop, which is then asked of the process.
+      show: called now and then with the part of the run that is done, between 0 and 1.
+
+    Returns:
+      Why it failed; nothing if it did not.
+    """
+    folder = out_dir / cell.name
+    asked = False
+    with (folder / "log.txt").open("a", encoding="utf-8") as log:
+        # In a session of its own, where Ctrl-C does not reach it a second time.
+        process = subprocess.Popen(cell.command(out_dir), stdout=log, stderr=log, start_new_session=True)
+        while process.poll() is None:
+            if interrupted() and not asked:
+                asked = True
+                process.send_signal(signal.SIGINT)
+            found = recorded(folder)
+            show(found.step / found.header["steps"] if found else 0.0)
+            time.sleep(POLL_SECONDS)
+    if process.returncode == 0:
+        return ""
+    *_, last = ["", *(folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+    return f"exit code {process.returncode}, {last!r}; see {folder / 'log.txt'}"
+
+
+def main(argv: list[str]) -> None:
+    """Runs what is not done yet, and tells what failed."""
+    out_dir = pathlib.Path(FLAGS.out_dir)
+    screen = display.console()
+    try:
+        if argv[1:]:
+            raise GridError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
+        cells = read(pathlib.Path(FLAGS.grid))
+        for cell in cells:
+            require_same(cell, out_dir)
+    except GridError as error:
+        sys.exit(f"error: {error}")
+
+    todo = [cell for cell in cells if not ((found := recorded(out_dir / cell.name)) and found.end)]
+    screen.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before", soft_wrap=True)
+    failures = []
+    began = time.perf_counter()
+    with interruptible() as interrupted, display.progress(screen) as progress:
+        bar = progress.add_task("sweep", total=len(todo), status="")
+        for number, cell in enumerate(todo):
+
+            def show(part: float, number: int = number, cell: Cell = cell) -> None:
+                progress.update(bar, completed=number + part, status=f"{cell.name} {part:.0%}, {left(number + part)}")
+
+            def left(runs: float) -> str:
+                seconds = (time.perf_counter() - began) / max(runs, 1e-9) * (len(todo) - runs)
+                return f"{datetime.timedelta(seconds=round(seconds))} left" if runs else ""
+
+            failure = run(cell, out_dir, interrupted, show)
+            if interrupted():
+                break
+            failures += [f"{cell.name}: {failure}"] * bool(failure)
+            outcome = f"failed, {failure}" if failure else f"test accuracy {recorded(out_dir / cell.name).accuracy:.2%}"
+            screen.print(f"{number + 1}/{len(todo)} {cell.name}: {outcome}; {left(number + 1)}", soft_wrap=True)
+    if interrupted():
+        screen.print("interrupted; the same command goes on", soft_wrap=True)
+        sys.exit(130)
+    screen.print(
+        f"Records: {out_dir}; python -m experiments.report --runs={out_dir} makes a page of them", soft_wrap=True
+    )
+    if failures:
+        sys.exit("\n".join(["failed:", *failures]))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,306 @@
+"""The training loop that all experiments share, and its flags.
+
+A run is decided by its flags and its seed: all codecs start from the same parameters and see the same batches at
+the same learning rates, and differ in nothing else. A run that was killed and started again ends as one that was
+not: its state, its place in the input, its randomness and its figures are in each checkpoint.
+"""
+
+import contextlib
+import datetime
+import math
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import flags
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments import checkpoints, codecs, display, optimizers, records
+from experiments.interrupts import interruptible
+from gradcomp_jax import Compressor, init, make_mesh, resize_workers, skipped, state_specs, train_step, wire_bits
+
+FLAGS = flags.FLAGS
+
+codecs.define_flags()
+flags.adopt_module_key_flags(codecs)  # into --help
+flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", lower_bound=2)
+flags.DEFINE_integer("epochs", 10, "Passes over the training split.", lower_bound=1)
+flags.DEFINE_integer("batch_size", 128, "Examples a step, over all workers; a multiple of --workers.", lower_bound=1)
+flags.DEFINE_enum(
+    "optimizer",
+    "sgd",
+    optimizers.OPTIMIZERS,
+    "What follows the codec; ef_momentum is PowerSGD's, adam's decay is adamw's.",
+)
+flags.DEFINE_float("lr", 0.1, "The learning rate before it is scaled.", lower_bound=0)
+flags.DEFINE_float("lr_scale", 1.0, "By which the warm-up raises it; PowerSGD and Accordion take the workers.")
+flags.DEFINE_enum(
+    "schedule", "cosine", optimizers.SCHEDULES, "cosine: from 0 up and back to 0; step: from lr up, then down tenfold."
+)
+flags.DEFINE_float("warmup_epochs", 1.0, "Epochs in which the learning rate rises.", lower_bound=0)
+flags.DEFINE_list(
+    "decay_epochs", ["150", "250"], "Of --schedule=step: epochs at which the learning rate falls tenfold."
+)
+flags.DEFINE_float("momentum", 0.9, "Of sgd and ef_momentum.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, added to the aggregated gradient.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Of the initial parameters, the batches and the codecs.", lower_bound=0)
+flags.DEFINE_integer("eval_every", 100, "Steps from one evaluation on the test split to the next.", lower_bound=1)
+flags.DEFINE_integer("log_every", 10, "Steps over which a line of the records is a mean.", lower_bound=1)
+flags.DEFINE_string("out_dir", "out", "The directory of the records and the figure.")
+flags.DEFINE_string(
+    "checkpoint_dir", None, "Where to keep checkpoints; a run that finds its own there goes on from it."
+)
+flags.DEFINE_integer(
+    "checkpoint_every", 500, "Steps from one checkpoint to the next; the last step has one too.", lower_bound=1
+)
+flags.DEFINE_string("tensorboard_dir", None, "Where to write the figures for TensorBoard too.")
+
+# What a run must have in common with the checkpoint from which it goes on, beside the experiment's own flags.
+SETTINGS = (
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "lr_scale",
+    "schedule",
+    "warmup_epochs",
+    "decay_epochs",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "eval_every",
+    "log_every",
+)
+
+
+class Task(NamedTuple):
+    """What is trained: all that the loop does not know.
+
+    Attributes:
+      name: such as "cifar10-resnet8", for files and titles.
+      settings: what it depends on, by name; JSON.
+      params: the initial parameters.
+      model_state: the initial batch statistics.
+      loss_fn: (params, model_state, batch) -> (loss, (model_state, accuracy)), on one worker's part of a batch.
+      batches: from a number of steps done to the batches after it, without end.
+      examples: in an epoch.
+      evaluate: (params, model_state) -> {"loss": ..., "accuracy": ...} on the test split.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    params: Any
+    model_state: Any
+    loss_fn: Callable[..., Any]
+    batches: Callable[[int], Iterator[Any]]
+    examples: int
+    evaluate: Callable[[Any, Any], dict[str, float]]
+
+
+class InterruptedRunError(Exception):
+    """The user asked to stop, and the run has done so; the message says where it is and what is kept."""
+
+
+def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.Console) -> records.Run:
+    """Trains with one codec, from the start or from the newest checkpoint.
+
+    Args:
+      name: the codec's, as in `codecs.CODECS`.
+      codec: the codec.
+      task: what to train.
+      mesh: the workers.
+      screen: where to show progress.
+
+    Returns:
+      The records, which are also in `--out_dir`.
+
+    Raises:
+      CheckpointError: `--checkpoint_dir` has checkpoints of this run, but none to go on from.
+      InterruptedRunError: by Ctrl-C or SIGTERM.
+    """
+    run_name = f"{task.name}-{codecs.label(name).replace(' ', '_')}-seed{FLAGS.seed}"
+    folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name if FLAGS.checkpoint_dir else None
+    steps_per_epoch = task.examples // FLAGS.batch_size
+    steps = FLAGS.epochs * steps_per_epoch
+    settings = {key: FLAGS[key].value for key in SETTINGS} | task.settings | codecs.settings(name)
+
+    schedule = learning_rate(steps_per_epoch)
+    tx = optimizers.optimizer(FLAGS.optimizer, codec, schedule, FLAGS.momentum, FLAGS.weight_decay)
+    step = train_step(task.loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
+    dense_bits = 32 * sum(x.size for x in jax.tree.leaves(task.params)) * 2 * (mesh.size - 1) // mesh.size
+
+    done, figures = 0, None
+    # Copies, as a step consumes what it is given, and the next codec starts from the same.
+    params, model_state = jax.tree.map(jnp.copy, (task.params, task.model_state))
+    opt_state = init(tx, params, mesh)
+    if folder and (saved := restore(folder, settings, tx, task, screen)):
+        done, figures = saved.step, saved.figures
+        params, model_state = saved.arrays["params"], saved.arrays["model_state"]
+        opt_state = place(saved.arrays["opt_state"], tx, params, saved.workers, mesh, screen)
+    # Parameters that lay on one device at the first step would have the second one compiled anew.
+    params, model_state = jax.device_put((params, model_state), NamedSharding(mesh, P()))
+
+    board = pathlib.Path(FLAGS.tensorboard_dir) / run_name if FLAGS.tensorboard_dir else None
+    path = pathlib.Path(FLAGS.out_dir) / f"{run_name}.jsonl"
+    recorder = records.Recorder(path, header(name, task, settings, steps, mesh), board, figures)
+    if 0 < done < steps:
+        recorder.write("resumed", workers=mesh.size)
+
+    with interruptible() as interrupted, display.progress(screen) as progress:
+        bar = progress.add_task(run_name, total=steps, completed=done, status="compiling")
+        batches = task.batches(done)
+        work = "compile"  # which the first step of a process does
+        while done < steps and not interrupted():
+            with recorder.timed("input"):
+                # Waited for, as a second program on emulated devices can take the threads that a step waits for.
+                batch = jax.block_until_ready(next(batches))
+            began, lr = time.perf_counter(), float(schedule(done))
+            with recorder.timed(work):
+                params, opt_state, model_state, loss, accuracy = step(params, opt_state, model_state, batch)
+                jax.block_until_ready(params)
+            done, work, seconds = done + 1, "step", time.perf_counter() - began
+            recorder.count(wire_bits(opt_state), dense_bits, float(loss), float(accuracy), 1e3 * seconds)
+
+            status = f"loss {loss:.3f}, {FLAGS.batch_size / seconds:.0f} examples/s, {recorder.sent}"
+            progress.update(bar, advance=1, status=status)
+            if done % FLAGS.log_every == 0 or done == steps:
+                recorder.train(lr=lr, skipped=int(skipped(opt_state)))
+            if done % FLAGS.eval_every == 0 or done == steps:
+                with recorder.timed("evaluate"):
+                    judged = task.evaluate(params, model_state)
+                recorder.write("test", **judged)
+                left = datetime.timedelta(seconds=round(progress.tasks[bar].time_remaining or 0))
+                screen.print(
+                    f"{run_name}: epoch {math.ceil(done / steps_per_epoch)}, step {done}/{steps}, {status}, train "
+                    f"accuracy {accuracy:.1%}, test accuracy {judged['accuracy']:.1%}, {left} left",
+                    soft_wrap=True,
+                )
+            if done == steps:
+                recorder.end(skipped=int(skipped(opt_state)))
+            if folder and (done % FLAGS.checkpoint_every == 0 or done == steps or interrupted()):
+                arrays = {"params": params, "model_state": model_state, "opt_state": opt_state}
+                with recorder.timed("checkpoint"):
+                    checkpoint(folder, mesh.size, settings, arrays, recorder, screen)
+        run = recorder.close()
+        if interrupted():
+            kept = f"{folder} has its checkpoint, the same command goes on" if folder else "without --checkpoint_dir"
+            raise InterruptedRunError(f"{run_name} was interrupted at step {done} of {steps}; {kept}")
+    return run
+
+
+def checkpoint(
+    folder: pathlib.Path,
+    workers: int,
+    settings: dict[str, Any],
+    arrays: Any,
+    recorder: records.Recorder,
+    screen: display.Console,
+) -> None:
+    """Writes a checkpoint; where that fails, says so and lets the training go on."""
+    try:
+        checkpoints.save(folder, recorder.state["step"], workers, settings, arrays, recorder.state)
+    except checkpoints.CheckpointError as error:
+        screen.print(f"{error}. The training goes on.", style="bold red", soft_wrap=True)
+
+
+def learning_rate(steps_per_epoch: int) -> optax.Schedule:
+    """From steps done to the learning rate, as the flags have it."""
+    decay_epochs = [float(epoch) for epoch in FLAGS.decay_epochs]
+    return optimizers.schedule(
+        FLAGS.schedule, FLAGS.lr, FLAGS.lr_scale, steps_per_epoch, FLAGS.epochs, FLAGS.warmup_epochs, decay_epochs
+    )
+
+
+def header(name: str, task: Task, settings: dict[str, Any], steps: int, mesh: Mesh) -> records.Record:
+    """The first line of the records."""
+    device = mesh.devices.flat[0]
+    return {
+        "kind": "run",
+        "task": task.name,
+        "codec": name,
+        "label": codecs.label(name),
+        "seed": FLAGS.seed,
+        "workers": mesh.size,
+        "emulated": device.platform == "cpu",
+        "steps": steps,
+        "parameters": sum(x.size for x in jax.tree.leaves(task.params)),
+        "settings": settings,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
+        "device": device.device_kind,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def restore(
+    folder: pathlib.Path,
+    settings: dict[str, Any],
+    tx: optax.GradientTransformation,
+    task: Task,
+    screen: display.Console,
+) -> checkpoints.Saved | None:
+    """The newest whole checkpoint of this run."""
+
+    def like(workers: int) -> Any:
+        opt_state = jax.eval_shape(lambda: init(tx, task.params, workers))
+        arrays = {"params": task.params, "model_state": task.model_state, "opt_state": opt_state}
+        return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), arrays)
+
+    return checkpoints.restore(
+        folder, settings, like, lambda text: screen.print(text, style="bold red", soft_wrap=True)
+    )
+
+
+def place(
+    opt_state: Any, tx: optax.GradientTransformation, params: Any, workers: int, mesh: Mesh, screen: display.Console
+) -> Any:
+    """The optimiser's state, from the host, on the workers there are now."""
+    if workers == mesh.size:
+        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
+        return jax.device_put(opt_state, shardings)
+    screen.print(
+        f"The checkpoint is of {workers} workers, now there are {mesh.size}. Carried over as they were: parameters, "
+        "batch statistics, the optimiser's and the codec's state, the place in the input. Of the residuals: their mean "
+        "over the workers. Each worker's part of a batch, and so its batch statistics, are of another size now.",
+        soft_wrap=True,
+    )
+    return resize_workers(opt_state, mesh)
+
+
+def worker_mesh(workers: int) -> Mesh:
+    """A mesh of `workers` accelerators, or of devices that the CPU emulates where there is no accelerator.
+
+    Raises:
+      ValueError: there are fewer, and it is too late, or not in place, to emulate them.
+    """
+    if jax.config.values["jax_num_cpu_devices"] < workers:
+        # Refused where jax runs already, perhaps with enough devices.
+        with contextlib.suppress(RuntimeError):
+            jax.config.update("jax_num_cpu_devices", workers)
+    if jax.device_count() < workers:
+        raise ValueError(
+            f"--workers={workers}: jax has {jax.device_count()} devices of type {jax.default_backend()!r}; use fewer "
+            "workers, or JAX_PLATFORMS=cpu in the environment of a new process to emulate them"
+        )
+    return make_mesh(workers)
+
+
+def require_batches(batch_size: int, workers: int, examples: int) -> None:
+    """Raises ValueError for a batch that does not divide among the workers, or is larger than the data set."""
+    if batch_size % workers:
+        raise ValueError(
+            f"--batch_size={batch_size} does not divide among --workers={workers}: it must be a multiple of them"
+        )
+    if batch_size > examples:
+        raise ValueError(f"--batch_size={batch_size} is more than the {examples} examples to train on")
+
+
+def flagfiles_first(argv: list[str]) -> list[str]:
+    """`argv` with every --flagfile=... moved to the front: what is typed beside a preset wins, in any order."""
+    return argv[:1] + sorted(argv[1:], key=lambda arg: not arg.lstrip("-").startswith("flagfile="))

@@ -1,0 +1,146 @@
+"""Sweeps: which runs a grid stands for, and that a failure, an interruption or a repetition loses none of them."""
+
+import contextlib
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import sweep
+
+FLAGS = flags.FLAGS
+GRID = """
+[[grid]]
+presets = ["PRESET"]
+codecs = ["none", "qsgd --qsgd_bits=8"]
+seeds = [0, 1]
+"""
+# Instead of an experiment: leaves records behind, and what it was told; fails where the file FAIL is there.
+EXPERIMENT = """
+import json, pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+with (folder / "calls").open("a") as calls:
+    calls.write("called\\n")
+if (folder.parent / "FAIL").exists() and "qsgd" in folder.name:
+    sys.exit("no luck")
+if (folder.parent / "SLOW").exists():
+    (folder.parent / "STARTED").touch()
+    time.sleep(60)
+at = {"step": 3, "bytes": 8, "dense_bytes": 16}
+lines = [{"kind": "run", "steps": 3}, {"kind": "test", **at, "accuracy": 0.5}, {"kind": "end", **at}]
+(folder / "run.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
+"""
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    def command(cell, out_dir):
+        return [sys.executable, "-c", EXPERIMENT, str(out_dir / cell.name)]
+
+    monkeypatch.setattr(sweep.Cell, "command", command)
+    monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
+    with flagsaver.flagsaver():
+        yield
+
+
+@pytest.fixture
+def grid(tmp_path):
+    preset = tmp_path / "small.flags"
+    preset.write_text("# a comment\n--epochs=1\n")
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID.replace("PRESET", str(preset)))
+    FLAGS(["test", f"--grid={path}", f"--out_dir={tmp_path}/out"])
+    return path
+
+
+def calls(tmp_path):
+    """How often each run was started."""
+    folders = sorted((tmp_path / "out").iterdir())
+    return {f.name: (f / "calls").read_text().count("called") for f in folders if (f / "calls").exists()}
+
+
+EVERY = ["small-none-seed0", "small-none-seed1", "small-qsgd_qsgd_bits=8-seed0", "small-qsgd_qsgd_bits=8-seed1"]
+
+
+def test_a_sweep_runs_every_combination_once(grid, tmp_path, capsys):
+    sweep.main(["test"])
+    assert calls(tmp_path) == dict.fromkeys(EVERY, 1)
+    shown = capsys.readouterr().out
+    assert "4 runs, 0 of them done before" in shown
+    assert re.search(r"4/4 small-qsgd_qsgd_bits=8-seed1: test accuracy 50.00%; 0:00:00 left", shown)
+    sweep.main(["test"])
+    assert calls(tmp_path) == dict.fromkeys(EVERY, 1)
+    assert "4 runs, 4 of them done before" in capsys.readouterr().out
+
+
+def test_a_failure_is_told_and_keeps_no_other_run_from_its_end(grid, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "FAIL").touch()
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(["test"])
+    assert re.search(
+        r"failed:\n.*small-qsgd_qsgd_bits=8-seed0: exit code 1, 'no luck'; see .*log.txt\n", str(stop.value)
+    )
+    (tmp_path / "out" / "FAIL").unlink()
+    sweep.main(["test"])
+    assert calls(tmp_path) == dict(zip(EVERY, [1, 1, 2, 2], strict=True))
+
+
+def test_an_interruption_reaches_the_run_and_ends_the_sweep(grid, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    slow = tmp_path / "out" / "SLOW"
+    slow.touch()
+
+    @contextlib.contextmanager
+    def interruptible():
+        yield (tmp_path / "out" / "STARTED").exists
+
+    monkeypatch.setattr(sweep, "interruptible", interruptible)
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(["test"])
+    assert stop.value.code == 130
+    assert calls(tmp_path) == {EVERY[0]: 1}
+    slow.unlink()
+    (tmp_path / "out" / "STARTED").unlink()
+    sweep.main(["test"])
+    assert calls(tmp_path) == dict(zip(EVERY, [2, 1, 1, 1], strict=True))
+
+
+def test_runs_of_other_settings_are_not_taken_for_these(grid, tmp_path):
+    sweep.main(["test"])
+    preset = tmp_path / "small.flags"
+    preset.write_text("# another comment\n\n--epochs=1\n")
+    sweep.main(["test"])
+    preset.write_text("--epochs=2\n")
+    with pytest.raises(SystemExit, match=r"small-none-seed0 is of a run with other settings: move it away"):
+        sweep.main(["test"])
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("[[grid]]", "[[grid", "cannot read"),
+        ("[[grid]]", "[[grids]]", r"expected \[\[grid\]\] and nothing else at the top, got grids"),
+        ("seeds", "seed", "a \\[\\[grid\\]\\] has presets, codecs, seeds, got presets, codecs, seed"),
+        ("[0, 1]", '["0"]', r"seeds must be a list of int, got \['0'\]"),
+        ("[0, 1]", "[]", r"seeds must be a list of int, got \[\]"),
+        ("[0, 1]", "[0, 0]", "small-none-seed0 is there 2 times"),
+        ("small.flags", "large.flags", "there is no preset .*large.flags"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(before, after, message, grid, tmp_path):
+    grid.write_text(grid.read_text().replace(before, after))
+    with pytest.raises(SystemExit, match=message):
+        sweep.main(["test"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_grid_of_the_results_is_one():
+    path = pathlib.Path(__file__).parent.parent / "experiments" / "sweeps" / "cifar10.toml"
+    cells = sweep.read(path)
+    assert len(cells) == 11
+    assert json.dumps(cells[-1].name) == '"cifar10-gradiveq_gradiveq_error_feedback-seed0"'

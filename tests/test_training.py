@@ -1,0 +1,332 @@
+"""The training loop: what is recorded, checkpoints, and that a stopped training ends as one that was not."""
+
+import io
+import os
+import pathlib
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import checkpoints, codecs, display, records, training
+from gradcomp_jax import resize_workers
+from tests import problem
+
+ROOT = pathlib.Path(__file__).parent.parent
+FLAGS = flags.FLAGS
+STEPS_PER_EPOCH = 4
+# Its phase of compression is steps 7 to 12.
+GRADIVEQ = ["--gradiveq_k=10", "--gradiveq_ratio=5", "--gradiveq_warmup_steps=1", "--gradiveq_train_steps=4"]
+GRADIVEQ += ["--gradiveq_compress_steps=6", "--gradiveq_min_size=0", "--gradiveq_error_feedback"]
+SETTINGS = {
+    "none": [],
+    "gradiveq": GRADIVEQ,
+    "powersgd": ["--powersgd_min_size=0"],
+    "qsgd": ["--qsgd_min_size=0", "--qsgd_error_feedback"],
+}
+
+
+@pytest.fixture(autouse=True)
+def default_flags():
+    with flagsaver.flagsaver():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        yield
+
+
+def given(tmp_path, *args, codec="none"):
+    """Sets the flags: 12 steps on four workers."""
+    folders = [f"--out_dir={tmp_path}/out", f"--checkpoint_dir={tmp_path}/checkpoints"]
+    every = ["--checkpoint_every=5", "--eval_every=6", "--log_every=2"]
+    FLAGS(
+        [
+            "test",
+            "--epochs=3",
+            "--batch_size=32",
+            "--lr=0.05",
+            f"--codec={codec}",
+            *SETTINGS[codec],
+            *folders,
+            *every,
+            *args,
+        ]
+    )
+
+
+def with_kernel(params, shape):
+    """The first layer's kernel in another shape: GradiVeQ compresses those of convolutions only."""
+    return params | {"layer1": params["layer1"] | {"kernel": params["layer1"]["kernel"].reshape(shape)}}
+
+
+def regression(stop_at=None):
+    """A task; with `stop_at` the user presses Ctrl-C while batch number `stop_at` is made."""
+
+    def loss_fn(params, state, batch):
+        loss = problem.loss_fn(with_kernel(params, (20, 16)), batch)
+        return loss, ({"seen": state["seen"] + 1}, loss)
+
+    def batches(done):
+        for number, batch in enumerate(problem.batches(100)):
+            if number == stop_at:
+                os.kill(os.getpid(), signal.SIGINT)
+            if number >= done:
+                yield batch
+
+    def evaluate(params, state):
+        return {"loss": float(sum(jnp.sum(x**2) for x in jax.tree.leaves(params))), "accuracy": 0.5}
+
+    params, state = with_kernel(problem.params(), (2, 2, 5, 16)), {"seen": jnp.zeros((), jnp.int32)}
+    return training.Task("regression", {}, params, state, loss_fn, batches, 32 * STEPS_PER_EPOCH, evaluate)
+
+
+def train(task=None, said=None):
+    """Trains as the flags say."""
+    (name,) = FLAGS.codec
+    screen = display.Console(file=said, width=1000) if said else display.console()
+    mesh = training.worker_mesh(FLAGS.workers)
+    return training.train(name, codecs.from_flags(name, FLAGS.seed), task or regression(), mesh, screen)
+
+
+def only_run(folder):
+    """The directory of the checkpoints of the only run."""
+    (run,) = (folder / "checkpoints").iterdir()
+    return run
+
+
+def newest(folder):
+    """The step and the arrays of the newest checkpoint, read without this library."""
+    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+    return step, ocp.StandardCheckpointer().restore(folder / str(step) / "state")
+
+
+def figures(path):
+    """The records but for what tells of time, and of having been stopped."""
+    run = records.read(path)
+    lines = [run.header, *run.train, *run.test, run.end]
+    return [{key: value for key, value in line.items() if key not in ("ms", "seconds")} for line in lines]
+
+
+def assert_same_end(folder, expected):
+    """To the bit: all arrays of the newest checkpoints, and all figures."""
+    names = sorted(path.name for path in (expected / "checkpoints").iterdir())
+    assert names == sorted(path.name for path in (folder / "checkpoints").iterdir())
+    for name in names:
+        (step, arrays), (expected_step, expected_arrays) = (
+            newest(x / "checkpoints" / name) for x in (folder, expected)
+        )
+        assert step == expected_step
+        chex.assert_trees_all_equal(arrays, expected_arrays)
+        assert figures(folder / "out" / f"{name}.jsonl") == figures(expected / "out" / f"{name}.jsonl")
+
+
+# Stopped and resumed
+
+
+@pytest.mark.parametrize("codec", codecs.CODECS)
+def test_an_interrupted_training_ends_as_one_that_was_not(codec, tmp_path):
+    """Stopped between two lines of the records and two checkpoints, and while GradiVeQ compresses."""
+    given(tmp_path / "whole", codec=codec)
+    train()
+    given(tmp_path / "stopped", codec=codec)
+    with pytest.raises(training.InterruptedRunError, match=r"at step 9 of 12.*same command goes on"):
+        train(regression(stop_at=8))
+    assert [line["step"] for line in train().resumed] == [9]
+    assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_training_that_is_done_is_not_done_again(tmp_path):
+    given(tmp_path)
+    first = train()
+    assert train(regression(stop_at=0)) == first
+
+
+def test_without_a_directory_for_checkpoints_there_are_none(tmp_path):
+    given(tmp_path)
+    FLAGS.checkpoint_dir = None
+    with pytest.raises(training.InterruptedRunError, match="without --checkpoint_dir"):
+        train(regression(stop_at=2))
+    assert train().train[0]["step"] == 2
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_on_another_number_of_workers_it_goes_on_and_says_what_was_carried_over(tmp_path, monkeypatch):
+    given(tmp_path, codec="qsgd")
+    with pytest.raises(training.InterruptedRunError):
+        train(regression(stop_at=5))
+    resized = []
+    monkeypatch.setattr(training, "resize_workers", lambda *args: resized.append(resize_workers(*args)) or resized[0])
+    FLAGS.workers = 2
+    said = io.StringIO()
+    task = regression()
+    run = train(task, said)
+    assert "The checkpoint is of 4 workers, now there are 2. Carried over as they were: parameters" in said.getvalue()
+    assert "Of the residuals: their mean over the workers" in said.getvalue()
+    assert len(resized) == 1
+    assert [(line["step"], line["workers"]) for line in run.resumed] == [(6, 2)]
+    assert run.end["step"] == 12
+    # What dense all-reduces would have sent: 2 x 3/4 of the parameters on four workers, 2 x 1/2 on two.
+    dense = 4 * sum(x.size for x in jax.tree.leaves(task.params))
+    assert run.end["dense_bytes"] == dense * (6 * 1.5 + 6 * 1.0)
+
+
+# Checkpoints that cannot be used, or written
+
+
+def damage(folder, kind):
+    """Damages a checkpoint."""
+    files = sorted((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
+    if kind == "truncated":
+        files[-1].write_bytes(files[-1].read_bytes()[:-10])
+    elif kind == "missing":
+        files[-1].unlink()
+    elif kind == "zeros":
+        files[-1].write_bytes(bytes(files[-1].stat().st_size))
+    elif kind == "no figures":
+        (folder / "run" / "metadata").write_text('{"workers": 4, "sett')
+    elif kind == "another figure":
+        path = folder / "run" / "metadata"
+        text = path.read_text()
+        path.write_text(text.replace('"dense_bits": ', '"dense_bits": 1'))
+        assert path.read_text() != text
+    else:  # an array, whole and of the right shape, with one value that is not the saved one
+        state = ocp.StandardCheckpointer().restore(folder / "state")
+        state["params"]["layer2"]["kernel"][0, 0] += 1
+        shutil.rmtree(folder / "state")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(folder / "state", state)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "zeros", "no figures", "another figure", "another value"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kind, tmp_path):
+    given(tmp_path / "whole")
+    train()
+    shutil.copytree(tmp_path / "whole", tmp_path / "damaged")
+    given(tmp_path / "damaged")
+    folder = only_run(tmp_path / "damaged")
+    damage(folder / "12", kind)
+    said = io.StringIO()
+    run = train(said=said)
+    assert "The checkpoint of step 12 is damaged" in said.getvalue()
+    assert f"it is now {folder / '12.damaged'}, and not used" in said.getvalue()
+    assert [line["step"] for line in run.resumed] == [10]
+    assert_same_end(tmp_path / "damaged", tmp_path / "whole")
+
+
+def test_where_no_checkpoint_is_whole_the_training_does_not_start_anew(tmp_path):
+    given(tmp_path)
+    train()
+    folder = only_run(tmp_path)
+    for step in ("10", "12"):
+        damage(folder / step, "missing")
+    with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoint in .* is whole: remove that directory"):
+        train()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--lr=0.06"], r"lr=0.05, not 0.06"),
+        (["--epochs=4", "--seed=0"], r"epochs=3, not 4"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(args, message, tmp_path):
+    given(tmp_path)
+    train()
+    before = newest(only_run(tmp_path))
+    given(tmp_path, *args)
+    with pytest.raises(checkpoints.CheckpointError, match=message + ".*or another --checkpoint_dir"):
+        train()
+    chex.assert_trees_all_equal(newest(only_run(tmp_path)), before)
+
+
+def test_a_full_disk_loses_no_earlier_checkpoint_and_says_so(tmp_path, monkeypatch):
+    """The kernel refuses files of more than a few bytes, as a full disk does, from the second checkpoint on."""
+    given(tmp_path / "whole")
+    train()
+    given(tmp_path / "full")
+    save, before = checkpoints.save, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limited(folder, step, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100 if step > 5 else before[0], before[1]))
+        try:
+            save(folder, step, *args)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(checkpoints, "save", limited)
+    said = io.StringIO()
+    train(said=said)
+    for step in (10, 12):
+        assert re.search(
+            rf"checkpoint of step {step} cannot be written.*earlier ones are as they were", said.getvalue()
+        )
+    assert newest(only_run(tmp_path / "full"))[0] == 5
+    monkeypatch.undo()
+    assert [line["step"] for line in train().resumed] == [5]
+    assert_same_end(tmp_path / "full", tmp_path / "whole")
+
+
+# Killed
+
+
+def command(folder):
+    """Trains with two codecs on the digits, 33 steps; GradiVeQ compresses from step 16 to 30."""
+    codec = ["--codec=qsgd,gradiveq", "--qsgd_error_feedback", "--gradiveq_error_feedback", "--gradiveq_k_max=64"]
+    phases = ["--gradiveq_warmup_steps=5", "--gradiveq_train_steps=10", "--gradiveq_compress_steps=15"]
+    every = ["--checkpoint_every=4", "--log_every=1", "--eval_every=11"]
+    folders = [f"--out_dir={folder}/out", f"--checkpoint_dir={folder}/checkpoints"]
+    training = ["--workers=2", "--batch_size=128", "--epochs=3", "--augment"]
+    return [sys.executable, "-m", "experiments.cifar", *codec, *phases, *every, *folders, *training]
+
+
+def kill_when(folder, reached):
+    """Runs the command, and kills it as soon as `reached(folder)`."""
+    process = subprocess.Popen(command(folder), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not reached(folder):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
+def has_recorded(codec, step):
+    def reached(folder):
+        return any(
+            f'"kind": "train", "step": {step},' in path.read_text() for path in folder.glob(f"out/*-{codec}_*.jsonl")
+        )
+
+    return reached
+
+
+def is_writing(codec, step):
+    """Whether a checkpoint, not the first one, is being written."""
+    return lambda folder: any(folder.glob(f"checkpoints/*-{codec}_*/{step}.orbax-checkpoint-tmp*"))
+
+
+def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
+    """While QSGD trains; while GradiVeQ collects samples and a checkpoint is written; and while GradiVeQ compresses."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), cwd=ROOT, check=True, capture_output=True)
+    for reached in (has_recorded("qsgd", 14), is_writing("gradiveq", 12), has_recorded("gradiveq", 23)):
+        kill_when(killed, reached)
+    subprocess.run(command(killed), cwd=ROOT, check=True, capture_output=True)
+    assert_same_end(killed, whole)
+    qsgd, gradiveq = (records.read(next(killed.glob(f"out/*-{name}_*.jsonl"))) for name in ("qsgd", "gradiveq"))
+    assert [line["step"] for line in qsgd.resumed] == [12]
+    # Killed while the checkpoint of step 12 was written: that of step 8 was whole. Then in the phase of compression.
+    assert [line["step"] for line in gradiveq.resumed] == [8, 20]
