@@ -161,5 +161,5 @@ def _digest(arrays: Any, run: dict[str, Any]) -> str:
     for path, x in jax.tree_util.tree_leaves_with_path(arrays):
         x = np.ascontiguousarray(x)
         digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}".encode())
-        digest.update(x.view(np.uint8) if x.size and x.ndim else x.tobytes())
+        digest.update(x.data)
     return digest.hexdigest()

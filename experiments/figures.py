@@ -27,7 +27,7 @@ from experiments.records import Run
 
 # Okabe and Ito's, told apart by all kinds of color vision; without their yellow, too pale for a line.
 HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKERS = "osD^vPX<>*"
+MARKERS = "osD^vPX<>p"
 MEGABYTES = "MB sent by one worker (10⁶ bytes, log scale)"
 # Tol's, which are none of the codecs'.
 WORK = {

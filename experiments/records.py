@@ -40,14 +40,14 @@ class Run(NamedTuple):
       train: the lines "train".
       test: the lines "test".
       resumed: the lines "resumed".
-      end: the line "end"; None in a run that has not reached its end.
+      end: the line "end"; empty in a run that has not reached its end.
     """
 
     header: Record
     train: list[Record]
     test: list[Record]
     resumed: list[Record]
-    end: Record | None
+    end: Record
 
     @property
     def name(self) -> str:
@@ -101,7 +101,7 @@ def of(lines: Iterable[Record]) -> Run:
         if record.get("kind") not in kinds:
             raise RecordsError(f"there is a line of kind {record.get('kind')!r}")
         kinds[record["kind"]].append(record)
-    return Run(header, kinds["train"], kinds["test"], kinds["resumed"], kinds["end"][-1] if kinds["end"] else None)
+    return Run(header, kinds["train"], kinds["test"], kinds["resumed"], kinds["end"][-1] if kinds["end"] else {})
 
 
 def read(path: pathlib.Path) -> Run:
@@ -114,7 +114,7 @@ def read(path: pathlib.Path) -> Run:
         lines = path.read_text(encoding="utf-8").split("\n")
         # What comes after the last newline is nothing, or a line that was not written to its end.
         return of([json.loads(line) for line in lines[:-1]])
-    except (OSError, ValueError, AttributeError, RecordsError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, RecordsError) as error:
         raise RecordsError(f"{path} is not the records of a run: {error}") from error
 
 

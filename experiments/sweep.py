@@ -35,9 +35,6 @@ from experiments.interrupts import interruptible
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_string("grid", None, "The TOML file of what to run.", required=True)
-flags.DEFINE_string("out_dir", "out", "The directory of the runs' directories.")
-
 KEYS = {"presets": str, "codecs": str, "seeds": int}
 POLL_SECONDS = 1.0
 
@@ -161,19 +158,24 @@ def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show
     return f"exit code {process.returncode}, {last!r}; see {folder / 'log.txt'}"
 
 
-def main(argv: list[str]) -> None:
-    """Runs what is not done yet, and tells what failed."""
-    out_dir = pathlib.Path(FLAGS.out_dir)
-    screen = display.console()
-    try:
-        if argv[1:]:
-            raise GridError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
-        cells = read(pathlib.Path(FLAGS.grid))
-        for cell in cells:
-            require_same(cell, out_dir)
-    except GridError as error:
-        sys.exit(f"error: {error}")
+def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) -> list[str]:
+    """Runs what is not done yet.
 
+    Args:
+      grid: the file.
+      out_dir: of the runs' directories.
+      screen: where to show progress.
+
+    Returns:
+      What failed, and why.
+
+    Raises:
+      GridError: the file is no grid, or a directory is of a run with other settings.
+      KeyboardInterrupt: the user interrupted, and the run has ended.
+    """
+    cells = read(grid)
+    for cell in cells:
+        require_same(cell, out_dir)
     todo = [cell for cell in cells if not ((found := recorded(out_dir / cell.name)) and found.end)]
     screen.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before", soft_wrap=True)
     failures = []
@@ -193,17 +195,34 @@ def main(argv: list[str]) -> None:
             if interrupted():
                 break
             failures += [f"{cell.name}: {failure}"] * bool(failure)
-            outcome = f"failed, {failure}" if failure else f"test accuracy {recorded(out_dir / cell.name).accuracy:.2%}"
+            found = recorded(out_dir / cell.name)
+            outcome = f"failed, {failure}" if failure or not found else f"test accuracy {found.accuracy:.2%}"
             screen.print(f"{number + 1}/{len(todo)} {cell.name}: {outcome}; {left(number + 1)}", soft_wrap=True)
     if interrupted():
+        raise KeyboardInterrupt
+    return failures
+
+
+def main(argv: list[str]) -> None:
+    """Runs the grid, and tells what failed."""
+    screen = display.console()
+    try:
+        if argv[1:]:
+            raise GridError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
+        failures = sweep(pathlib.Path(FLAGS.grid), pathlib.Path(FLAGS.out_dir), screen)
+    except GridError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
         screen.print("interrupted; the same command goes on", soft_wrap=True)
         sys.exit(130)
-    screen.print(
-        f"Records: {out_dir}; python -m experiments.report --runs={out_dir} makes a page of them", soft_wrap=True
-    )
+    where = f"python -m experiments.report --runs={FLAGS.out_dir} makes a page of the records"
+    screen.print(where, soft_wrap=True)
     if failures:
         sys.exit("\n".join(["failed:", *failures]))
 
 
 if __name__ == "__main__":
+    # Not at import: other experiments have flags of the same names.
+    flags.DEFINE_string("grid", None, "The TOML file of what to run.", required=True)
+    flags.DEFINE_string("out_dir", "out", "The directory of the runs' directories.")
     app.run(main)

@@ -7,12 +7,9 @@ import re
 import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from experiments import sweep
+from experiments import display, sweep
 
-FLAGS = flags.FLAGS
 GRID = """
 [[grid]]
 presets = ["PRESET"]
@@ -43,8 +40,6 @@ def quick(monkeypatch):
 
     monkeypatch.setattr(sweep.Cell, "command", command)
     monkeypatch.setattr(sweep, "POLL_SECONDS", 0.01)
-    with flagsaver.flagsaver():
-        yield
 
 
 @pytest.fixture
@@ -53,8 +48,11 @@ def grid(tmp_path):
     preset.write_text("# a comment\n--epochs=1\n")
     path = tmp_path / "grid.toml"
     path.write_text(GRID.replace("PRESET", str(preset)))
-    FLAGS(["test", f"--grid={path}", f"--out_dir={tmp_path}/out"])
     return path
+
+
+def run(grid):
+    return sweep.sweep(grid, grid.parent / "out", display.console())
 
 
 def calls(tmp_path):
@@ -67,12 +65,12 @@ EVERY = ["small-none-seed0", "small-none-seed1", "small-qsgd_qsgd_bits=8-seed0",
 
 
 def test_a_sweep_runs_every_combination_once(grid, tmp_path, capsys):
-    sweep.main(["test"])
+    run(grid)
     assert calls(tmp_path) == dict.fromkeys(EVERY, 1)
     shown = capsys.readouterr().out
     assert "4 runs, 0 of them done before" in shown
     assert re.search(r"4/4 small-qsgd_qsgd_bits=8-seed1: test accuracy 50.00%; 0:00:00 left", shown)
-    sweep.main(["test"])
+    run(grid)
     assert calls(tmp_path) == dict.fromkeys(EVERY, 1)
     assert "4 runs, 4 of them done before" in capsys.readouterr().out
 
@@ -81,12 +79,12 @@ def test_a_failure_is_told_and_keeps_no_other_run_from_its_end(grid, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "FAIL").touch()
     with pytest.raises(SystemExit) as stop:
-        sweep.main(["test"])
+        run(grid)
     assert re.search(
         r"failed:\n.*small-qsgd_qsgd_bits=8-seed0: exit code 1, 'no luck'; see .*log.txt\n", str(stop.value)
     )
     (tmp_path / "out" / "FAIL").unlink()
-    sweep.main(["test"])
+    run(grid)
     assert calls(tmp_path) == dict(zip(EVERY, [1, 1, 2, 2], strict=True))
 
 
@@ -100,24 +98,23 @@ def test_an_interruption_reaches_the_run_and_ends_the_sweep(grid, tmp_path, monk
         yield (tmp_path / "out" / "STARTED").exists
 
     monkeypatch.setattr(sweep, "interruptible", interruptible)
-    with pytest.raises(SystemExit) as stop:
-        sweep.main(["test"])
-    assert stop.value.code == 130
+    with pytest.raises(KeyboardInterrupt):
+        run(grid)
     assert calls(tmp_path) == {EVERY[0]: 1}
     slow.unlink()
     (tmp_path / "out" / "STARTED").unlink()
-    sweep.main(["test"])
+    run(grid)
     assert calls(tmp_path) == dict(zip(EVERY, [2, 1, 1, 1], strict=True))
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(grid, tmp_path):
-    sweep.main(["test"])
+    run(grid)
     preset = tmp_path / "small.flags"
     preset.write_text("# another comment\n\n--epochs=1\n")
-    sweep.main(["test"])
+    run(grid)
     preset.write_text("--epochs=2\n")
-    with pytest.raises(SystemExit, match=r"small-none-seed0 is of a run with other settings: move it away"):
-        sweep.main(["test"])
+    with pytest.raises(sweep.GridError, match=r"small-none-seed0 is of a run with other settings: move it away"):
+        run(grid)
 
 
 @pytest.mark.parametrize(
@@ -134,8 +131,8 @@ def test_runs_of_other_settings_are_not_taken_for_these(grid, tmp_path):
 )
 def test_a_file_that_is_no_grid_is_refused(before, after, message, grid, tmp_path):
     grid.write_text(grid.read_text().replace(before, after))
-    with pytest.raises(SystemExit, match=message):
-        sweep.main(["test"])
+    with pytest.raises(sweep.GridError, match=message):
+        run(grid)
     assert not (tmp_path / "out").exists()
 
 
