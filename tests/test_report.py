@@ -12,7 +12,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from experiments import figures, records, report, summary
+from experiments import figures, records, report
+from experiments.summary import summarize
 
 ROOT = pathlib.Path(__file__).parent.parent
 DENSE = 4_000_000  # bytes a step
@@ -57,7 +58,7 @@ def run(*args, **kwargs):
 
 
 def only(runs):
-    (section,) = summary.summarize(runs)
+    (section,) = summarize(runs)
     return section
 
 
@@ -168,7 +169,7 @@ def test_rows_are_named_by_what_they_differ_in_and_in_order():
 def test_names_are_those_of_a_section_and_styles_those_of_the_page(without_figures):
     one = [run("qsgd", own={"bits": 4}), run("qsgd", own={"bits": 8})]
     other = [run("qsgd", own={"bits": 8}, header={"task": "digits"})]
-    sections = summary.summarize([*one, *other])
+    sections = summarize([*one, *other])
     assert [row.name for section in sections for row in section.rows] == ["qsgd bits=4", "qsgd bits=8", "qsgd"]
     keys = re.findall(r'<th scope="row"><span class="key" style="background: (.*?)">', report.html(sections))
     assert keys[1] == keys[2] != keys[0]
@@ -181,7 +182,7 @@ def test_labels_are_kept_apart_where_their_settings_do_not_tell():
 
 def test_tasks_workers_and_steps_have_their_own_sections():
     others = [{"task": "digits-resnet8"}, {"workers": 4}, {"steps": 50}]
-    sections = summary.summarize([run(), *(run(header=header) for header in others)])
+    sections = summarize([run(), *(run(header=header) for header in others)])
     assert sorted(section.title for section in sections) == [
         "cifar10-resnet8, 4 workers, 40 steps",
         "cifar10-resnet8, 8 workers, 40 steps",
@@ -379,7 +380,7 @@ def test_both_files_tell_the_same(built):
     assert rows[2][:6] == ["powersgd rank=1", "1", "88.00", "one run", "-3.00", "outside"]
     cells = re.findall(r"<t[dh](?: [^>]*)?>(?:<span[^>]*></span>)?([^<]*)<", page)
     assert [html.unescape(cell) for cell in cells] == [cell for row in (heading, *rows) for cell in row]
-    (section,) = summary.summarize(map(report.read, report.find([str(built)])))
+    (section,) = summarize(map(report.read, report.find([str(built)])))
     for note in section.notes:
         assert f"- {note}" in summary.replace("\\", "")
         assert f"<li>{note}</li>" in html.unescape(page)
