@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
             # A codec that refuses this network does so now, not after the ones before it have trained.
             jax.eval_shape(codec.init, task.params)
         runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
-    except (ValueError, data.DataError, checkpoints.CheckpointError) as error:
+    except (ValueError, OSError, data.DataError, checkpoints.CheckpointError) as error:
         sys.exit(f"error: {error}")
     except (training.InterruptedRunError, KeyboardInterrupt) as interrupt:
         screen.print(str(interrupt) or "interrupted", soft_wrap=True)

@@ -2,7 +2,7 @@
 
     python -m experiments.report --runs=experiments/results/cifar10 --out_dir=out
 
-Writes report.html, which is whole in itself and asks nothing of a network, and report.md. Runs of one task, on as many
+Writes report.html, which is whole in itself and asks nothing of a network, and report.md with a figure. Runs of one task, on as many
 workers and for as many steps, are compared with each other; those that differ in the seed alone are one row. The same
 records give the same files.
 """
@@ -112,12 +112,23 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
+def series_of(section: Section, looks: dict[str, figures.Style]) -> tuple[list[figures.Series], figures.Series | None]:
+    """What to draw of a section, and the one of these that is the baseline."""
+    series = [figures.Series(name, looks[runs[0].name], runs) for name, runs in section.runs.items()]
+    return series, next((one for one in series if one.runs[0].header["codec"] == BASELINE), None)
+
+
+def styles(sections: Sequence[Section]) -> dict[str, figures.Style]:
+    """How each label looks, in all sections alike."""
+    every = [run for section in sections for runs in section.runs.values() for run in runs]
+    return figures.styles({run.name: run.header["codec"] for run in sorted(every, key=order)})
+
+
 def plots(number: int, section: Section, looks: dict[str, figures.Style]) -> list[Plot]:
     """The figures of a section, the `number`-th on the page."""
     if not section.runs:
         return []
-    series = [figures.Series(name, looks[runs[0].name], runs) for name, runs in section.runs.items()]
-    base = next((one for one in series if one.runs[0].header["codec"] == BASELINE), None)
+    series, base = series_of(section, looks)
     band = "" if base is None else f" The dashed line is the mean of {BASELINE}"
     band += "; the band is the range of its seeds." if base and len(base.runs) > 1 else "." * bool(base)
     small = " Small points are single seeds." if any(len(one.runs) > 1 for one in series) else ""
@@ -142,8 +153,7 @@ def plots(number: int, section: Section, looks: dict[str, figures.Style]) -> lis
 
 def html(sections: Sequence[Section]) -> str:
     """The page, whole in itself."""
-    every = [run for section in sections for runs in section.runs.values() for run in runs]
-    looks = figures.styles({run.name: run.header["codec"] for run in sorted(every, key=order)})
+    looks = styles(sections)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -163,9 +173,9 @@ def html(sections: Sequence[Section]) -> str:
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """The same without figures, for a code host or a terminal."""
-    lines = [f"# {_title(sections)}", "", "The figures are in [report.html](report.html).", ""]
-    for section in sections:
+    """The same with one figure a section, for a code host or a terminal."""
+    lines = [f"# {_title(sections)}", "", "All figures are in [report.html](report.html).", ""]
+    for number, section in enumerate(sections, 1):
         lines += [f"## {_plain(section.title)}", ""]
         for heading, sentences in ((DOUBTS, section.warnings), (UNFINISHED, section.unfinished)):
             if sentences:
@@ -175,10 +185,16 @@ def markdown(sections: Sequence[Section]) -> str:
             table = [list(COLUMNS), alignment, *([cell(row) for cell in COLUMNS.values()] for row in section.rows)]
             table[2:] = [[_plain(cell) for cell in cells] for cells in table[2:]]
             lines += [*(f"| {' | '.join(cells)} |" for cells in table), ""]
+            lines += [f"![Accuracy against bytes]({picture(number)})", ""]
         lines += [*(f"- {_plain(note)}" for note in section.notes), ""]
         lines += ["Common to all: " + "; ".join(f"{_plain(key)} {_plain(x)}" for key, x in section.facts) + ".", ""]
         lines += [*(f"- {_plain(row.name)}: {_plain(row.settings)}" for row in section.rows if row.settings), ""]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
+
+
+def picture(number: int) -> str:
+    """The name of the file of the `number`-th section's figure, counted from 1."""
+    return f"report-{number}.png"
 
 
 def _title(sections: Sequence[Section]) -> str:
@@ -196,7 +212,7 @@ def _plain(text: str) -> str:
 
 
 def write(places: Sequence[str], out_dir: pathlib.Path) -> None:
-    """Writes both files.
+    """Writes the page, the summary and its figures.
 
     Args:
       places: files, and directories in which to look for *.jsonl.
@@ -210,6 +226,10 @@ def write(places: Sequence[str], out_dir: pathlib.Path) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
     (out_dir / "report.html").write_text(html(sections), encoding="utf-8")
     (out_dir / "report.md").write_text(markdown(sections), encoding="utf-8")
+    looks = styles(sections)
+    for number, section in enumerate(sections, 1):
+        if section.runs:
+            figures.final_accuracy(*series_of(section, looks)).savefig(out_dir / picture(number), dpi=150)
 
 
 def main(argv: list[str]) -> None:

@@ -157,7 +157,8 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
         bar = progress.add_task(run_name, total=steps, completed=done, status="compiling")
         batches = task.batches(done)
         work = "compile"  # which the first step of a process does
-        while done < steps and not interrupted():
+        stop = False
+        while done < steps and not stop:
             with recorder.timed("input"):
                 # Waited for, as a second program on emulated devices can take the threads that a step waits for.
                 batch = jax.block_until_ready(next(batches))
@@ -184,13 +185,14 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
                 )
             if done == steps:
                 recorder.end(skipped=int(skipped(opt_state)))
-            if folder and (done % FLAGS.checkpoint_every == 0 or done == steps or interrupted()):
+            stop = interrupted()
+            if folder and (done % FLAGS.checkpoint_every == 0 or done == steps or stop):
                 arrays = {"params": params, "model_state": model_state, "opt_state": opt_state}
                 with recorder.timed("checkpoint"):
                     checkpoint(folder, mesh.size, settings, arrays, recorder, screen)
         run = recorder.close()
         if interrupted():
-            kept = f"{folder} has its checkpoint, the same command goes on" if folder else "without --checkpoint_dir"
+            kept = f"the same command goes on from {folder}" if folder else "without --checkpoint_dir"
             raise InterruptedRunError(f"{run_name} was interrupted at step {done} of {steps}; {kept}")
     return run
 

@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from tensorboardX.proto import event_pb2
 
 from experiments import checkpoints, codecs, display, records, training
 from gradcomp_jax import resize_workers
@@ -143,7 +145,9 @@ def test_an_interrupted_training_ends_as_one_that_was_not(codec, tmp_path):
     given(tmp_path / "whole", codec=codec)
     train()
     given(tmp_path / "stopped", codec=codec)
-    with pytest.raises(training.InterruptedRunError, match=r"at step 9 of 12.*same command goes on"):
+    with pytest.raises(
+        training.InterruptedRunError, match=r"at step 9 of 12; the same command goes on from .*checkpoints"
+    ):
         train(regression(stop_at=8))
     assert [line["step"] for line in train().resumed] == [9]
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
@@ -182,6 +186,37 @@ def test_on_another_number_of_workers_it_goes_on_and_says_what_was_carried_over(
     # What dense all-reduces would have sent: 2 x 3/4 of the parameters on four workers, 2 x 1/2 on two.
     dense = 4 * sum(x.size for x in jax.tree.leaves(task.params))
     assert run.end["dense_bytes"] == dense * (6 * 1.5 + 6 * 1.0)
+
+
+def events(path):
+    """Each has its length before it, in 8 bytes, and checksums of 4 bytes around it."""
+    data = path.read_bytes()
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        yield event_pb2.Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
+
+
+def scalars(folder):
+    """What TensorBoard would show: (tag, step) -> value; a file that starts anew hides later steps of those before."""
+    shown = {}
+    for path in sorted(folder.rglob("events.out.tfevents.*"), key=lambda path: path.stat().st_mtime_ns):
+        for event in events(path):
+            if event.session_log.status == event_pb2.SessionLog.START:
+                shown = {(tag, step): value for (tag, step), value in shown.items() if step < event.step}
+            shown |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+    return shown
+
+
+def test_tensorboard_shows_the_records_of_a_run_that_was_stopped(tmp_path):
+    given(tmp_path, f"--tensorboard_dir={tmp_path / 'board'}")
+    with pytest.raises(training.InterruptedRunError):
+        train(regression(stop_at=8))
+    run = train()
+    shown = scalars(tmp_path / "board")
+    for line in (*run.train, *run.test, run.end):
+        for key in line.keys() - {"kind", "step", "seconds"}:
+            assert shown[f"{line['kind']}/{key}", line["step"]] == pytest.approx(line[key], rel=1e-6), (key, line)
 
 
 # Checkpoints that cannot be used, or written
