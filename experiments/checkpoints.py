@@ -71,6 +71,11 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # what fails in Orbax's threads is logged there, and raised here as well
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Known beforehand in one sentence, where Orbax's threads would print hundreds of lines.
+        needed, free = sum(np.asarray(x).nbytes for x in jax.tree.leaves(host)), shutil.disk_usage(folder).free
+        if free < needed:
+            raise OSError(f"it takes {needed / 1e6:.1f} MB, of which the disk has {free / 1e6:.1f}")
         with manager(folder) as writer:
             args = ocp.args.Composite(
                 state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run | {"digest": _digest(host, run)})
@@ -80,7 +85,7 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
         # Orbax's errors of files are of many types, and of many lines.
         reason = str(error).splitlines()[0]
         raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written to {folder}, earlier ones are as they were: {reason}"
+            f"The checkpoint of step {step} cannot be written to {folder}, earlier ones are as they were: {reason}"
         ) from error
     finally:
         logging.set_verbosity(before)

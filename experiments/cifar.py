@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints, codecs, data, display, figures, models, training
+from experiments import checkpoints, codecs, data, display, figures, models, records, training
 
 FLAGS = flags.FLAGS
 
@@ -75,7 +75,7 @@ def main(argv: list[str]) -> None:
             # A codec that refuses this network does so now, not after the ones before it have trained.
             jax.eval_shape(codec.init, task.params)
         runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
-    except (ValueError, OSError, data.DataError, checkpoints.CheckpointError) as error:
+    except (ValueError, data.DataError, checkpoints.CheckpointError, records.RecordsError) as error:
         sys.exit(f"error: {error}")
     except (training.InterruptedRunError, KeyboardInterrupt) as interrupt:
         screen.print(str(interrupt) or "interrupted", soft_wrap=True)

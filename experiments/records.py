@@ -29,7 +29,7 @@ Record = dict[str, Any]
 
 
 class RecordsError(Exception):
-    """A file is not the records of a run."""
+    """A file is not the records of a run, or cannot be written."""
 
 
 class Run(NamedTuple):
@@ -133,6 +133,9 @@ class Recorder:
           header: the first line of new records.
           board: TensorBoard's directory.
           state: of the recorder of the checkpoint from which the run goes on.
+
+        Raises:
+          RecordsError: here and later, the file cannot be written.
         """
         self.path = path
         self.state = state or {
@@ -145,11 +148,12 @@ class Recorder:
             "compressed_bits": 0,
             "seconds": {},  # by kind of work
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # In one step: the file has either its old content or the new.
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
-        partial.replace(path)
+        with _named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # In one step: the file has either its old content or the new.
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
+            partial.replace(path)
         # What TensorBoard was told of later steps, it forgets.
         self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=self.state["step"] + 1)
 
@@ -195,7 +199,7 @@ class Recorder:
         values = {**so_far, **{key: _rounded(value) for key, value in values.items()}}
         line = {"kind": kind, "step": self.state["step"], **values}
         self.state["lines"].append(line)
-        with self.path.open("a", encoding="utf-8") as file:
+        with _named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_text(line))
         if self.board:
             for key, value in values.items():
@@ -207,6 +211,15 @@ class Recorder:
         if self.board:
             self.board.close()
         return of(self.state["lines"])
+
+
+@contextlib.contextmanager
+def _named(path: pathlib.Path) -> Iterator[None]:
+    """Errors of the file, with its name."""
+    try:
+        yield
+    except OSError as error:
+        raise RecordsError(f"cannot write {path}: {error.strerror}") from error
 
 
 def _text(line: Record) -> str:

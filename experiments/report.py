@@ -2,9 +2,9 @@
 
     python -m experiments.report --runs=experiments/results/cifar10 --out_dir=out
 
-Writes report.html, which is whole in itself and asks nothing of a network, and report.md with a figure. Runs of one task, on as many
-workers and for as many steps, are compared with each other; those that differ in the seed alone are one row. The same
-records give the same files.
+Writes report.html, which is whole in itself and asks nothing of a network, and report.md with a figure. Runs of one
+task, on as many workers and for as many steps, are compared with each other; those that differ in the seed alone are
+one row. The same records give the same files.
 """
 
 import pathlib

@@ -124,6 +124,7 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
     Raises:
       CheckpointError: `--checkpoint_dir` has checkpoints of this run, but none to go on from.
       InterruptedRunError: by Ctrl-C or SIGTERM.
+      RecordsError: the records cannot be written.
     """
     run_name = f"{task.name}-{codecs.label(name).replace(' ', '_')}-seed{FLAGS.seed}"
     folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name if FLAGS.checkpoint_dir else None

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import time
+import types
 
 import chex
 import jax
@@ -308,12 +309,23 @@ def test_a_full_disk_loses_no_earlier_checkpoint_and_says_so(tmp_path, monkeypat
     train(said=said)
     for step in (10, 12):
         assert re.search(
-            rf"checkpoint of step {step} cannot be written.*earlier ones are as they were", said.getvalue()
+            rf"The checkpoint of step {step} cannot be written.*earlier ones are as they were", said.getvalue()
         )
     assert newest(only_run(tmp_path / "full"))[0] == 5
     monkeypatch.undo()
     assert [line["step"] for line in train().resumed] == [5]
     assert_same_end(tmp_path / "full", tmp_path / "whole")
+
+
+def test_a_disk_with_too_little_room_is_known_before_anything_is_written(tmp_path, monkeypatch):
+    given(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=100))
+    said = io.StringIO()
+    train(said=said)
+    assert re.search(
+        r"The checkpoint of step 12 cannot be .*: it takes 0.0 MB, of which the disk has 0.0", said.getvalue()
+    )
+    assert not list(only_run(tmp_path).iterdir())
 
 
 # Killed
