@@ -5,11 +5,13 @@ parts: "state", the arrays, and "run", JSON: the settings, the figures so far, a
 not every damaged file is unreadable. Where a checkpoint is damaged, the one before it is used.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -38,6 +40,28 @@ class Saved(NamedTuple):
     workers: int
     arrays: Any
     figures: Any
+
+
+@contextlib.contextmanager
+def owned(folder: pathlib.Path) -> Iterator[None]:
+    """Within it the folder is this process's: two that write the same checkpoints would undo each other's work.
+
+    Raises:
+      CheckpointError: it is another's, or cannot be written to.
+    """
+    with contextlib.ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the process ends, however it ends
+        except BlockingIOError as error:
+            raise CheckpointError(
+                f"another process is at this run, whose checkpoints are in {folder}: wait for it, or give another "
+                "--checkpoint_dir"
+            ) from error
+        except OSError as error:
+            raise CheckpointError(f"no checkpoints can be kept in {folder}: {error.strerror}") from error
+        yield
 
 
 def manager(folder: pathlib.Path) -> ocp.CheckpointManager:
@@ -71,7 +95,6 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # what fails in Orbax's threads is logged there, and raised here as well
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         # Known beforehand in one sentence, where Orbax's threads would print hundreds of lines.
         needed, free = sum(np.asarray(x).nbytes for x in jax.tree.leaves(host)), shutil.disk_usage(folder).free
         if free < needed:
@@ -97,7 +120,7 @@ def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int]
     A damaged one is named, and its directory renamed to end in ".damaged".
 
     Args:
-      folder: of the run's checkpoints; it need not exist.
+      folder: of the run's checkpoints.
       settings: of this run.
       like: from a number of workers to a tree of arrays like those saved.
       say: called with what the user should know.
@@ -108,8 +131,6 @@ def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int]
     Raises:
       CheckpointError: the checkpoint is of other settings, or none is whole.
     """
-    if not folder.exists():
-        return None
     with manager(folder) as reader:
         steps = sorted(reader.all_steps(), reverse=True)
         for step in steps:

@@ -1,6 +1,6 @@
 """Whether the gradients of a real training can be compressed as GradiVeQ does it: a table and a figure.
 
-    python -m experiments.gradients --dataset=cifar10 --data_dir=DIR --model=resnet20
+    python -m experiments.gradients --dataset=cifar10 --data_dir=DIR --model=resnet20 --noaugment
 
 A network trains uncompressed, at a constant rate after the first tenth of the steps. After --warmup_steps the mean
 gradients of a few convolutions are recorded. They, and Gaussian noise, are asked:

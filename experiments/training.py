@@ -122,12 +122,29 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
       The records, which are also in `--out_dir`.
 
     Raises:
-      CheckpointError: `--checkpoint_dir` has checkpoints of this run, but none to go on from.
+      CheckpointError: `--checkpoint_dir` has checkpoints of this run, but none to go on from; or another process is
+        at this run.
       InterruptedRunError: by Ctrl-C or SIGTERM.
       RecordsError: the records cannot be written.
     """
     run_name = f"{task.name}-{codecs.label(name).replace(' ', '_')}-seed{FLAGS.seed}"
-    folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name if FLAGS.checkpoint_dir else None
+    if not FLAGS.checkpoint_dir:
+        return run(run_name, None, name, codec, task, mesh, screen)
+    folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name
+    with checkpoints.owned(folder):
+        return run(run_name, folder, name, codec, task, mesh, screen)
+
+
+def run(
+    run_name: str,
+    folder: pathlib.Path | None,
+    name: str,
+    codec: Compressor,
+    task: Task,
+    mesh: Mesh,
+    screen: display.Console,
+) -> records.Run:
+    """The loop of `train`, for a run of that name with its checkpoints in `folder`, if it keeps any."""
     steps_per_epoch = task.examples // FLAGS.batch_size
     steps = FLAGS.epochs * steps_per_epoch
     settings = {key: FLAGS[key].value for key in SETTINGS} | task.settings | codecs.settings(name)
@@ -191,11 +208,11 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
                 arrays = {"params": params, "model_state": model_state, "opt_state": opt_state}
                 with recorder.timed("checkpoint"):
                     checkpoint(folder, mesh.size, settings, arrays, recorder, screen)
-        run = recorder.close()
+        recorded = recorder.close()
         if interrupted():
             kept = f"the same command goes on from {folder}" if folder else "without --checkpoint_dir"
             raise InterruptedRunError(f"{run_name} was interrupted at step {done} of {steps}; {kept}")
-    return run
+    return recorded
 
 
 def checkpoint(

@@ -223,6 +223,22 @@ def test_tensorboard_shows_the_records_of_a_run_that_was_stopped(tmp_path):
 # Checkpoints that cannot be used, or written
 
 
+def test_two_processes_do_not_train_the_same_run(tmp_path):
+    given(tmp_path)
+    train()
+    refused = pytest.raises(checkpoints.CheckpointError, match=r"another process is at this run, .*--checkpoint_dir")
+    with checkpoints.owned(only_run(tmp_path)), refused:
+        train()
+    train()
+
+
+def test_a_directory_for_checkpoints_that_cannot_be_made_is_told_before_the_training(tmp_path):
+    given(tmp_path)
+    (tmp_path / "checkpoints").write_text("a file")
+    with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoints can be kept in .*: Not a directory"):
+        train(regression(stop_at=0))
+
+
 def damage(folder, kind):
     """Damages a checkpoint."""
     files = sorted((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
@@ -325,7 +341,7 @@ def test_a_disk_with_too_little_room_is_known_before_anything_is_written(tmp_pat
     assert re.search(
         r"The checkpoint of step 12 cannot be .*: it takes 0.0 MB, of which the disk has 0.0", said.getvalue()
     )
-    assert not list(only_run(tmp_path).iterdir())
+    assert [path.name for path in only_run(tmp_path).iterdir()] == ["lock"]
 
 
 # Killed
