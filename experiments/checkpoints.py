@@ -1,8 +1,8 @@
 """Checkpoints of a run, by Orbax: all that it needs to go on to the bits it would have reached.
 
 A checkpoint is a directory, named by its step, that Orbax renames to that name once it is complete, and has two
-parts: "state", the arrays, and "run", JSON: the settings, the figures so far, and a digest of both parts, since
-not every damaged file is unreadable. Where a checkpoint is damaged, the one before it is used.
+parts: "state", the arrays, and "run", JSON: the settings, the figures so far, and digests of both, since not every
+damaged file is unreadable. Where a checkpoint is damaged, the one before it is used.
 """
 
 import contextlib
@@ -18,6 +18,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+
+from experiments.records import differences
 
 Say = Callable[[str], None]
 
@@ -64,20 +66,14 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def manager(folder: pathlib.Path) -> ocp.CheckpointManager:
-    """Orbax's manager of the checkpoints in a folder, the last two of which are kept.
-
-    It writes while the training waits, so that a failure is known when it happens. What a killed run left half
-    written is removed.
-    """
-    options = ocp.CheckpointManagerOptions(
-        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
-    )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+def _manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
+    """Orbax's manager, which writes while the training waits, so that a failure is known when it happens."""
+    settings = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+    return ocp.CheckpointManager(folder.absolute(), options=settings)
 
 
 def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any], arrays: Any, figures: Any) -> None:
-    """Writes a checkpoint; earlier ones stay until it is complete.
+    """Writes a checkpoint. The last two are kept; earlier ones stay until this one is complete.
 
     Args:
       folder: of the run's checkpoints.
@@ -91,24 +87,26 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
       CheckpointError: it cannot be written.
     """
     host = jax.device_get(arrays)
-    run = {"workers": workers, "settings": settings, "figures": figures}
+    run = {"workers": workers, "settings": settings, "figures": figures, "layout": _layout(host)}
+    args = ocp.args.Composite(
+        state=ocp.args.StandardSave(host),
+        run=ocp.args.JsonSave({"run": run, "run_sha256": _json_sha256(run), "state_sha256": _state_sha256(host)}),
+    )
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # what fails in Orbax's threads is logged there, and raised here as well
     try:
         # Known beforehand in one sentence, where Orbax's threads would print hundreds of lines.
         needed, free = sum(np.asarray(x).nbytes for x in jax.tree.leaves(host)), shutil.disk_usage(folder).free
         if free < needed:
-            raise OSError(f"it takes {needed / 1e6:.1f} MB, of which the disk has {free / 1e6:.1f}")
-        with manager(folder) as writer:
-            args = ocp.args.Composite(
-                state=ocp.args.StandardSave(host), run=ocp.args.JsonSave(run | {"digest": _digest(host, run)})
-            )
-            writer.save(step, args=args)
-    except (OSError, ValueError, RuntimeError) as error:
-        # Orbax's errors of files are of many types, and of many lines.
-        reason = str(error).splitlines()[0]
+            raise OSError(f"it takes up to {needed / 1e6:.1f} MB, of which the disk has {free / 1e6:.1f}")
+        # What a killed run left half written is removed.
+        with _manager(folder, max_to_keep=2, cleanup_tmp_directories=True) as manager:
+            if not manager.save(step, args=args):
+                raise OSError("there is one of that step, or of a later one")
+    except (OSError, ValueError, RuntimeError) as error:  # Orbax's errors of files are of many types
         raise CheckpointError(
-            f"The checkpoint of step {step} cannot be written to {folder}, earlier ones are as they were: {reason}"
+            f"The checkpoint of step {step} cannot be written to {folder}, earlier ones are as they were: "
+            f"{_first_line(error)}"
         ) from error
     finally:
         logging.set_verbosity(before)
@@ -117,7 +115,7 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
 def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int], Any], say: Say) -> Saved | None:
     """The newest checkpoint that is whole.
 
-    A damaged one is named, and its directory renamed to end in ".damaged".
+    Those after it are damaged: they are named, and their directories renamed to end in ".damaged".
 
     Args:
       folder: of the run's checkpoints.
@@ -129,63 +127,92 @@ def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int]
       None where there is no checkpoint at all.
 
     Raises:
-      CheckpointError: the checkpoint is of other settings, or none is whole.
+      CheckpointError: the checkpoint is of other settings or of another structure, or cannot be read, or none is
+        whole. Then all are left as they are.
     """
-    with manager(folder) as reader:
-        steps = sorted(reader.all_steps(), reverse=True)
-        for step in steps:
+    damaged: dict[int, str] = {}
+    with _manager(folder) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
             try:
-                run = _read(reader, step, "run", ocp.args.JsonRestore())
-                digest = run.pop("digest")
-                workers, figures, saved_settings = run["workers"], run["figures"], run["settings"]
-            except Exception as error:  # a damaged file can fail in any way
-                _put_aside(folder, step, error, say)
-                continue
-            _require_same(folder, settings, saved_settings)
-            target = like(workers)
-            try:
-                arrays = _read(reader, step, "state", ocp.args.StandardRestore(target))
-                if _digest(arrays, run) != digest:
-                    raise ValueError("its content does not match its digest")
+                found = _read(manager, step, "run", ocp.args.JsonRestore())
+                run = found["run"]
+                if _json_sha256(run) != found["run_sha256"]:
+                    raise ValueError("its figures do not match their digest")
             except Exception as error:
-                _put_aside(folder, step, error, say)
+                damaged[step] = _damage(folder, step, error)
                 continue
-            return Saved(step, workers, arrays, figures)
-    if steps:
-        raise CheckpointError(f"no checkpoint in {folder} is whole: remove that directory to start anew")
+            _require_same(folder, settings, run["settings"])
+            target = like(run["workers"])
+            _require_layout(folder, _layout(target), run["layout"])
+            try:
+                arrays = _read(manager, step, "state", ocp.args.StandardRestore(target))
+                if _state_sha256(arrays) != found["state_sha256"]:
+                    raise ValueError("its arrays do not match their digest")
+            except Exception as error:
+                damaged[step] = _damage(folder, step, error)
+                continue
+            for later, reason in damaged.items():
+                aside = folder / f"{later}.damaged"
+                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                (folder / str(later)).rename(aside)
+                say(f"The checkpoint of step {later} is damaged ({reason}): it is now {aside}, and not used.")
+            return Saved(step, run["workers"], arrays, run["figures"])
+    if damaged:
+        reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
+        raise CheckpointError(f"no checkpoint in {folder} is whole ({reasons}): remove that directory to start anew")
     return None
 
 
-def _put_aside(folder: pathlib.Path, step: int, error: Exception, say: Say) -> None:
-    aside = folder / f"{step}.damaged"
-    shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
-    (folder / str(step)).rename(aside)
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    say(f"The checkpoint of step {step} is damaged ({reason}): it is now {aside}, and not used.")
+def _read(manager: ocp.CheckpointManager, step: int, part: str, args: Any) -> Any:
+    return manager.restore(step, args=ocp.args.Composite(**{part: args}))[part]
 
 
-def _read(reader: ocp.CheckpointManager, step: int, part: str, args: Any) -> Any:
-    return reader.restore(step, args=ocp.args.Composite(**{part: args}))[part]
+def _damage(folder: pathlib.Path, step: int, error: Exception) -> str:
+    """What is wrong with a checkpoint; a damaged file can fail in any way, save by what is not its own fault.
+
+    Raises:
+      CheckpointError: the files may be whole, but cannot be read.
+    """
+    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno and not missing):
+        raise CheckpointError(f"the checkpoint of step {step} in {folder} cannot be read: {error}") from error
+    return _first_line(error)
 
 
 def _require_same(folder: pathlib.Path, settings: dict[str, Any], saved: dict[str, Any]) -> None:
-    differing = [
-        f"{key}={saved.get(key)!r}, not {settings.get(key)!r}"
-        for key in {**saved, **settings}
-        if saved.get(key) != settings.get(key)
-    ]
-    if differing:
+    if difference := differences(saved, settings):
         raise CheckpointError(
-            f"the checkpoints in {folder} are of a run with {'; '.join(differing)}: give the settings of that run to "
-            "go on with it, or another --checkpoint_dir"
+            f"the checkpoints in {folder} are of a run with {difference}: give the settings of that run to go on with "
+            "it, or another --checkpoint_dir and --out_dir"
         )
 
 
-def _digest(arrays: Any, run: dict[str, Any]) -> str:
-    """SHA-256 of what the arrays hold, by path, and of the JSON."""
-    digest = hashlib.sha256(json.dumps(run, sort_keys=True).encode())
-    for path, x in jax.tree_util.tree_leaves_with_path(arrays):
-        x = np.ascontiguousarray(x)
-        digest.update(f"{jax.tree_util.keystr(path)} {x.dtype} {x.shape}".encode())
-        digest.update(x.data)
+def _require_layout(folder: pathlib.Path, layout: list[str], saved: list[str]) -> None:
+    if layout != saved:
+        here, there = sorted(set(layout) - set(saved)), sorted(set(saved) - set(layout))
+        raise CheckpointError(
+            f"the checkpoints in {folder} are of a state of another structure, as another version of a library may "
+            f"have: {', '.join(there[:3]) or 'nothing'} there, {', '.join(here[:3]) or 'nothing'} here; go on with the "
+            "versions that the records name, or give another --checkpoint_dir"
+        )
+
+
+def _layout(arrays: Any) -> list[str]:
+    """Path, type and shape of each array."""
+    leaves = jax.tree_util.tree_leaves_with_path(arrays)
+    return [f"{jax.tree_util.keystr(path)} {x.dtype}{list(x.shape)}" for path, x in leaves]
+
+
+def _json_sha256(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _state_sha256(arrays: Any) -> str:
+    digest = hashlib.sha256()
+    for x in jax.tree.leaves(arrays):
+        digest.update(np.asarray(x).tobytes())
     return digest.hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -85,9 +85,9 @@ def main(argv: list[str]) -> None:
     screen.print(display.table(runs, title))
     for note in display.notes(runs):
         screen.print(note)
-    figure = pathlib.Path(FLAGS.out_dir) / f"{FLAGS.dataset}.png"
+    figure = pathlib.Path(FLAGS.out_dir) / f"{task.name}.png"
     figures.accuracy(runs, title, figure)
-    screen.print(f"Records of each step and figure: {figure.parent}, {figure.name}", soft_wrap=True)
+    screen.print(f"Figure: {figure}; the records are beside it", soft_wrap=True)
 
 
 def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:

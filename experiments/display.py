@@ -1,5 +1,6 @@
 """What an experiment shows on the screen: progress while it runs, then a table over all runs."""
 
+import functools
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -19,17 +20,19 @@ EMULATED_NOTE = (
 
 def console() -> Console:
     """Standard output; where it is no terminal, plain text wide enough for the table."""
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=120)
+    # Names of files and errors of libraries may hold what rich takes for markup.
+    plain = functools.partial(Console, highlight=False, markup=False, emoji=False)
+    terminal = plain()
+    return terminal if terminal.is_terminal else plain(width=120)
 
 
 def progress(screen: Console) -> Progress:
     """A bar with room for `status`; nothing where standard output is not a terminal."""
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=5),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
         TimeRemainingColumn(compact=True),
         console=screen,
         transient=True,
@@ -53,7 +56,7 @@ def table(runs: Sequence[Run], title: str) -> Table:
             f"{megabytes:.2f}",
             f"{run.ratio:.2f}",
             f"{run.compressed_share:.0%}",
-            f"{run.compressed_ratio:.2f}" if run.compressed_share else "",
+            f"{run.compressed_ratio:.2f}" if run.compressed_ratio else "",
             f"{run.step_ms:.1f}",
             f"{sum(run.end['seconds'].values()):.1f}",
         )

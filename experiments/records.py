@@ -76,15 +76,31 @@ class Run(NamedTuple):
         return self.end["compressed_steps"] / self.step
 
     @property
-    def compressed_ratio(self) -> float:
-        """How many times fewer bytes than dense, over those steps."""
+    def compressed_ratio(self) -> float | None:
+        """How many times fewer bytes than dense, over those steps; None without any, and where the workers changed.
+
+        Then a dense step sent at first more, or less, than later.
+        """
+        if not self.compressed_share or any(line["workers"] != self.header["workers"] for line in self.resumed):
+            return None
         return self.end["dense_bytes"] * self.compressed_share / self.end["compressed_bytes"]
 
     @property
     def step_ms(self) -> float:
         """Median milliseconds of a step."""
         times = [record["ms"] for record in self.train]
-        return statistics.median(times[1:] or times)  # the first one holds the compilation
+        return statistics.median(times[1:] or times)  # the first one may hold the compilation
+
+
+def differences(settings: Record, others: Record) -> str:
+    """In what two runs' settings differ, such as "lr=0.1, not 0.2"; nothing if they do not."""
+    found = []
+    for key in {**settings, **others}:
+        if key not in settings or key not in others:
+            found.append(f"{'no ' * (key not in settings)}{key}, which only one of the versions has")
+        elif settings[key] != others[key]:
+            found.append(f"{key}={settings[key]!r}, not {others[key]!r}")
+    return "; ".join(found)
 
 
 def of(lines: Iterable[Record]) -> Run:
@@ -135,9 +151,10 @@ class Recorder:
           state: of the recorder of the checkpoint from which the run goes on.
 
         Raises:
-          RecordsError: here and later, the file cannot be written.
+          RecordsError: the file is of a run with other settings; or, here and later, it cannot be written.
         """
         self.path = path
+        _require_own(path, header)
         self.state = state or {
             "lines": [header],
             "recent": [],  # loss, accuracy and milliseconds of each step since the last line "train"
@@ -154,8 +171,9 @@ class Recorder:
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
             partial.replace(path)
-        # What TensorBoard was told of later steps, it forgets.
-        self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=self.state["step"] + 1)
+        with _named(board or path):
+            # What TensorBoard was told of later steps, it forgets.
+            self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=self.state["step"] + 1)
 
     @property
     def sent(self) -> str:
@@ -211,6 +229,14 @@ class Recorder:
         if self.board:
             self.board.close()
         return of(self.state["lines"])
+
+
+def _require_own(path: pathlib.Path, header: Record) -> None:
+    """Raises RecordsError where there are the records of a run with other settings, rather than lose them."""
+    if path.exists() and path.stat().st_size:
+        other = read(path).header
+        if difference := differences(other["settings"], header["settings"]):
+            raise RecordsError(f"{path} has the records of a run with {difference}: give another --out_dir, or move it")
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ def row(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
 
     accuracies, base = ([run.accuracy for run in group] for group in (runs, baseline))
     accuracy, others = statistics.fmean(accuracies), bool(baseline) and runs is not baseline
-    compressed = [run.compressed_ratio for run in runs if run.compressed_share]
+    compressed = [ratio for run in runs if (ratio := run.compressed_ratio)]
     return Row(
         name=name,
         label=runs[0].name,
@@ -235,7 +235,7 @@ def _who(runs: Sequence[Run], named: dict[str, str]) -> str:
 
 def _unfinished(run: Run, named: dict[str, str]) -> str:
     tested = f"; test accuracy {run.accuracy:.2%} at step {run.test[-1]['step']:,}" if run.test else ""
-    return f"{_who([run], named)}: interrupted at step {run.step:,} of {run.header['steps']:,}{tested}."
+    return f"{_who([run], named)}: at step {run.step:,} of {run.header['steps']:,}{tested}."
 
 
 def _notes(rows: Sequence[Row], base: Row | None, emulated: bool) -> list[str]:

@@ -19,14 +19,14 @@ import contextlib
 import datetime
 import itertools
 import pathlib
-import shlex
+import re
 import signal
 import subprocess
 import sys
 import time
 import tomllib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from absl import app, flags
 
@@ -36,6 +36,8 @@ from experiments.interrupts import interruptible
 FLAGS = flags.FLAGS
 
 KEYS = {"presets": str, "codecs": str, "seeds": int}
+# A codec and flags of its own, which hold nothing that is special in a shell or in a file's name.
+CODEC = re.compile(r"(\w+)( --(no)?\1_\w+(=[\w.+-]+)?)*")
 POLL_SECONDS = 1.0
 
 
@@ -59,12 +61,12 @@ class Cell(NamedTuple):
     @property
     def name(self) -> str:
         """Such as "cifar10-qsgd_qsgd_bits=8-seed0", which names its directory."""
-        codec = "_".join(part.lstrip("-") for part in shlex.split(self.codec))
+        codec = "_".join(part.lstrip("-") for part in self.codec.split())
         return f"{pathlib.Path(self.preset).stem}-{codec}-seed{self.seed}"
 
     def command(self, out_dir: pathlib.Path) -> list[str]:
         """What to run; `out_dir` is the sweep's."""
-        codec, *settings = shlex.split(self.codec)
+        codec, *settings = self.codec.split()
         folder = out_dir / self.name
         return [
             *(sys.executable, "-m", "experiments.cifar", f"--flagfile={self.preset}", f"--codec={codec}", *settings),
@@ -90,25 +92,39 @@ def read(path: pathlib.Path) -> list[Cell]:
         if set(grid) != set(KEYS):
             raise GridError(f"{path}: a [[grid]] has {', '.join(KEYS)}, got {', '.join(grid) or 'nothing'}")
         for key, kind in KEYS.items():
-            _require_list(path, key, grid[key], kind)
+            value = grid[key]
+            if not isinstance(value, list) or not value or not all(type(x) is kind for x in value):
+                raise GridError(f"{path}: {key} must be a list of {kind.__name__}, got {value!r}")
         cells += itertools.starmap(Cell, itertools.product(*(grid[key] for key in KEYS)))
     for cell in cells:
+        if not CODEC.fullmatch(cell.codec):
+            raise GridError(
+                f"{path}: {cell.codec!r} is not a codec with its own settings, such as 'qsgd --qsgd_bits=8'; what all "
+                "codecs share belongs into a preset"
+            )
         if not pathlib.Path(cell.preset).is_file():
             raise GridError(f"{path}: there is no preset {cell.preset}")
-        if cells.count(cell) > 1:
-            raise GridError(f"{path}: {cell.name} is there {cells.count(cell)} times")
+        if (count := [other.name for other in cells].count(cell.name)) > 1:
+            raise GridError(f"{path}: there are {count} runs of the name {cell.name}")
     return cells
 
 
-def _require_list(path: pathlib.Path, key: str, value: Any, kind: type) -> None:
-    if not isinstance(value, list) or not value or not all(type(x) is kind and x != "" for x in value):
-        raise GridError(f"{path}: {key} must be a list of {kind.__name__}, got {value!r}")
-
-
-def settings(cell: Cell, out_dir: pathlib.Path) -> str:
-    """What decides a run: its arguments, and what its preset says."""
+def settings(cell: Cell) -> str:
+    """What decides a run: its codec and seed, and what its preset says."""
     preset = pathlib.Path(cell.preset).read_text(encoding="utf-8").splitlines()
-    return "\n".join([*cell.command(out_dir)[2:], *(line for line in preset if line and line[0] != "#")]) + "\n"
+    return "\n".join([cell.codec, f"--seed={cell.seed}", *(x for x in preset if x and not x.startswith("#"))]) + "\n"
+
+
+def require_same(cell: Cell, folder: pathlib.Path) -> None:
+    """Raises GridError where the run's directory is of a run with other settings; else notes the settings there."""
+    path = folder / "settings.txt"
+    if not path.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "settings.partial"
+        partial.write_text(settings(cell), encoding="utf-8")
+        partial.rename(path)
+    elif path.read_text(encoding="utf-8") != settings(cell):
+        raise GridError(f"{folder} is of a run with other settings: move it away, or give another --out_dir")
 
 
 def recorded(folder: pathlib.Path) -> records.Run | None:
@@ -119,13 +135,10 @@ def recorded(folder: pathlib.Path) -> records.Run | None:
     return None
 
 
-def require_same(cell: Cell, out_dir: pathlib.Path) -> None:
-    """Raises GridError where the run's directory is of a run with other settings; else notes the settings there."""
-    path = out_dir / cell.name / "settings.txt"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and path.read_text(encoding="utf-8") != settings(cell, out_dir):
-        raise GridError(f"{path.parent} is of a run with other settings: move it away, or give another --out_dir")
-    path.write_text(settings(cell, out_dir), encoding="utf-8")
+def part(folder: pathlib.Path) -> float:
+    """Which part of a run is done, between 0 and 1."""
+    found = recorded(folder)
+    return found.step / found.header["steps"] if found else 0.0
 
 
 def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show: Callable[[float], None]) -> str:
@@ -145,13 +158,16 @@ def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show
     with (folder / "log.txt").open("a", encoding="utf-8") as log:
         # In a session of its own, where Ctrl-C does not reach it a second time.
         process = subprocess.Popen(cell.command(out_dir), stdout=log, stderr=log, start_new_session=True)
-        while process.poll() is None:
-            if interrupted() and not asked:
-                asked = True
-                process.send_signal(signal.SIGINT)
-            found = recorded(folder)
-            show(found.step / found.header["steps"] if found else 0.0)
-            time.sleep(POLL_SECONDS)
+        try:
+            while process.poll() is None:
+                if interrupted() and not asked:
+                    asked = True
+                    process.send_signal(signal.SIGINT)
+                show(part(folder))
+                time.sleep(POLL_SECONDS)
+        finally:
+            process.kill()  # if it is still there, something has gone wrong here
+            process.wait()
     if process.returncode == 0:
         return ""
     *_, last = ["", *(folder / "log.txt").read_text(encoding="utf-8").splitlines()]
@@ -175,29 +191,34 @@ def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) ->
     """
     cells = read(grid)
     for cell in cells:
-        require_same(cell, out_dir)
+        require_same(cell, out_dir / cell.name)
     todo = [cell for cell in cells if not ((found := recorded(out_dir / cell.name)) and found.end)]
     screen.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before", soft_wrap=True)
     failures = []
-    began = time.perf_counter()
+    began, before = time.perf_counter(), sum(part(out_dir / cell.name) for cell in todo)
     with interruptible() as interrupted, display.progress(screen) as progress:
         bar = progress.add_task("sweep", total=len(todo), status="")
+
+        def left() -> str:
+            """The time it takes yet, if it goes on as since the beginning."""
+            now = sum(part(out_dir / cell.name) for cell in todo)
+            if now == before:
+                return "time left unknown"
+            seconds = (time.perf_counter() - began) / (now - before) * (len(todo) - now)
+            return f"{datetime.timedelta(seconds=round(seconds))} left"
+
         for number, cell in enumerate(todo):
 
             def show(part: float, number: int = number, cell: Cell = cell) -> None:
-                progress.update(bar, completed=number + part, status=f"{cell.name} {part:.0%}, {left(number + part)}")
-
-            def left(runs: float) -> str:
-                seconds = (time.perf_counter() - began) / max(runs, 1e-9) * (len(todo) - runs)
-                return f"{datetime.timedelta(seconds=round(seconds))} left" if runs else ""
+                progress.update(bar, completed=number + part, status=f"{cell.name} {part:.0%}, {left()}")
 
             failure = run(cell, out_dir, interrupted, show)
             if interrupted():
                 break
-            failures += [f"{cell.name}: {failure}"] * bool(failure)
             found = recorded(out_dir / cell.name)
             outcome = f"failed, {failure}" if failure or not found else f"test accuracy {found.accuracy:.2%}"
-            screen.print(f"{number + 1}/{len(todo)} {cell.name}: {outcome}; {left(number + 1)}", soft_wrap=True)
+            screen.print(f"{number + 1}/{len(todo)} {cell.name}: {outcome}; {left()}", soft_wrap=True)
+            failures += [f"{cell.name}: {failure}"] * bool(failure)
     if interrupted():
         raise KeyboardInterrupt
     return failures
@@ -210,7 +231,7 @@ def main(argv: list[str]) -> None:
         if argv[1:]:
             raise GridError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
         failures = sweep(pathlib.Path(FLAGS.grid), pathlib.Path(FLAGS.out_dir), screen)
-    except GridError as error:
+    except (GridError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         screen.print("interrupted; the same command goes on", soft_wrap=True)

@@ -10,6 +10,7 @@ import datetime
 import math
 import pathlib
 import platform
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -47,6 +48,11 @@ flags.DEFINE_enum(
 flags.DEFINE_float("warmup_epochs", 1.0, "Epochs in which the learning rate rises.", lower_bound=0)
 flags.DEFINE_list(
     "decay_epochs", ["150", "250"], "Of --schedule=step: epochs at which the learning rate falls tenfold."
+)
+flags.register_validator(
+    "decay_epochs",
+    lambda epochs: all(re.fullmatch(r"\d+(\.\d+)?", epoch) for epoch in epochs),
+    message="must be numbers with commas between them",
 )
 flags.DEFINE_float("momentum", 0.9, "Of sgd and ef_momentum.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, added to the aggregated gradient.", lower_bound=0)
@@ -128,23 +134,8 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
       RecordsError: the records cannot be written.
     """
     run_name = f"{task.name}-{codecs.label(name).replace(' ', '_')}-seed{FLAGS.seed}"
-    if not FLAGS.checkpoint_dir:
-        return run(run_name, None, name, codec, task, mesh, screen)
-    folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name
-    with checkpoints.owned(folder):
-        return run(run_name, folder, name, codec, task, mesh, screen)
-
-
-def run(
-    run_name: str,
-    folder: pathlib.Path | None,
-    name: str,
-    codec: Compressor,
-    task: Task,
-    mesh: Mesh,
-    screen: display.Console,
-) -> records.Run:
-    """The loop of `train`, for a run of that name with its checkpoints in `folder`, if it keeps any."""
+    folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name if FLAGS.checkpoint_dir else None
+    board = pathlib.Path(FLAGS.tensorboard_dir) / run_name if FLAGS.tensorboard_dir else None
     steps_per_epoch = task.examples // FLAGS.batch_size
     steps = FLAGS.epochs * steps_per_epoch
     settings = {key: FLAGS[key].value for key in SETTINGS} | task.settings | codecs.settings(name)
@@ -154,27 +145,27 @@ def run(
     step = train_step(task.loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
     dense_bits = 32 * sum(x.size for x in jax.tree.leaves(task.params)) * 2 * (mesh.size - 1) // mesh.size
 
-    done, figures = 0, None
-    # Copies, as a step consumes what it is given, and the next codec starts from the same.
-    params, model_state = jax.tree.map(jnp.copy, (task.params, task.model_state))
-    opt_state = init(tx, params, mesh)
-    if folder and (saved := restore(folder, settings, tx, task, screen)):
-        done, figures = saved.step, saved.figures
-        params, model_state = saved.arrays["params"], saved.arrays["model_state"]
-        opt_state = place(saved.arrays["opt_state"], tx, params, saved.workers, mesh, screen)
-    # Parameters that lay on one device at the first step would have the second one compiled anew.
-    params, model_state = jax.device_put((params, model_state), NamedSharding(mesh, P()))
+    own = checkpoints.owned(folder) if folder else contextlib.nullcontext()
+    with own, interruptible() as interrupted, display.progress(screen) as progress:
+        done, figures = 0, None
+        # Copies, as a step consumes what it is given, and the next codec starts from the same.
+        params, model_state = jax.tree.map(jnp.copy, (task.params, task.model_state))
+        opt_state = init(tx, params, mesh)
+        if folder and (saved := restore(folder, settings, tx, task, screen)):
+            done, figures = saved.step, saved.figures
+            params, model_state = saved.arrays["params"], saved.arrays["model_state"]
+            opt_state = place(saved.arrays["opt_state"], tx, params, saved.workers, mesh, screen)
+        # Parameters that lay on one device at the first step would have the second one compiled anew.
+        params, model_state = jax.device_put((params, model_state), NamedSharding(mesh, P()))
 
-    board = pathlib.Path(FLAGS.tensorboard_dir) / run_name if FLAGS.tensorboard_dir else None
-    path = pathlib.Path(FLAGS.out_dir) / f"{run_name}.jsonl"
-    recorder = records.Recorder(path, header(name, task, settings, steps, mesh), board, figures)
-    if 0 < done < steps:
-        recorder.write("resumed", workers=mesh.size)
+        path = pathlib.Path(FLAGS.out_dir) / f"{run_name}.jsonl"
+        recorder = records.Recorder(path, header(name, task, settings, steps, mesh), board, figures)
+        if 0 < done < steps:
+            recorder.write("resumed", workers=mesh.size)
 
-    with interruptible() as interrupted, display.progress(screen) as progress:
         bar = progress.add_task(run_name, total=steps, completed=done, status="compiling")
         batches = task.batches(done)
-        work = "compile"  # which the first step of a process does
+        work, first, since = "compile", done, time.perf_counter()  # the first step of a process compiles
         stop = False
         while done < steps and not stop:
             with recorder.timed("input"):
@@ -195,10 +186,11 @@ def run(
                 with recorder.timed("evaluate"):
                     judged = task.evaluate(params, model_state)
                 recorder.write("test", **judged)
-                left = datetime.timedelta(seconds=round(progress.tasks[bar].time_remaining or 0))
+                left = (time.perf_counter() - since) / (done - first) * (steps - done)
                 screen.print(
                     f"{run_name}: epoch {math.ceil(done / steps_per_epoch)}, step {done}/{steps}, {status}, train "
-                    f"accuracy {accuracy:.1%}, test accuracy {judged['accuracy']:.1%}, {left} left",
+                    f"accuracy {accuracy:.1%}, test accuracy {judged['accuracy']:.1%}, "
+                    f"{datetime.timedelta(seconds=round(left))} left",
                     soft_wrap=True,
                 )
             if done == steps:
@@ -208,11 +200,11 @@ def run(
                 arrays = {"params": params, "model_state": model_state, "opt_state": opt_state}
                 with recorder.timed("checkpoint"):
                     checkpoint(folder, mesh.size, settings, arrays, recorder, screen)
-        recorded = recorder.close()
+        run = recorder.close()
         if interrupted():
-            kept = f"the same command goes on from {folder}" if folder else "without --checkpoint_dir"
+            kept = f"the same command goes on from {folder}" if folder else "nothing is kept without --checkpoint_dir"
             raise InterruptedRunError(f"{run_name} was interrupted at step {done} of {steps}; {kept}")
-    return recorded
+    return run
 
 
 def checkpoint(
@@ -227,12 +219,21 @@ def checkpoint(
     try:
         checkpoints.save(folder, recorder.state["step"], workers, settings, arrays, recorder.state)
     except checkpoints.CheckpointError as error:
-        screen.print(f"{error}. The training goes on.", style="bold red", soft_wrap=True)
+        screen.print(str(error), style="bold red", soft_wrap=True)
 
 
 def learning_rate(steps_per_epoch: int) -> optax.Schedule:
-    """From steps done to the learning rate, as the flags have it."""
+    """From steps done to the learning rate, as the flags have it.
+
+    Raises:
+      ValueError: it would not do what the flags say.
+    """
     decay_epochs = [float(epoch) for epoch in FLAGS.decay_epochs]
+    if FLAGS.schedule == "step" and decay_epochs and min(decay_epochs) >= FLAGS.epochs:
+        raise ValueError(
+            f"--decay_epochs={','.join(FLAGS.decay_epochs)} are not reached in --epochs={FLAGS.epochs}: give earlier "
+            "ones, or --decay_epochs= for none"
+        )
     return optimizers.schedule(
         FLAGS.schedule, FLAGS.lr, FLAGS.lr_scale, steps_per_epoch, FLAGS.epochs, FLAGS.warmup_epochs, decay_epochs
     )

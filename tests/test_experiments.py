@@ -122,7 +122,7 @@ def test_a_short_training_gives_a_table_and_a_figure(tmp_path):
         f"--out_dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "digits-resnet8.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout)
     assert done.stdout.count("test accuracy ") == 2 * 2 + 1  # two evaluations of each codec, and the table's head
 
@@ -215,6 +215,7 @@ def test_a_training_sees_the_same_batches_from_wherever_it_goes_on():
         (["--codec=none,qsgd", "--qsgd_min_size=99999"], "'qsgd' would compress none of the 23 leaves"),
         (["--workers=9"], "--workers=9: jax has 8 devices"),
         (["--epochs=1"], "warmup_epochs=1.0 must be less than epochs=1"),
+        (["--schedule=step"], "--decay_epochs=150,250 are not reached in --epochs=10"),
         (["--model=vgg19"], "VGG-19-bn needs images of 32x32 or more, got 8x8"),
         (["digits"], "'digits' is no flag"),
     ],

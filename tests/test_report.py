@@ -244,7 +244,7 @@ def test_a_run_that_went_on_with_fewer_workers_is_warned_of():
 
 def test_an_unfinished_run_is_named_and_in_no_row(without_figures):
     section = only([*NONE, run("qsgd", finished=False)])
-    assert section.unfinished == ["qsgd (seed 0): interrupted at step 20 of 40."]
+    assert section.unfinished == ["qsgd (seed 0): at step 20 of 40."]
     assert [row.name for row in section.rows] == list(section.runs) == ["none"]
     for text in (report.html([section]), report.markdown([section])):
         assert section.unfinished[0] in text
@@ -390,7 +390,7 @@ def test_a_last_line_that_was_cut_off_is_an_unfinished_run(tmp_path):
     path = save(tmp_path, lines()) / "0.jsonl"
     path.write_text(path.read_text(encoding="utf-8")[:-5], encoding="utf-8")
     assert only([report.read(path)]).unfinished == [
-        "none (seed 0): interrupted at step 40 of 40; test accuracy 90.00% at step 40."
+        "none (seed 0): at step 40 of 40; test accuracy 90.00% at step 40."
     ]
 
 

@@ -7,9 +7,14 @@ import re
 import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
-from experiments import display, sweep
+from experiments import cifar, display, sweep
 
+assert cifar  # whose flags the runs have
+FLAGS = flags.FLAGS
+ROOT = pathlib.Path(__file__).parent.parent
 GRID = """
 [[grid]]
 presets = ["PRESET"]
@@ -23,7 +28,7 @@ folder = pathlib.Path(sys.argv[1])
 with (folder / "calls").open("a") as calls:
     calls.write("called\\n")
 if (folder.parent / "FAIL").exists() and "qsgd" in folder.name:
-    sys.exit("no luck")
+    sys.exit("no luck [/at:0]")
 if (folder.parent / "SLOW").exists():
     (folder.parent / "STARTED").touch()
     time.sleep(60)
@@ -31,6 +36,9 @@ at = {"step": 3, "bytes": 8, "dense_bytes": 16}
 lines = [{"kind": "run", "steps": 3}, {"kind": "test", **at, "accuracy": 0.5}, {"kind": "end", **at}]
 (folder / "run.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
+
+
+COMMAND = sweep.Cell.command
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +88,7 @@ def test_a_failure_is_told_and_keeps_no_other_run_from_its_end(grid, tmp_path):
     (tmp_path / "out" / "FAIL").touch()
     failures = run(grid)
     assert [failure.split(": ")[0] for failure in failures] == EVERY[2:]
-    assert re.fullmatch(r".*seed0: exit code 1, 'no luck'; see .*log.txt", failures[0])
+    assert re.fullmatch(r".*seed0: exit code 1, 'no luck \[/at:0\]'; see .*log.txt", failures[0])
     (tmp_path / "out" / "FAIL").unlink()
     run(grid)
     assert calls(tmp_path) == dict(zip(EVERY, [1, 1, 2, 2], strict=True))
@@ -105,6 +113,28 @@ def test_an_interruption_reaches_the_run_and_ends_the_sweep(grid, tmp_path, monk
     assert calls(tmp_path) == dict(zip(EVERY, [2, 1, 1, 1], strict=True))
 
 
+def test_a_sweep_can_be_moved_and_what_a_run_prints_is_no_markup(grid, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "FAIL").touch()
+    failures = run(grid)
+    assert len(failures) == 2
+    assert "no luck [/at:0]" in failures[0]
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "FAIL").unlink()
+    assert not sweep.sweep(grid, tmp_path / "elsewhere", display.console())
+
+
+def test_the_command_of_a_run_is_one_of_the_experiment(tmp_path):
+    cell = sweep.Cell(str(ROOT / "experiments/presets/digits.flags"), "qsgd --qsgd_bits=8 --noqsgd_error_feedback", 3)
+    python, dash_m, module, *args = COMMAND(cell, tmp_path)
+    assert (python, dash_m, module) == (sys.executable, "-m", "experiments.cifar")
+    with flagsaver.flagsaver():
+        assert FLAGS(["test", *args]) == ["test"]
+        assert (FLAGS.codec, FLAGS.qsgd_bits, FLAGS.seed, FLAGS.epochs) == (["qsgd"], 8, 3, 40)
+        assert FLAGS.out_dir == str(tmp_path / cell.name)
+        assert FLAGS.checkpoint_dir == str(tmp_path / cell.name / "checkpoints")
+
+
 def test_runs_of_other_settings_are_not_taken_for_these(grid, tmp_path):
     run(grid)
     preset = tmp_path / "small.flags"
@@ -123,11 +153,17 @@ def test_runs_of_other_settings_are_not_taken_for_these(grid, tmp_path):
         ("seeds", "seed", "a \\[\\[grid\\]\\] has presets, codecs, seeds, got presets, codecs, seed"),
         ("[0, 1]", '["0"]', r"seeds must be a list of int, got \['0'\]"),
         ("[0, 1]", "[]", r"seeds must be a list of int, got \[\]"),
-        ("[0, 1]", "[0, 0]", "small-none-seed0 is there 2 times"),
+        ("[0, 1]", "[0, 0]", "there are 2 runs of the name small-none-seed0"),
         ("small.flags", "large.flags", "there is no preset .*large.flags"),
+        ("--qsgd_bits=8", "--seed=3", "'qsgd --seed=3' is not a codec with its own settings"),
+        ("--qsgd_bits=8", "'x", "is not a codec with its own settings"),
+        ('["PRESET"', '["PRESET", "PRESET/../small.flags"', "there are 2 runs of the name small-none-seed0"),
     ],
 )
 def test_a_file_that_is_no_grid_is_refused(before, after, message, grid, tmp_path):
+    preset = str(tmp_path / "small.flags")
+    before, after = (text.replace("PRESET/..", str(tmp_path)).replace("PRESET", preset) for text in (before, after))
+    assert before in grid.read_text()
     grid.write_text(grid.read_text().replace(before, after))
     with pytest.raises(sweep.GridError, match=message):
         run(grid)
@@ -135,7 +171,6 @@ def test_a_file_that_is_no_grid_is_refused(before, after, message, grid, tmp_pat
 
 
 def test_the_grid_of_the_results_is_one():
-    path = pathlib.Path(__file__).parent.parent / "experiments" / "sweeps" / "cifar10.toml"
-    cells = sweep.read(path)
+    cells = sweep.read(ROOT / "experiments" / "sweeps" / "cifar10.toml")
     assert len(cells) == 11
     assert json.dumps(cells[-1].name) == '"cifar10-gradiveq_gradiveq_error_feedback-seed0"'

@@ -1,5 +1,6 @@
 """The training loop: what is recorded, checkpoints, and that a stopped training ends as one that was not."""
 
+import errno
 import io
 import os
 import pathlib
@@ -16,6 +17,7 @@ import types
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from absl import flags
@@ -111,9 +113,9 @@ def only_run(folder):
     return run
 
 
-def newest(folder):
-    """The step and the arrays of the newest checkpoint, read without this library."""
-    step = max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+def newest(folder, step=None):
+    """The step and the arrays of the newest checkpoint, or of that step, read without this library."""
+    step = step or max(int(path.name) for path in folder.iterdir() if path.name.isdigit())
     return step, ocp.StandardCheckpointer().restore(folder / str(step) / "state")
 
 
@@ -140,12 +142,20 @@ def assert_same_end(folder, expected):
 # Stopped and resumed
 
 
-@pytest.mark.parametrize("codec", codecs.CODECS)
-def test_an_interrupted_training_ends_as_one_that_was_not(codec, tmp_path):
+@pytest.mark.parametrize(
+    ("codec", "args"),
+    [
+        ("none", ["--optimizer=adam"]),
+        ("gradiveq", []),
+        ("powersgd", ["--optimizer=ef_momentum", "--schedule=step", "--lr_scale=4", "--decay_epochs=2"]),
+        ("qsgd", []),
+    ],
+)
+def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path):
     """Stopped between two lines of the records and two checkpoints, and while GradiVeQ compresses."""
-    given(tmp_path / "whole", codec=codec)
+    given(tmp_path / "whole", *args, codec=codec)
     train()
-    given(tmp_path / "stopped", codec=codec)
+    given(tmp_path / "stopped", *args, codec=codec)
     with pytest.raises(
         training.InterruptedRunError, match=r"at step 9 of 12; the same command goes on from .*checkpoints"
     ):
@@ -163,25 +173,36 @@ def test_a_training_that_is_done_is_not_done_again(tmp_path):
 def test_without_a_directory_for_checkpoints_there_are_none(tmp_path):
     given(tmp_path)
     FLAGS.checkpoint_dir = None
-    with pytest.raises(training.InterruptedRunError, match="without --checkpoint_dir"):
+    with pytest.raises(training.InterruptedRunError, match="nothing is kept without --checkpoint_dir"):
         train(regression(stop_at=2))
     assert train().train[0]["step"] == 2
     assert not (tmp_path / "checkpoints").exists()
 
 
 def test_on_another_number_of_workers_it_goes_on_and_says_what_was_carried_over(tmp_path, monkeypatch):
-    given(tmp_path, codec="qsgd")
+    given(tmp_path, "--checkpoint_every=100", codec="qsgd")
     with pytest.raises(training.InterruptedRunError):
         train(regression(stop_at=5))
     resized = []
-    monkeypatch.setattr(training, "resize_workers", lambda *args: resized.append(resize_workers(*args)) or resized[0])
+
+    def resize(*args):
+        state = resize_workers(*args)
+        resized.append(jax.device_get(state))  # the next step consumes it
+        return state
+
+    monkeypatch.setattr(training, "resize_workers", resize)
     FLAGS.workers = 2
     said = io.StringIO()
     task = regression()
     run = train(task, said)
     assert "The checkpoint is of 4 workers, now there are 2. Carried over as they were: parameters" in said.getvalue()
     assert "Of the residuals: their mean over the workers" in said.getvalue()
-    assert len(resized) == 1
+    _, saved = newest(only_run(tmp_path), 6)
+    (state,) = resized
+    assert state[0].residual.value
+    for path, residual in state[0].residual.value.items():
+        old = saved["opt_state"][0]["residual"]["value"][path]
+        np.testing.assert_array_equal(residual, old.reshape(2, 2, *old.shape[1:]).mean(1))
     assert [(line["step"], line["workers"]) for line in run.resumed] == [(6, 2)]
     assert run.end["step"] == 12
     # What dense all-reduces would have sent: 2 x 3/4 of the parameters on four workers, 2 x 1/2 on two.
@@ -239,6 +260,13 @@ def test_a_directory_for_checkpoints_that_cannot_be_made_is_told_before_the_trai
         train(regression(stop_at=0))
 
 
+FIGURES = {
+    "another figure": ('"dense_bits": ', '"dense_bits": 1'),
+    "another setting": ('"lr": 0.05', '"lr": 0.15'),
+    "no workers": ('"workers": 4', '"workers": 0'),
+}
+
+
 def damage(folder, kind):
     """Damages a checkpoint."""
     files = sorted((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
@@ -250,10 +278,10 @@ def damage(folder, kind):
         files[-1].write_bytes(bytes(files[-1].stat().st_size))
     elif kind == "no figures":
         (folder / "run" / "metadata").write_text('{"workers": 4, "sett')
-    elif kind == "another figure":
+    elif kind in FIGURES:
         path = folder / "run" / "metadata"
         text = path.read_text()
-        path.write_text(text.replace('"dense_bits": ', '"dense_bits": 1'))
+        path.write_text(text.replace(*FIGURES[kind]))
         assert path.read_text() != text
     else:  # an array, whole and of the right shape, with one value that is not the saved one
         state = ocp.StandardCheckpointer().restore(folder / "state")
@@ -263,7 +291,7 @@ def damage(folder, kind):
             checkpointer.save(folder / "state", state)
 
 
-@pytest.mark.parametrize("kind", ["truncated", "missing", "zeros", "no figures", "another figure", "another value"])
+@pytest.mark.parametrize("kind", ["truncated", "missing", "zeros", "no figures", *FIGURES, "another value"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(kind, tmp_path):
     given(tmp_path / "whole")
     train()
@@ -285,8 +313,9 @@ def test_where_no_checkpoint_is_whole_the_training_does_not_start_anew(tmp_path)
     folder = only_run(tmp_path)
     for step in ("10", "12"):
         damage(folder / step, "missing")
-    with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoint in .* is whole: remove that directory"):
-        train()
+    for _ in range(2):
+        with pytest.raises(checkpoints.CheckpointError, match=r"no checkpoint in .* is whole .*remove that directory"):
+            train()
 
 
 @pytest.mark.parametrize(
@@ -304,6 +333,40 @@ def test_a_checkpoint_of_other_settings_is_refused(args, message, tmp_path):
     with pytest.raises(checkpoints.CheckpointError, match=message + ".*or another --checkpoint_dir"):
         train()
     chex.assert_trees_all_equal(newest(only_run(tmp_path)), before)
+
+
+def test_a_checkpoint_of_another_structure_is_refused_and_stays(tmp_path):
+    """As after an update of a library that adds to its state."""
+    given(tmp_path)
+    train()
+    task = regression()
+    task = task._replace(params=task.params | {"more": jnp.zeros(3)})
+    with pytest.raises(checkpoints.CheckpointError, match=r"of another structure.* here; go on with the versions"):
+        train(task)
+    assert {path.name for path in only_run(tmp_path).iterdir()} == {"10", "12", "lock"}
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    given(tmp_path)
+    train()
+
+    def too_many_files(*args):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(checkpoints, "_read", too_many_files)
+    with pytest.raises(checkpoints.CheckpointError, match=r"step 12 in .* cannot be read: .*Too many open files"):
+        train()
+    assert {path.name for path in only_run(tmp_path).iterdir()} == {"10", "12", "lock"}
+
+
+def test_the_records_of_another_run_are_not_lost(tmp_path):
+    given(tmp_path)
+    before = train()
+    given(tmp_path, "--lr=0.06", f"--checkpoint_dir={tmp_path}/others")
+    with pytest.raises(records.RecordsError, match=r"of a run with lr=0.05, not 0.06: give another --out_dir"):
+        train()
+    (path,) = (tmp_path / "out").glob("*.jsonl")
+    assert records.read(path) == before
 
 
 def test_a_full_disk_loses_no_earlier_checkpoint_and_says_so(tmp_path, monkeypatch):
@@ -339,7 +402,7 @@ def test_a_disk_with_too_little_room_is_known_before_anything_is_written(tmp_pat
     said = io.StringIO()
     train(said=said)
     assert re.search(
-        r"The checkpoint of step 12 cannot be .*: it takes 0.0 MB, of which the disk has 0.0", said.getvalue()
+        r"The checkpoint of step 12 cannot be .*: it takes up to 0.0 MB, of which the disk has 0.0", said.getvalue()
     )
     assert [path.name for path in only_run(tmp_path).iterdir()] == ["lock"]
 
@@ -367,14 +430,15 @@ def start(folder):
     return subprocess.Popen(command(folder), cwd=ROOT, env=os.environ | cache, stdout=log, stderr=log)
 
 
-def kill_when(folder, reached):
-    """Starts the command, and kills it as soon as `reached(folder)`."""
+def stop_when(folder, reached, number):
+    """Starts the command, sends it a signal as soon as `reached(folder)`, and returns the newest checkpoint's step."""
     process = start(folder)
     while not reached(folder):
         assert process.poll() is None, (folder.parent / "log").read_text()
         time.sleep(0.002)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.send_signal(number)
+    assert process.wait() == (130 if number == signal.SIGINT else -number)
+    return max((int(path.name) for path in folder.glob("checkpoints/*/*") if path.name.isdigit()), default=0)
 
 
 def has_recorded(step):
@@ -386,13 +450,21 @@ def is_writing(step):
 
 
 def test_a_killed_training_ends_as_one_that_was_not(tmp_path):
-    """Killed before there is a checkpoint, while one is written, and while GradiVeQ compresses."""
+    """Killed before there is a checkpoint, while one is written, and while GradiVeQ compresses; then interrupted."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(whole).wait() == 0
-    for reached in (has_recorded(2), is_writing(12), has_recorded(23)):
-        kill_when(killed, reached)
+    kept = [
+        stop_when(killed, has_recorded(2), signal.SIGKILL),
+        stop_when(killed, is_writing(12), signal.SIGKILL),
+        stop_when(killed, has_recorded(23), signal.SIGKILL),
+        stop_when(killed, has_recorded(37), signal.SIGINT),
+    ]
+    assert kept[0] == 0
+    assert kept[1] in (8, 12)  # it may have been complete when the signal came
+    assert 20 <= kept[2] < 32
+    assert kept[3] >= 37
     assert start(killed).wait() == 0
     assert_same_end(killed, whole)
     (path,) = (killed / "out").glob("*.jsonl")
-    # The checkpoint of step 12 was not yet whole.
-    assert [line["step"] for line in records.read(path).resumed] == [8, 20]
+    assert [line["step"] for line in records.read(path).resumed] == kept[1:]
+    assert f"was interrupted at step {kept[3]} of 44; the same command goes on from" in (tmp_path / "log").read_text()
