@@ -6,6 +6,7 @@ damaged file is unreadable. Where a checkpoint is damaged, the one before it is 
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -173,8 +174,8 @@ def _damage(folder: pathlib.Path, step: int, error: Exception) -> str:
     Raises:
       CheckpointError: the files may be whole, but cannot be read.
     """
-    missing = isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError)
-    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno and not missing):
+    other_fault = isinstance(error, PermissionError | MemoryError)
+    if other_fault or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
         raise CheckpointError(f"the checkpoint of step {step} in {folder} cannot be read: {error}") from error
     return _first_line(error)
 

@@ -9,7 +9,8 @@ The kind of a line is its "kind":
 - end, the last, only in a run that has reached its end.
 
 All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent for the
-gradients by then, and "dense_bytes", what it would have sent by a dense float32 all-reduce.
+gradients by then, and "dense_bytes", what it would have sent by a dense float32 all-reduce. Figures that are not finite
+are written as Python's json does, NaN.
 """
 
 import contextlib
@@ -151,7 +152,8 @@ class Recorder:
           state: of the recorder of the checkpoint from which the run goes on.
 
         Raises:
-          RecordsError: the file is of a run with other settings; or, here and later, it cannot be written.
+          RecordsError: the file is of a run with other settings that has reached its end, or of something else; or,
+            here and later, it cannot be written.
         """
         self.path = path
         _require_own(path, header)
@@ -232,10 +234,11 @@ class Recorder:
 
 
 def _require_own(path: pathlib.Path, header: Record) -> None:
-    """Raises RecordsError where there are the records of a run with other settings, rather than lose them."""
+    """Raises RecordsError rather than lose the records of another run that has reached its end."""
     if path.exists() and path.stat().st_size:
-        other = read(path).header
-        if difference := differences(other["settings"], header["settings"]):
+        other = read(path)
+        difference = differences(other.header["settings"], header["settings"])
+        if other.end and difference:
             raise RecordsError(f"{path} has the records of a run with {difference}: give another --out_dir, or move it")
 
 

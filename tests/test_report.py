@@ -389,9 +389,7 @@ def test_both_files_tell_the_same(built):
 def test_a_last_line_that_was_cut_off_is_an_unfinished_run(tmp_path):
     path = save(tmp_path, lines()) / "0.jsonl"
     path.write_text(path.read_text(encoding="utf-8")[:-5], encoding="utf-8")
-    assert only([report.read(path)]).unfinished == [
-        "none (seed 0): at step 40 of 40; test accuracy 90.00% at step 40."
-    ]
+    assert only([report.read(path)]).unfinished == ["none (seed 0): at step 40 of 40; test accuracy 90.00% at step 40."]
 
 
 def test_files_are_found_once_and_below(tmp_path):
