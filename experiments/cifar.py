@@ -74,8 +74,15 @@ def main(argv: list[str]) -> None:
         for codec in compressors.values():
             # A codec that refuses this network does so now, not after the ones before it have trained.
             jax.eval_shape(codec.init, task.params)
+        training.learning_rate(task.examples // FLAGS.batch_size)  # likewise
+    except (ValueError, data.DataError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+    try:
         runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
-    except (ValueError, data.DataError, checkpoints.CheckpointError, records.RecordsError) as error:
+    except (checkpoints.CheckpointError, records.RecordsError) as error:
         sys.exit(f"error: {error}")
     except (training.InterruptedRunError, KeyboardInterrupt) as interrupt:
         screen.print(str(interrupt) or "interrupted", soft_wrap=True)
