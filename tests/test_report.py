@@ -457,3 +457,17 @@ def test_the_command_writes_both_files(tmp_path):
     for name in ("report.html", "report.md"):
         assert str(tmp_path / "new" / "out" / name) in done.stdout
         assert "qsgd" in (tmp_path / "new" / "out" / name).read_text(encoding="utf-8")
+
+
+def test_the_report_of_the_repository_is_made_from_its_records(tmp_path):
+    """Figures but for the drawing, which another version of matplotlib makes otherwise."""
+    results = ROOT / "experiments" / "results" / "cifar10"
+    report.write([str(results)], tmp_path)
+    assert (tmp_path / "report.md").read_text(encoding="utf-8") == (results / "report.md").read_text(encoding="utf-8")
+    pages = [(folder / "report.html").read_text(encoding="utf-8") for folder in (tmp_path, results)]
+    ours, theirs = (re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL) for page in pages)
+    assert ours == theirs
+    (section,) = summarize(map(report.read, report.find([str(results)])))
+    assert not section.warnings
+    assert not section.unfinished
+    assert [len(row.seeds) for row in section.rows] == [3] + 8 * [1]
