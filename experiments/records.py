@@ -209,9 +209,13 @@ class Recorder:
 
     def end(self, **values: Any) -> None:
         """Writes the line "end"."""
-        compressed = {"steps": self.state["compressed_steps"], "bytes": self.state["compressed_bits"] // 8}
-        seconds = {kind: _rounded(value) for kind, value in self.state["seconds"].items()}
-        self.write("end", **{f"compressed_{key}": n for key, n in compressed.items()}, **values, seconds=seconds)
+        self.write(
+            "end",
+            compressed_steps=self.state["compressed_steps"],
+            compressed_bytes=self.state["compressed_bits"] // 8,
+            **values,
+            seconds={kind: _rounded(value) for kind, value in self.state["seconds"].items()},
+        )
 
     def write(self, kind: str, **values: Any) -> None:
         """Writes a line."""
