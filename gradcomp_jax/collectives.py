@@ -6,8 +6,11 @@ operands handed to the collective, so that a codec cannot declare less than it s
 
 | collective | bits one worker sends, operand of p bits, n workers |
 |---|---|
-| `mean`, `mean_front`, `from_first` (all-reduce) | 2 (n - 1) / n p |
+| `mean`, `total`, `largest`, `all_`, `from_first` (all-reduce) | 2 (n - 1) / n p |
+| `mean`, `total` with `ring` (n - 1 permutes of p / n, an all-gather of p / n) | 2 (n - 1) / n p |
 | `gather` (all-gather) | (n - 1) p |
+| `scatter` (all-to-all) | (n - 1) / n p |
+| `around_ring` (n - 1 permutes) | (n - 1) p |
 
 All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, with `check_vma` on or off.
 """
@@ -19,13 +22,14 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.flatten_util import ravel_pytree
 
-from gradcomp_jax.metrics import bit_pair
+from gradcomp_jax.metrics import Bits, bit_pair
 
 AxisName = str | tuple[str, ...]
 T = TypeVar("T")
 
-# What `mean_front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
+# What `front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
 FRONT_STEP = 1.25
 
 
@@ -132,42 +136,111 @@ def require_same_elsewhere(leaves: Sequence[tuple[str, Any]], axis_name: AxisNam
             )
 
 
-def mean(tree: T, axis_name: AxisName) -> tuple[T, int]:
-    """All-reduces every leaf of `tree` to its mean over the workers; see the module for the bits."""
+def mean(tree: T, axis_name: AxisName, *, ring: bool = False) -> tuple[T, int]:
+    """All-reduces every leaf of `tree` to its mean over the workers; see the module for the bits.
+
+    Args:
+      tree: arrays.
+      axis_name: the axis of the workers.
+      ring: add what passes, hop by hop, in a ring of our own, instead of calling the platform's all-reduce.
+    """
     n = workers(axis_name)
+    if ring:
+        sums, bits = total(tree, axis_name, ring=True)
+        return jax.tree.map(lambda x: x / n, sums), bits
     return lax.pmean(tree, axis_name), _all_reduce_bits(tree, n)
 
 
+def total(tree: T, axis_name: AxisName, *, ring: bool = False) -> tuple[T, int]:
+    """As `mean`, the sum. Integers wrap: their type must hold the sum."""
+    n = workers(axis_name)
+    if not ring:
+        return lax.psum(tree, axis_name), _all_reduce_bits(tree, n)
+    if n == 1 or not jax.tree.leaves(tree):
+        return lax.psum(tree, axis_name), 0  # for its type
+    flat, restore = ravel_pytree(tree)
+    parts = jnp.pad(flat, (0, -flat.size % n)).reshape(n, -1)
+    mine, _, passing = around_ring(parts, lambda part: (part, ()), lambda x, part: (x + part, ()), axis_name)
+    sums, gathering = gather(mine, axis_name)
+    return restore(of_ring(sums).reshape(-1)[: flat.size]), passing + gathering
+
+
+def around_ring(
+    parts: Any, first: Callable[[Any], tuple[T, Any]], hop: Callable[[T, Any], tuple[T, Any]], axis_name: AxisName
+) -> tuple[T, Any, int]:
+    """The first half of a ring all-reduce (GradiVeQ's Algorithm 1): each part passes all workers once.
+
+    Worker w begins with part w; then n - 1 times it receives what its neighbour w - 1 made of a part, makes its
+    own of it, and sends that on. So it ends with part w + 1, which has passed all.
+
+    Args:
+      parts: arrays [n, ...], this worker's own part of each kind.
+      first: this worker's part -> (message, output).
+      hop: (message received, this worker's part) -> (message, output).
+      axis_name: the axis of the workers.
+
+    Returns:
+      The message of part w + 1, see `of_ring`; the outputs of all parts, [n, ...]; the bits this worker sent.
+    """
+    n = workers(axis_name)
+    # Part (w - i) mod n is the i-th here; the map is its own inverse.
+    order = (worker_index(axis_name) - jnp.arange(n)) % n
+    ordered = jax.tree.map(lambda x: x[order], parts)
+    message, output = first(jax.tree.map(lambda x: x[0], ordered))
+    to_next = [(worker, (worker + 1) % n) for worker in range(n)]
+
+    def turn(message, part):
+        return hop(jax.tree.map(lambda x: lax.ppermute(x, axis_name, to_next), message), part)
+
+    message, outputs = lax.scan(turn, message, jax.tree.map(lambda x: x[1:], ordered))
+    outputs = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more])[order], output, outputs)
+    return message, outputs, (n - 1) * _size_bits(message)
+
+
+def of_ring(gathered: jax.Array) -> jax.Array:
+    """What the workers held after `around_ring`, [n, ...] by worker, by part."""
+    return jnp.roll(gathered, 1, axis=0)
+
+
+def _size_bits(tree: Any) -> int:
+    return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
 def _all_reduce_bits(tree: Any, n: int) -> int:
-    payload = sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    return -(-2 * (n - 1) * payload // n)
+    return -(-2 * (n - 1) * _size_bits(tree) // n)
 
 
-def mean_front(
-    buffer: jax.Array, length: jax.Array, least: int, most: int, axis_name: AxisName
+def front(
+    collective: Callable[[jax.Array], tuple[jax.Array, Bits]],
+    buffer: jax.Array,
+    length: jax.Array,
+    least: int,
+    most: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """All-reduces the first `length` elements of `buffer` to their mean, and little more than those.
+    """Sends the first `length` elements of `buffer`'s last axis through a collective, and little more than those.
 
     Shapes are static, so one of some fixed sizes from `least` to `most` is sent, the smallest that holds them;
     each is at most `FRONT_STEP` times the one before.
 
     Args:
-      buffer: a vector of at least `most` elements.
+      collective: what sends: an array to an array of the same last axis, and its bits.
+      buffer: an array of at least `most` elements along its last axis.
       length: int32, the same on all workers, from `least` to `most`.
       least: the smallest length there can be, at least 1.
       most: the largest.
-      axis_name: the axis of the workers.
 
     Returns:
-      A vector of the buffer's size, zero beyond what was sent; and the bits this worker sent, as a pair.
+      What the collective gave, its last axis as long as the buffer's, zero beyond what was sent; and the bits
+      this worker sent, as a pair.
     """
     sizes = [least]
     while sizes[-1] < most:
         sizes.append(min(most, max(sizes[-1] + 1, int(sizes[-1] * FRONT_STEP))))
 
     def send(size: int):
-        received, bits = mean(buffer[:size], axis_name)
-        return jnp.pad(received, (0, buffer.size - size)), bit_pair(bits)
+        received, bits = collective(buffer[..., :size])
+        padding = [(0, 0)] * (received.ndim - 1) + [(0, buffer.shape[-1] - size)]
+        return jnp.pad(received, padding), bit_pair(bits)
 
     smallest = jnp.searchsorted(jnp.array(sizes, jnp.int32), length)
     return lax.switch(smallest, [functools.partial(send, size) for size in sizes])
@@ -186,53 +259,21 @@ def gather(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
     n = workers(axis_name)
     # vmap knows no `to`; what it gathers is the same everywhere by itself.
     to = "invarying" if tracked(axis_name) else "varying"
-    return lax.all_gather(x, axis_name, to=to), 8 * (n - 1) * x.size * x.dtype.itemsize
+    return lax.all_gather(x, axis_name, to=to), (n - 1) * _size_bits(x)
 
 
-def gather_mean(payload: jax.Array, decode: Callable[[jax.Array], T], axis_name: AxisName) -> tuple[T, int]:
-    """Gathers every worker's `payload` and averages what they decode to.
-
-    The payloads are decoded one after another, so memory holds one decoded copy however many workers
-    there are.
-
-    Args:
-      payload: this worker's bytes, uint8 [p].
-      decode: payload [p] -> tensors.
-      axis_name: the axis of the workers.
-
-    Returns:
-      The mean of the decoded tensors, and the bits this worker sent.
-    """
-    payloads, bits = gather(payload, axis_name)
-
-    def add(total, received):
-        return jax.tree.map(jnp.add, total, decode(received)), None
-
-    total, _ = lax.scan(add, decode(payloads[0]), payloads[1:])
-    return jax.tree.map(lambda x: x / payloads.shape[0], total), bits
+def scatter(x: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
+    """Sends row j of `x` [n, ...] to worker j: gives what all sent to this one, [n, ...] by sender."""
+    n = workers(axis_name)
+    return lax.all_to_all(x, axis_name, 0, 0), (n - 1) * _size_bits(x) // n
 
 
-def max_(tree: T, axis_name: AxisName) -> T:
-    """The elementwise maximum of every leaf over the workers, the same on all.
-
-    For the step's model state, which `wire_bits` leaves out; hence alone here without bits.
-    """
-    return lax.pmax(tree, axis_name)
+def largest(tree: T, axis_name: AxisName) -> tuple[T, int]:
+    """The elementwise maximum of every leaf over the workers, the same on all, by an all-reduce."""
+    return lax.pmax(tree, axis_name), _all_reduce_bits(tree, workers(axis_name))
 
 
-AGGREGATIONS = {"gather": gather_mean}
-
-
-def aggregation(codec: str, aggregate: str) -> Callable[..., tuple[Any, int]]:
-    """The function that averages encoded payloads as `aggregate` says; ValueError where it cannot.
-
-    Args:
-      codec: the name of a codec that encodes and decodes, hence is not linear.
-      aggregate: a key of `AGGREGATIONS`.
-    """
-    if aggregate in AGGREGATIONS:
-        return AGGREGATIONS[aggregate]
-    known = ", ".join(map(repr, AGGREGATIONS))
-    if aggregate == "psum":
-        raise ValueError(f"codec {codec!r} is not linear: aggregate='psum' would add packed codes; use {known}")
-    raise ValueError(f"aggregate={aggregate!r} is not known for codec {codec!r}; use {known}")
+def all_(flag: jax.Array, axis_name: AxisName) -> tuple[jax.Array, int]:
+    """Whether `flag`, a truth value, holds on all workers; by an all-reduce of an int32."""
+    holds = flag.astype(jnp.int32)
+    return lax.pmin(holds, axis_name) == 1, _all_reduce_bits(holds, workers(axis_name))

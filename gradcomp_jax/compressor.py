@@ -53,15 +53,36 @@ class Exchanged(NamedTuple):
     bits: Bits
 
 
+class Levels(NamedTuple):
+    """What a codec offers a controller that switches between two strengths of it, such as `accordion`.
+
+    Attributes:
+      setting: the name of the setting that makes the strength, such as "rank".
+      value: its value in this codec.
+      others: the codec's other settings, by name.
+      build: ((value, ...), error_feedback) -> a codec whose exchange takes `level={path: int32}`, the place of
+        each leaf's value among these. The state serves all of them.
+    """
+
+    setting: str
+    value: Any
+    others: dict[str, Any]
+    build: Callable[[tuple, bool], "Codec"]
+
+
 class Codec(NamedTuple):
     """An algorithm, as two pure functions and two rules about leaves.
 
     Attributes:
       name: the factory's name, for messages.
       init: tensors -> state. Looks at shapes and types only.
-      exchange: (tensors, state, axis_name, **extra_args) -> Exchanged.
+      exchange: (tensors, state, axis_name, **extra_args) -> Exchanged. The extra arguments are those of the
+        transformation's update, and two of `compressor`'s: `gradients`, the tensors before the residual was
+        added, and `feedback`, whether what is left out comes back. Pass them on to a codec inside.
       default: (path, leaf) -> whether the paper compresses such a leaf.
       shrinks: (path, leaf) -> whether this codec can send such a leaf in fewer bytes than it has.
+      linear: whether the compressed form of a sum is the sum of the compressed forms.
+      levels: how to switch its strength; None where it has only one.
     """
 
     name: str
@@ -69,6 +90,8 @@ class Codec(NamedTuple):
     exchange: Callable[..., Exchanged]
     default: Predicate
     shrinks: Predicate
+    linear: bool = False
+    levels: Levels | None = None
 
 
 class CompressorState(NamedTuple):
@@ -88,14 +111,30 @@ class CompressorState(NamedTuple):
     skipped: jax.Array
 
 
+class Settings(NamedTuple):
+    """The keywords of every factory that `compressor` serves; see there."""
+
+    axis_name: AxisName
+    error_feedback: bool
+    min_size: int
+    compress: Predicate | None
+    allow_dense: bool
+
+
 class Compressor(optax.GradientTransformationExtraArgs):
-    """An optax transformation, local gradients in and aggregated gradients out, that carries its codec."""
+    """An optax transformation, local gradients in and aggregated gradients out, that carries its codec.
+
+    Attributes:
+      codec: the codec.
+      settings: with which `compressor` made this of it.
+    """
 
     codec: Codec
+    settings: Settings
 
-    def __new__(cls, init: Callable, update: Callable, codec: Codec) -> "Compressor":
+    def __new__(cls, init: Callable, update: Callable, codec: Codec, settings: Settings) -> "Compressor":
         self = super().__new__(cls, init, update)
-        self.codec = codec
+        self.codec, self.settings = codec, settings
         return self
 
 
@@ -149,6 +188,7 @@ def compressor(
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
     """
     require_whole("min_size", min_size, 0)
+    settings = Settings(axis_name, error_feedback, min_size, compress, allow_dense)
     choose = compress or codec.default
 
     def compressed(path: str, leaf: Any) -> bool:
@@ -186,12 +226,14 @@ def compressor(
         tensors, dense, _ = split(updates)
         _require_state_of(codec.name, state, jax.eval_shape(init_fn, updates))
 
+        gradients = tensors
         if error_feedback:
             tensors = {path: x + state.residual.value[path] for path, x in tensors.items()}
         if flush:
             mean, bits = collectives.mean(tensors, axis_name)
             exchanged = Exchanged(mean, tensors, state.codec, bits)
         else:
+            extra_args = {**extra_args, "gradients": gradients, "feedback": error_feedback}
             exchanged = codec.exchange(tensors, state.codec, axis_name, **extra_args)
         dense, dense_bits = collectives.mean(dense, axis_name)
 
@@ -218,7 +260,7 @@ def compressor(
             skipped=state.skipped + jnp.where(finite, 0, 1),
         )
 
-    return Compressor(init_fn, update_fn, codec)
+    return Compressor(init_fn, update_fn, codec, settings)
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:

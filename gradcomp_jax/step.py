@@ -354,7 +354,7 @@ def _mean_state(state: Any, axes: AxisName) -> Any:
             )
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return _mean(x, axes).astype(x.dtype)
-        return collectives.max_(x, axes)
+        return collectives.largest(x, axes)[0]
 
     return jax.tree_util.tree_map_with_path(leaf, state)
 

@@ -41,6 +41,19 @@ def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, in
     return layers, math.prod(inner[:-1]), inner[-1]
 
 
+def columns(x: jax.Array, axis: int) -> jax.Array:
+    """`x` as a matrix whose columns are counted by `axis`, [x.size / columns, columns]; of a vector, one column."""
+    return x.reshape(-1, 1) if x.ndim < 2 else jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
+
+
+def from_columns(matrix: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """The inverse of `columns`; further columns of the matrix, beyond those of the shape, are dropped."""
+    if len(shape) < 2:
+        return matrix[:, 0].reshape(shape)
+    others = [size for place, size in enumerate(shape) if place != axis % len(shape)]
+    return jnp.moveaxis(matrix[:, : shape[axis]].reshape(*others, shape[axis]), -1, axis)
+
+
 def buckets(x: jax.Array, size: int) -> jax.Array:
     """`x` in C order as rows of `size` elements, [ceil(x.size / size), size], padded with zeros."""
     flat = x.reshape(-1)

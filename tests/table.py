@@ -97,7 +97,7 @@ def qsgd_row(id: str, bits: int, bucket: int, norm: str = "max", error_feedback:
     gain = 1 / (1 + min(bucket / s**2, bucket**0.5 / s)) if error_feedback else 1.0
 
     def make(**kwargs: Any) -> Compressor:
-        settings = {"min_size": 0, "error_feedback": error_feedback, **kwargs}
+        settings = {"min_size": 0, "error_feedback": error_feedback, "aggregate": "gather", **kwargs}
         return qsgd(bits, bucket_size=bucket, norm=norm, **settings)
 
     return Row(id, make, False, payload_qsgd(bits, bucket), rebuild_qsgd(bits, bucket, gain))

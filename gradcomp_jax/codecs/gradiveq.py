@@ -372,7 +372,8 @@ def gradiveq(
             ]
             least, most = (len(losses) + sum(end(s) for s in sizes.values()) for end in (min, max))
             total = functools.reduce(jnp.add, lengths)
-            received, bits = collectives.mean_front(pack_front(own, lengths), total, least, most, axis_name)
+            average = functools.partial(collectives.mean, axis_name=axis_name)
+            received, bits = collectives.front(average, pack_front(own, lengths), total, least, most)
             mean_loss, *means = unpack_front(received, lengths, [len(x) for x in own])
             restored = [
                 {path: leaf(path, x.astype(tensors[path].dtype)) for path, x in zip(tensors, pieces, strict=True)}

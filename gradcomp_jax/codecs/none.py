@@ -6,13 +6,15 @@ import jax
 import optax
 
 from gradcomp_jax import collectives
+from gradcomp_jax.aggregation import LINEAR, linear, require_aggregate
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, flatten
+from gradcomp_jax.compressor import Compressor, Predicate, compressor, flatten
 from gradcomp_jax.views import widen
 
 
 def none(
     *,
+    aggregate: str = "psum",
     axis_name: AxisName = "data",
     error_feedback: bool = False,
     seed: int = 0,
@@ -26,6 +28,7 @@ def none(
     summed, and travel, in float32.
 
     Args:
+      aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: keeps a residual: zero, but for what rounding the mean to 16 bits takes away.
       seed: without effect.
@@ -42,14 +45,9 @@ def none(
     """
     del seed, allow_dense
 
-    def exchange(tensors: Tensors, state: Any, axis_name: AxisName, **extra_args: Any) -> Exchanged:
-        del extra_args
-        mean, bits = collectives.mean(tensors, axis_name)
-        return Exchanged(mean, tensors, state, bits)
-
-    codec = Codec("none", lambda tensors: (), exchange, lambda path, leaf: True, lambda path, leaf: True)
+    require_aggregate("none", aggregate, LINEAR)
     return compressor(
-        codec,
+        linear(aggregate)._replace(name="none"),
         axis_name=axis_name,
         error_feedback=error_feedback,
         min_size=min_size,

@@ -10,25 +10,41 @@ paper's experiments (norm="max"), or its 2-norm, as in its theory (norm="l2"); f
 
     E |Q(v) - v|_2^2 <= omega |v|_2^2     omega = min(d / s^2, sqrt(d) / s)
 
-On the wire: the integers l sgn(v_i) + s in `bits` bits each, then one float32 |v| a bucket, in one buffer.
-The codes of different workers cannot be added, so each worker gathers and decodes all.
+On the wire: the integers l sgn(v_i) + s in `bits` bits each, and one float32 |v| a bucket. The codes of different
+workers cannot be added, so they are gathered and decoded, as in the paper's Algorithm 1, or exchanged in two stages.
+
+With `shared_scale` the workers first agree on the largest |v| of each bucket, which becomes the scale of all; their
+integers can then be added, and travel as integers of the narrowest type that holds the sum (the idea of THC, Li et al.,
+NSDI 2024, arXiv 2302.08545). Still unbiased, of the variance of the worker with the largest gradient.
 
 The paper keeps no residual. Under error feedback an unbiased quantiser of large variance diverges; what is
-sent is then scaled by 1 / (1 + omega), which makes it a contraction.
+sent is then scaled by 1 / (1 + omega), which makes it a contraction. (With a shared scale, which is at most the 2-norm
+of all workers' buckets together, omega is that of n d values.)
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gradcomp_jax import collectives
+from gradcomp_jax import aggregation, collectives
+from gradcomp_jax.aggregation import (
+    LINEAR,
+    Aggregated,
+    Coder,
+    at_levels,
+    from_shards,
+    require_aggregate,
+    shards_of,
+)
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import (
     Codec,
     Compressor,
     Exchanged,
+    Levels,
     Predicate,
     Tensors,
     compressor,
@@ -37,7 +53,7 @@ from gradcomp_jax.compressor import (
 )
 from gradcomp_jax.random import uniform16, worker_key
 from gradcomp_jax.views import buckets, from_buckets
-from gradcomp_jax.wire.packing import from_bytes, pack, to_bytes, unpack
+from gradcomp_jax.wire.packing import pack, unpack
 
 
 class QSGDState(NamedTuple):
@@ -85,13 +101,19 @@ def quantize(v: jax.Array, scale: jax.Array, levels: int, key: jax.Array) -> jax
     return jnp.clip(jnp.floor(y + uniform16(key, *v.shape)), -levels, levels)
 
 
+def sum_type(levels: int, workers: int) -> Any:
+    """The narrowest integer type that holds the sum of `workers` integers within -levels..levels."""
+    return next(t for t in (jnp.int8, jnp.int16, jnp.int32) if levels * workers <= jnp.iinfo(t).max)
+
+
 def qsgd(
     bits: int = 4,
     *,
     bucket_size: int = 512,
     norm: str = "max",
     levels: int | None = None,
-    aggregate: str = "gather",
+    shared_scale: bool = False,
+    aggregate: str | None = None,
     axis_name: AxisName = "data",
     error_feedback: bool = False,
     seed: int = 0,
@@ -99,19 +121,22 @@ def qsgd(
     compress: Predicate | None = None,
     allow_dense: bool = False,
 ) -> Compressor:
-    """QSGD (Alistarh et al., NeurIPS 2017, section 3), not linear, by one all-gather.
+    """QSGD (Alistarh et al., NeurIPS 2017, section 3), unbiased, not linear.
 
-    A worker of n sends (n - 1) payloads of bits + 32 / bucket_size bits an element, so against the
-    2 (n - 1) / n of a float32 all-reduce it saves a factor of about 64 / (n bits): 4 at 4 bits and 4
-    workers, nothing at 8 bits and 8. Each worker rounds by its own random numbers. State: one counter,
-    and with error feedback a residual of the size of the compressed leaves on each worker.
+    A payload has bits + 32 / bucket_size bits an element. By "gather" a worker of n sends n - 1 of them, against
+    the 2 (n - 1) / n of a float32 all-reduce; by "shuffle" and "ring" 2 (n - 1) / n, and what is averaged is rounded
+    again, on the way. Each worker rounds by its own random numbers. State: one counter, and with error feedback a
+    residual of the size of the compressed leaves on each worker.
 
     Args:
       bits: 2, 4 or 8 bits an element, sign included.
       bucket_size: d, elements that share a scale; a multiple of 4. The paper uses 128 at 2 bits.
       norm: the scale of a bucket, "max" or "l2".
       levels: s, at most and by default 2^(bits - 1) - 1.
-      aggregate: how the codes are exchanged: "gather".
+      shared_scale: all workers use one scale for a bucket, and sum their integers: 8 bits an element up to
+        127 / s workers, 16 up to 32767 / s. Linear then.
+      aggregate: "gather", "shuffle" or "ring"; by default the one of the first two that sends less, which is
+        "gather" for two workers. With shared_scale "psum" (default) or "ring".
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: keep residuals, and scale what is sent by 1 / (1 + omega).
       seed: of the rounding.
@@ -137,60 +162,115 @@ def qsgd(
         raise ValueError(f"bucket_size={bucket_size} must be a multiple of 4, so that its codes fill bytes")
     if norm not in NORMS:
         raise ValueError(f"norm={norm!r} must be one of {', '.join(map(repr, NORMS))}")
-    most = 2 ** (bits - 1) - 1
-    s = most if levels is None else levels
-    require_whole("levels", s, 1)
-    if s > most:
-        raise ValueError(
-            f"levels={s} must be at most {most}: {bits} bits hold {2**bits} codes, and a sign and zero "
-            "take 2 levels + 1 of them; use more bits"
-        )
-    average = collectives.aggregation("qsgd", aggregate)
+    if levels is not None:
+        require_whole("levels", levels, 1)
+        most = 2 ** (bits - 1) - 1
+        if levels > most:
+            raise ValueError(
+                f"levels={levels} must be at most {most}: {bits} bits hold {2**bits} codes, and a sign and zero "
+                "take 2 levels + 1 of them; use more bits"
+            )
+    if shared_scale:
+        aggregate = aggregate or "psum"
+    require_aggregate("qsgd", aggregate, LINEAR if shared_scale else ("gather", "shuffle", "ring"))
     d = bucket_size
-    omega = min(d / s**2, math.sqrt(d) / s)
-    gain = 1 / (1 + omega) if error_feedback else 1.0
 
-    def encode(v: jax.Array, key: jax.Array) -> jax.Array:
-        """Buckets [rows, d] to bytes."""
-        scale = NORMS[norm](v)
-        codes = (quantize(v, scale, s, key) + s).astype(jnp.uint8)
-        return jnp.concatenate([pack(codes, bits).reshape(-1), to_bytes(scale)])
+    def levels_of(bits: int) -> int:
+        return levels or 2 ** (bits - 1) - 1
 
-    def decode(payload: jax.Array) -> jax.Array:
-        """Bytes to buckets [rows, d]."""
-        rows = payload.size // (d * bits // 8 + 4)
-        end = rows * d * bits // 8
-        signed = unpack(payload[:end].reshape(rows, -1), bits).astype(jnp.float32) - s
-        scale = from_bytes(payload[end:], (rows, 1), jnp.float32)
-        return signed * (scale / s * gain)
+    def gain(s: int, values: int, feedback: bool) -> float:
+        omega = min(values / s**2, math.sqrt(values) / s)
+        return 1 / (1 + omega) if feedback else 1.0
+
+    def cut(tensors: Tensors) -> jax.Array:
+        """All tensors as buckets, one below the other, [rows, d]."""
+        return jnp.concatenate([buckets(x.astype(jnp.float32), d) for x in tensors.values()])
+
+    def joined(rows: jax.Array, like: Tensors) -> Tensors:
+        parts, start = {}, 0
+        for path, x in like.items():
+            end = start + -(-x.size // d)
+            parts[path] = from_buckets(rows[start:end], x.shape).astype(x.dtype)
+            start = end
+        return parts
+
+    def coder_of(bits: int, feedback: bool, like: Tensors, shards: int) -> Coder:
+        s = levels_of(bits)
+        rows = sum(-(-x.size // d) for x in like.values())
+
+        def encode(v: jax.Array, index: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
+            del index
+            scale = NORMS[norm](v)
+            codes = (quantize(v, scale, s, key) + s).astype(jnp.uint8)
+            return {"codes": pack(codes, bits), "scale": scale}
+
+        def decode(message: dict[str, jax.Array]) -> jax.Array:
+            signed = unpack(message["codes"], bits).astype(jnp.float32) - s
+            return signed * (message["scale"] / s * gain(s, d, feedback))
+
+        return Coder(
+            cut=lambda tensors: shards_of(cut(tensors), shards),
+            join=lambda parts: joined(from_shards(parts, rows), like),
+            encode=encode,
+            decode=decode,
+        )
+
+    def exchange_shared(tensors: Tensors, key: jax.Array, axis_name: AxisName, feedback: bool) -> Aggregated:
+        """Integers of one scale, summed."""
+        s, n = levels_of(bits), collectives.workers(axis_name)
+        v = cut(tensors)
+        # As integers, whose order is that of non-negative floats: a maximum of floats may drop a NaN.
+        order = jax.lax.bitcast_convert_type(NORMS[norm](v), jnp.int32)
+        largest, scale_bits = collectives.largest(order, axis_name)
+        scale = jax.lax.bitcast_convert_type(largest, jnp.float32)
+        mine = quantize(v, scale, s, key).astype(sum_type(s, n))
+        sums, sum_bits = collectives.total(mine, axis_name, ring=aggregate == "ring")
+        unit = scale / s * gain(s, n * d, feedback)
+        mean, own = sums.astype(jnp.float32) * (unit / n), mine.astype(jnp.float32) * unit
+        return Aggregated(joined(mean, tensors), joined(own, tensors), scale_bits + sum_bits)
 
     def shrinks(path: str, leaf: Any) -> bool:
         del path
-        return -(-leaf.size // d) * (d * bits // 8 + 4) < 4 * leaf.size
+        each = d if shared_scale else d * bits // 8
+        return -(-leaf.size // d) * (each + 4) < 4 * leaf.size
 
     def init(tensors: Tensors) -> QSGDState:
         del tensors
         return QSGDState(jnp.int32(0))
 
-    def exchange(tensors: Tensors, state: QSGDState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
-        del extra_args
-        if not tensors:
-            return Exchanged({}, {}, QSGDState(state.step + 1), 0)
-        rows = [buckets(x.astype(jnp.float32), d) for x in tensors.values()]
+    def build(ladder: tuple[int, ...]) -> Codec:
+        """The codec of some numbers of bits, among which `level` chooses for each leaf where there are several."""
 
-        def restore(v: jax.Array) -> Tensors:
-            parts, start = {}, 0
-            for (path, x), part in zip(tensors.items(), rows, strict=True):
-                parts[path] = from_buckets(v[start : start + len(part)], x.shape).astype(x.dtype)
-                start += len(part)
-            return parts
+        def exchange(
+            tensors: Tensors,
+            state: QSGDState,
+            axis_name: AxisName,
+            *,
+            feedback: bool = False,
+            level: dict[str, jax.Array] | None = None,
+            **extra_args: Any,
+        ) -> Exchanged:
+            del extra_args
+            next_state = QSGDState(state.step + 1)
+            if not tensors:
+                return Exchanged({}, {}, next_state, 0)
+            key = worker_key(seed, state.step, axis_name)
+            if shared_scale:
+                got = exchange_shared(tensors, key, axis_name, feedback)
+            else:
+                coders = [functools.partial(coder_of, bits, feedback) for bits in ladder]
+                coder = coders[0] if level is None else at_levels(coders, level)
+                got = aggregation.exchange(tensors, coder, aggregate, axis_name, key)
+            return Exchanged(got.mean, got.own, next_state, got.bits)
 
-        payload = encode(jnp.concatenate(rows), worker_key(seed, state.step, axis_name))
-        mean, sent = average(payload, decode, axis_name)
-        return Exchanged(restore(mean), restore(decode(payload)), QSGDState(state.step + 1), sent)
+        return Codec("qsgd", init, exchange, is_matrix, shrinks)
 
+    levels_offered = None
+    if levels is None and not shared_scale:
+        others = {"bucket_size": d, "norm": norm, "aggregate": aggregate}
+        levels_offered = Levels("bits", bits, others, lambda ladder, error_feedback: build(ladder))
     return compressor(
-        Codec("qsgd", init, exchange, is_matrix, shrinks),
+        build((bits,))._replace(levels=levels_offered),
         axis_name=axis_name,
         error_feedback=error_feedback,
         min_size=min_size,
