@@ -48,14 +48,33 @@ def require_aggregate(codec: str, aggregate: str | None, legal: Sequence[str]) -
     raise ValueError(f"{reason}; use {known}")
 
 
-def linear(aggregate: str = "psum", quantizer: Compressor | None = None) -> Codec:
-    """The codec through which a linear codec sends its payload: the exact mean, or a quantiser's.
+def linear(codec: str, aggregate: str, quantizer: Compressor | None = None) -> Codec:
+    """The codec through which a linear codec sends its payload: the exact mean, or a quantiser, which composes the two.
 
     Args:
+      codec: the linear codec's name.
       aggregate: "psum" or "ring".
-      quantizer: a compressor whose codec replaces the sum.
+      quantizer: an unbiased one, whose codec replaces the sum. The linear codec's `own` must be made of its `own`.
+
+    Raises:
+      ValueError: another way to aggregate; a quantizer that is not `qsgd`, keeps residuals of its own, or is given
+        beside aggregate="ring".
     """
+    require_aggregate(codec, aggregate, LINEAR)
     if quantizer is not None:
+        if not isinstance(quantizer, Compressor) or quantizer.codec.name != "qsgd":
+            name = quantizer.codec.name if isinstance(quantizer, Compressor) else quantizer
+            raise ValueError(f"quantizer={name!r} of codec {codec!r} must be a qsgd(...), which rounds without bias")
+        if quantizer.settings.error_feedback:
+            raise ValueError(
+                f"quantizer=qsgd(error_feedback=True) of codec {codec!r} would keep residuals of its own: leave it out "
+                f"there; {codec}'s own error feedback holds for both"
+            )
+        if aggregate != "psum":
+            raise ValueError(
+                f"aggregate={aggregate!r} beside a quantizer, inside which codec {codec!r} is not linear: say there how "
+                "the codes are aggregated, as in qsgd(aggregate='ring')"
+            )
         return quantizer.codec
 
     def exchange(tensors: Tensors, state: Any, axis_name: AxisName, **extra_args: Any) -> Exchanged:
@@ -63,7 +82,37 @@ def linear(aggregate: str = "psum", quantizer: Compressor | None = None) -> Code
         mean, bits = collectives.mean(tensors, axis_name, ring=aggregate == "ring")
         return Exchanged(mean, tensors, state, bits)
 
-    return Codec(aggregate, lambda tensors: (), exchange, lambda path, leaf: True, lambda path, leaf: True, linear=True)
+    return Codec(codec, lambda tensors: (), exchange, lambda path, leaf: True, lambda path, leaf: True, linear=True)
+
+
+def mean_of_fronts(
+    pieces: dict[str, jax.Array],
+    lengths: dict[str, list[int]],
+    level: dict[str, jax.Array],
+    axis_name: AxisName,
+    *,
+    ring: bool = False,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """All-reduces the front of each of some vectors to their mean, in one collective.
+
+    Args:
+      pieces: vectors.
+      lengths: of each, how much is to be sent at each level; at least 1.
+      level: int32 for each, the same on all workers.
+      axis_name: the axis of the workers.
+      ring: as in `collectives.mean`.
+
+    Returns:
+      Vectors of the same sizes, of no meaning beyond what was to be sent; and the bits this worker sent, as a pair.
+    """
+    wide = functools.reduce(jnp.promote_types, (x.dtype for x in pieces.values()))
+    used = [jnp.array(lengths[path], jnp.int32)[level[path]] for path in pieces]
+    least, most = (sum(end(each) for each in lengths.values()) for end in (min, max))
+    average = functools.partial(collectives.mean, axis_name=axis_name, ring=ring)
+    buffer = pack_front([x.astype(wide) for x in pieces.values()], used)
+    received, bits = collectives.front(average, buffer, functools.reduce(jnp.add, used), least, most)
+    means = unpack_front(received, used, [x.size for x in pieces.values()])
+    return {path: x.astype(pieces[path].dtype) for path, x in zip(pieces, means, strict=True)}, bits
 
 
 class Compact(NamedTuple):
@@ -181,7 +230,9 @@ def _gather(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array)
         total, _ = lax.scan(add, coder.decode(unpack(received[0])), received[1:])
         return jax.tree.map(lambda x: x / len(received), total)
 
-    mean, bits, length = _send(message, coder, functools.partial(collectives.gather, axis_name=axis_name), average, axis_name)
+    mean, bits, length = _send(
+        message, coder, functools.partial(collectives.gather, axis_name=axis_name), average, axis_name
+    )
     if coder.vote:
         voted = coder.decode(coder.encode(mean, jnp.int32(0), key))
         own = jax.tree.map(lambda x, new, old: x + (new - old), own, voted, mean)
@@ -190,9 +241,7 @@ def _gather(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array)
     return Aggregated(mean, own, bits, None, length)
 
 
-def _shuffle(
-    tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array, second: Tensors | None
-) -> Aggregated:
+def _shuffle(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array, second: Tensors | None) -> Aggregated:
     n, me = collectives.workers(axis_name), collectives.worker_index(axis_name)
     shards = coder.cut(tensors)
     if second is not None:

@@ -34,10 +34,11 @@ import numpy as np
 from jax import lax
 
 from gradcomp_jax import collectives
+from gradcomp_jax.aggregation import linear, mean_of_fronts
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, require_whole
+from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Levels, Predicate, Tensors, compressor, require_whole
 from gradcomp_jax.metrics import bit_pair, sum_bits
-from gradcomp_jax.views import buckets, from_buckets, pack_front, unpack_front
+from gradcomp_jax.views import buckets, from_buckets
 
 SELECT = ("ratio", "energy", "holdout")
 # K / d on the rungs from which "energy" and "holdout" choose.
@@ -56,7 +57,8 @@ class GradiVeQState(NamedTuple):
       projected: U^T mu, [slices, d].
       rung: int32, the place on the ladder of `select`; empty for "ratio".
       loss: |own - gradient|^2 / |gradient|^2 in the last compressed step (eq. 7), mean over the workers; 0 for a
-        gradient of zeros.
+        gradient of zeros. Without what a quantizer loses.
+      quantizer: the quantiser's state; empty without one.
     """
 
     position: jax.Array
@@ -66,6 +68,7 @@ class GradiVeQState(NamedTuple):
     projected: Tensors
     rung: Tensors
     loss: Tensors
+    quantizer: Any
 
 
 class Layout(NamedTuple):
@@ -170,6 +173,9 @@ def gradiveq(
     reuse: int | None = None,
     select: str = "ratio",
     max_loss: float = 0.01,
+    aggregate: str = "psum",
+    quantizer: Compressor | None = None,
+    quantize_coefficients: bool = True,
     axis_name: AxisName = "data",
     error_feedback: bool = False,
     seed: int = 0,
@@ -204,6 +210,10 @@ def gradiveq(
         falls into the rank trap where K / train_steps is large; "holdout" fits on the first 4/5 of the samples and
         takes the squared relative loss on the others. What all slices lose is in the state's `loss`.
       max_loss: lambda, for "energy" and "holdout".
+      aggregate: "psum", or "ring", the paper's Algorithm 1 hop by hop: what passes is added in compressed form.
+      quantizer: a compressor, such as `qsgd(4)`, through whose codec the gradients of the training steps travel (the
+        paper's experiments), and the coefficients of the compressed ones; for select="ratio". Not linear then.
+      quantize_coefficients: whether the quantizer serves the compressed steps too, which the paper's does not.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: keep residuals, which the paper does not. What a basis leaves out waits for the end of its
         compressed steps; one more dense step, which is no sample, then sends it.
@@ -238,193 +248,237 @@ def gradiveq(
     require_whole("k_max", k_max, 1)
     if reuse is not None:
         require_whole("reuse", reuse, 1)
+    if quantizer is not None and select != "ratio":
+        raise ValueError(
+            f"select={select!r} goes without a quantizer: what it loses would be taken for the basis's loss"
+        )
     if not 0 < max_loss < 1:
         raise ValueError(f"max_loss={max_loss} must be above 0 and below 1")
-    ladder = select != "ratio"
     fitted = train_steps - train_steps // 5 if select == "holdout" else train_steps
-    # With error feedback, a cycle begins by sending what the last one owes.
-    settling = int(error_feedback)
-
-    def layout(path: str, leaf: Any) -> Layout:
-        length = min(leaf.size, k or slice_length(leaf.shape, k_max))
-        slices = -(-leaf.size // length)
-        groups = -(-slices // min(slices, reuse or slices))
-        if ladder:
-            widths = {max(1, min(length // r, fitted - 1)) for r in RATIOS}
-            return Layout(length, slices, groups, tuple(sorted(widths)))
-        d = max(1, int(length / ratio))
-        if d > train_steps - 1:
-            raise ValueError(
-                f"leaf {path!r}: K={length} at ratio={ratio} keeps d={d} directions, but train_steps={train_steps} "
-                f"samples span {train_steps - 1} only: use train_steps={d + 1} or more, a larger ratio, or a smaller "
-                "k or k_max"
-            )
-        return Layout(length, slices, groups, (d,))
-
-    def shrinks(path: str, leaf: Any) -> bool:
-        if not leaf.size:
-            return False
-        cut = layout(path, leaf)
-        return cut.slices * cut.widths[0] + 1 < leaf.size
-
-    def init(tensors: Tensors) -> GradiVeQState:
-        def zeros(shape) -> Tensors:
-            cuts = {path: layout(path, x) for path, x in tensors.items()}
-            return {path: jnp.zeros(shape(cut), tensors[path].dtype) for path, cut in cuts.items()}
-
-        return GradiVeQState(
-            position=jnp.int32(-warmup_steps - settling),
-            samples=zeros(lambda cut: (train_steps, cut.groups, cut.k)),
-            mu=zeros(lambda cut: (cut.slices, cut.k)),
-            basis=zeros(lambda cut: (cut.groups, cut.k, cut.widths[-1])),
-            projected=zeros(lambda cut: (cut.slices, cut.widths[-1])),
-            rung={path: jnp.int32(0) for path in tensors} if ladder else {},
-            loss=zeros(lambda cut: ()),
-        )
-
-    def fit_leaf(samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        """U [groups, K, d] and the rung."""
-
-        def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-            basis, variance = principal_basis(samples[:fitted], widths[-1])
-            if select == "holdout":
-                lost = unexplained(samples[fitted:], basis, jnp.mean(samples[:fitted], axis=0))
-            else:
-                total = jnp.sum(variance)
-                lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.where(total > 0, total, 1), 1)
-            return basis, lost[jnp.array(widths) - 1]
-
-        # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
-        basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
-        enough = jnp.append(jnp.max(lost, axis=0) <= max_loss, True)
-        return basis, jnp.argmax(enough).astype(jnp.int32)
-
-    def exchange(tensors: Tensors, state: GradiVeQState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
-        del extra_args
-        if not tensors:
-            return Exchanged({}, {}, state, 0)
-        cuts = {path: layout(path, x) for path, x in tensors.items()}
-        position = state.position
-
-        def decode(c: Tensors) -> Tensors:
-            rows = {p: restore(x, state.basis[p], state.projected[p], state.mu[p]) for p, x in c.items()}
-            return {path: from_buckets(x, tensors[path].shape) for path, x in rows.items()}
-
-        def dense():
-            mean, bits = collectives.mean(tensors, axis_name)
-            return mean, tensors, state.loss, bit_pair(bits)
-
-        def compressed():
-            rows = {path: buckets(x, cuts[path].k) for path, x in tensors.items()}
-            c = {path: project(x, state.basis[path]) for path, x in rows.items()}
-            loss = {path: own_loss(rows[path], c[path], path) for path in tensors}
-            if ladder:
-                return exchange_on_ladder(c, loss)
-            (mean, loss), bits = collectives.mean((c, loss), axis_name)
-            return decode(mean), decode(c), loss, bit_pair(bits)
-
-        def own_loss(rows: jax.Array, c: jax.Array, path: str) -> jax.Array:
-            largest = jnp.max(jnp.abs(rows))
-            scale = jnp.where(largest > 0, largest, 1)
-            kept = ((c - state.projected[path]) / scale) ** 2
-            lost = jnp.sum(((rows - state.mu[path]) / scale) ** 2)
-            if ladder:
-                widths = jnp.array([*cuts[path].widths, 0])
-                kept = jnp.where(jnp.arange(c.shape[-1]) < widths[state.rung[path]], kept, 0)
-                lost = jnp.where(state.rung[path] < len(cuts[path].widths), lost, 0)
-            relative = jnp.maximum(lost - jnp.sum(kept), 0) / jnp.sum((rows / scale) ** 2)
-            # Where mu is larger by far, or a gradient not finite, which its mean will show.
-            relative = jnp.where(jnp.isfinite(relative), relative, 1)
-            return jnp.where(largest > 0, relative, 0)
-
-        def exchange_on_ladder(c: Tensors, loss: Tensors):
-            """Each leaf at its own rung: what they send fills one buffer from the front, and that much is sent."""
-
-            def on_rung(path: str, take, otherwise):
-                widths = cuts[path].widths
-                return lax.switch(state.rung[path], [functools.partial(take, d) for d in widths] + [otherwise])
-
-            def piece(path: str) -> jax.Array:
-                x = tensors[path]
-
-                def take(d: int) -> jax.Array:
-                    part = c[path][:, :d].reshape(-1)
-                    return jnp.pad(part, (0, x.size - part.size))
-
-                return on_rung(path, take, lambda: x.reshape(-1))
-
-            def leaf(path: str, piece: jax.Array) -> jax.Array:
-                cut = cuts[path]
-
-                def take(d: int) -> jax.Array:
-                    part = piece[: cut.slices * d].reshape(cut.slices, d)
-                    return decode({path: part})[path]
-
-                return on_rung(path, take, lambda: piece.reshape(tensors[path].shape))
-
-            sizes = {path: [cut.slices * d for d in cut.widths] + [tensors[path].size] for path, cut in cuts.items()}
-            wide = np.result_type(*(x.dtype for x in tensors.values()))
-            losses = jnp.stack([x.astype(wide) for x in loss.values()])
-            own = [losses, *(piece(path).astype(wide) for path in tensors)]
-            lengths = [
-                jnp.int32(len(losses)),
-                *(jnp.array(sizes[path], jnp.int32)[state.rung[path]] for path in tensors),
-            ]
-            least, most = (len(losses) + sum(end(s) for s in sizes.values()) for end in (min, max))
-            total = functools.reduce(jnp.add, lengths)
-            average = functools.partial(collectives.mean, axis_name=axis_name)
-            received, bits = collectives.front(average, pack_front(own, lengths), total, least, most)
-            mean_loss, *means = unpack_front(received, lengths, [len(x) for x in own])
-            restored = [
-                {path: leaf(path, x.astype(tensors[path].dtype)) for path, x in zip(tensors, pieces, strict=True)}
-                for pieces in (means, own[1:])
-            ]
-            mean_losses = {path: mean_loss[i].astype(x.dtype) for i, (path, x) in enumerate(loss.items())}
-            return *restored, mean_losses, bits
-
-        mean, own, loss, bits = lax.cond(position >= train_steps, compressed, dense)
-        training = (position >= 0) & (position < train_steps)
-        row = jnp.clip(position, 0, train_steps - 1)
-
-        def averaged(mean: jax.Array, sample: jax.Array) -> jax.Array:
-            """The mean of row + 1 samples, from that of the first row."""
-            weight = 1 / (row + 1).astype(mean.dtype)
-            return (1 - weight) * mean + weight * sample
-
-        def record(samples: jax.Array, rows: jax.Array, reuse: int) -> jax.Array:
-            # A row at a time, outside any cond: one that carried the samples would copy them.
-            return samples.at[row].set(jnp.where(training, rows[::reuse], samples[row]))
-
-        rows = {path: buckets(x, cuts[path].k) for path, x in mean.items()}
-        next_samples = {path: record(x, rows[path], cuts[path].reuse) for path, x in state.samples.items()}
-        next_mu = {p: jnp.where(training, averaged(x, rows[p]), x) for p, x in state.mu.items()}
-
-        def fit():
-            """The bases, each leaf's rung, and U^T mu, from the samples."""
-            # On a step that is not finite nothing of this is kept, but LAPACK must not see it.
-            samples = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), next_samples)
-            fits = {path: fit_leaf(x, cuts[path].widths) for path, x in samples.items()}
-            bases = {path: basis for path, (basis, _) in fits.items()}
-            rungs = {path: rung for path, (_, rung) in fits.items()} if ladder else {}
-            (bases, rungs), bits = collectives.from_first((bases, rungs), axis_name)
-            # Of the last row and the mean before it: with next_mu as an operand a copy of that would be made.
-            projected = {
-                p: averaged(project(state.mu[p], basis), project(rows[p], basis)) for p, basis in bases.items()
-            }
-            return bases, rungs, projected, bit_pair(bits)
-
-        kept = state.basis, state.rung, state.projected, bit_pair(0)
-        basis, rung, projected, fit_bits = lax.cond(position == train_steps - 1, fit, lambda: kept)
-        next_position = jnp.where(position + 1 < train_steps + compress_steps, position + 1, -settling)
-        next_state = GradiVeQState(next_position, next_samples, next_mu, basis, projected, rung, loss)
-        return Exchanged(mean, own, next_state, sum_bits(bits, fit_bits))
+    reduce = linear("gradiveq", aggregate, quantizer)
 
     def is_convolution(path: str, leaf: Any) -> bool:
         del path
         return leaf.ndim >= 4
 
+    def build(ratios: tuple[float, ...], error_feedback: bool) -> Codec:
+        """The codec of some ratios, among which `level` chooses for each leaf where there are several."""
+        # Leaves differ in the d that they send.
+        ladder = select != "ratio" or len(ratios) > 1
+        # With error feedback, a cycle begins by sending what the last one owes.
+        settling = int(error_feedback)
+
+        def layout(path: str, leaf: Any) -> Layout:
+            length = min(leaf.size, k or slice_length(leaf.shape, k_max))
+            slices = -(-leaf.size // length)
+            groups = -(-slices // min(slices, reuse or slices))
+            if select != "ratio":
+                chosen = {max(1, min(length // r, fitted - 1)) for r in RATIOS}
+                return Layout(length, slices, groups, tuple(sorted(chosen)))
+            widths = {ratio: max(1, int(length / ratio)) for ratio in ratios}
+            for ratio, d in widths.items():
+                if d > train_steps - 1:
+                    raise ValueError(
+                        f"leaf {path!r}: K={length} at ratio={ratio} keeps d={d} directions, but train_steps={train_steps} "
+                        f"samples span {train_steps - 1} only: use train_steps={d + 1} or more, a larger ratio, or a "
+                        "smaller k or k_max"
+                    )
+            return Layout(length, slices, groups, tuple(sorted(widths.values())))
+
+        def shrinks(path: str, leaf: Any) -> bool:
+            if not leaf.size:
+                return False
+            cut = layout(path, leaf)
+            return cut.slices * cut.widths[0] + 1 < leaf.size
+
+        def init(tensors: Tensors) -> GradiVeQState:
+            def zeros(shape) -> Tensors:
+                cuts = {path: layout(path, x) for path, x in tensors.items()}
+                return {path: jnp.zeros(shape(cut), tensors[path].dtype) for path, cut in cuts.items()}
+
+            return GradiVeQState(
+                position=jnp.int32(-warmup_steps - settling),
+                samples=zeros(lambda cut: (train_steps, cut.groups, cut.k)),
+                mu=zeros(lambda cut: (cut.slices, cut.k)),
+                basis=zeros(lambda cut: (cut.groups, cut.k, cut.widths[-1])),
+                projected=zeros(lambda cut: (cut.slices, cut.widths[-1])),
+                rung={path: jnp.int32(0) for path in tensors} if select != "ratio" else {},
+                loss=zeros(lambda cut: ()),
+                quantizer=reduce.init({}),
+            )
+
+        def fit_leaf(samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+            """U [groups, K, d] and the rung."""
+
+            def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+                basis, variance = principal_basis(samples[:fitted], widths[-1])
+                if select == "holdout":
+                    lost = unexplained(samples[fitted:], basis, jnp.mean(samples[:fitted], axis=0))
+                else:
+                    total = jnp.sum(variance)
+                    lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.where(total > 0, total, 1), 1)
+                return basis, lost[jnp.array(widths) - 1]
+
+            # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
+            basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
+            enough = jnp.append(jnp.max(lost, axis=0) <= max_loss, True)
+            return basis, jnp.argmax(enough).astype(jnp.int32)
+
+        def exchange(
+            tensors: Tensors,
+            state: GradiVeQState,
+            axis_name: AxisName,
+            *,
+            level: dict[str, jax.Array] | None = None,
+            **extra_args: Any,
+        ) -> Exchanged:
+            if not tensors:
+                return Exchanged({}, {}, state, 0)
+            cuts = {path: layout(path, x) for path, x in tensors.items()}
+            position = state.position
+            # The place of a leaf's d among its widths, which ascend while ratios, hence levels, fall.
+            rung = state.rung if level is None else {path: len(ratios) - 1 - x for path, x in level.items()}
+            exact = linear("gradiveq", aggregate)
+
+            def decode(c: Tensors) -> Tensors:
+                rows = {p: restore(x, state.basis[p], state.projected[p], state.mu[p]) for p, x in c.items()}
+                return {path: from_buckets(x, tensors[path].shape) for path, x in rows.items()}
+
+            def dense(reduce: Codec):
+                got = reduce.exchange(tensors, state.quantizer, axis_name, **extra_args)
+                return got.mean, got.own, state.loss, got.state, bit_pair(got.bits)
+
+            def compressed():
+                rows = {path: buckets(x, cuts[path].k) for path, x in tensors.items()}
+                c = {path: project(x, state.basis[path]) for path, x in rows.items()}
+                loss = {path: own_loss(rows[path], c[path], path) for path in tensors}
+                if ladder:
+                    mean, own, loss, bits = exchange_on_ladder(c, loss)
+                    return mean, own, loss, state.quantizer, bits
+                if quantizer is None or not quantize_coefficients:
+                    (mean, loss), bits = collectives.mean((c, loss), axis_name, ring=aggregate == "ring")
+                    return decode(mean), decode(c), loss, state.quantizer, bit_pair(bits)
+                loss, loss_bits = collectives.mean(loss, axis_name)
+                got = reduce.exchange(c, state.quantizer, axis_name, **extra_args)
+                return decode(got.mean), decode(got.own), loss, got.state, sum_bits(got.bits, loss_bits)
+
+            def own_loss(rows: jax.Array, c: jax.Array, path: str) -> jax.Array:
+                largest = jnp.max(jnp.abs(rows))
+                scale = jnp.where(largest > 0, largest, 1)
+                kept = ((c - state.projected[path]) / scale) ** 2
+                lost = jnp.sum(((rows - state.mu[path]) / scale) ** 2)
+                if ladder:
+                    widths = jnp.array([*cuts[path].widths, 0])
+                    kept = jnp.where(jnp.arange(c.shape[-1]) < widths[rung[path]], kept, 0)
+                    lost = jnp.where(rung[path] < len(cuts[path].widths), lost, 0)
+                relative = jnp.maximum(lost - jnp.sum(kept), 0) / jnp.sum((rows / scale) ** 2)
+                # Where mu is larger by far, or a gradient not finite, which its mean will show.
+                relative = jnp.where(jnp.isfinite(relative), relative, 1)
+                return jnp.where(largest > 0, relative, 0)
+
+            def exchange_on_ladder(c: Tensors, loss: Tensors):
+                """Each leaf at its own rung: what they send fills one buffer from the front, and that much is sent."""
+                # What is chosen by its loss may also stay dense.
+                whole = select != "ratio"
+
+                def on_rung(path: str, take, otherwise):
+                    branches = [functools.partial(take, d) for d in cuts[path].widths] + [otherwise] * whole
+                    return lax.switch(rung[path], branches)
+
+                def piece(path: str) -> jax.Array:
+                    x = tensors[path]
+                    size = x.size if whole else c[path].size
+
+                    def take(d: int) -> jax.Array:
+                        part = c[path][:, :d].reshape(-1)
+                        return jnp.pad(part, (0, size - part.size))
+
+                    return on_rung(path, take, lambda: x.reshape(-1))
+
+                def leaf(path: str, piece: jax.Array) -> jax.Array:
+                    cut = cuts[path]
+
+                    def take(d: int) -> jax.Array:
+                        part = piece[: cut.slices * d].reshape(cut.slices, d)
+                        return decode({path: part})[path]
+
+                    return on_rung(path, take, lambda: piece.reshape(tensors[path].shape))
+
+                pieces = {path: piece(path) for path in tensors}
+                lengths = {
+                    p: [cut.slices * d for d in cut.widths] + [tensors[p].size] * whole for p, cut in cuts.items()
+                }
+                wide = np.result_type(*(x.dtype for x in tensors.values()))
+                losses = jnp.stack([x.astype(wide) for x in loss.values()])
+                # Under a key that is no path, before all others.
+                means, bits = mean_of_fronts(
+                    {"": losses, **pieces},
+                    {"": [losses.size], **lengths},
+                    {"": jnp.int32(0), **rung},
+                    axis_name,
+                    ring=aggregate == "ring",
+                )
+                mean_losses = {path: means[""][i].astype(x.dtype) for i, (path, x) in enumerate(loss.items())}
+                mean, own = ({path: leaf(path, x[path]) for path in tensors} for x in (means, pieces))
+                return mean, own, mean_losses, bits
+
+            def training_or_not():
+                if quantizer is None:
+                    return dense(exact)
+                return lax.cond(position >= 0, lambda: dense(reduce), lambda: dense(exact))
+
+            mean, own, loss, inner, bits = lax.cond(position >= train_steps, compressed, training_or_not)
+            training = (position >= 0) & (position < train_steps)
+            row = jnp.clip(position, 0, train_steps - 1)
+
+            def averaged(mean: jax.Array, sample: jax.Array) -> jax.Array:
+                """The mean of row + 1 samples, from that of the first row."""
+                weight = 1 / (row + 1).astype(mean.dtype)
+                return (1 - weight) * mean + weight * sample
+
+            def record(samples: jax.Array, rows: jax.Array, reuse: int) -> jax.Array:
+                # A row at a time, outside any cond: one that carried the samples would copy them.
+                return samples.at[row].set(jnp.where(training, rows[::reuse], samples[row]))
+
+            rows = {path: buckets(x, cuts[path].k) for path, x in mean.items()}
+            next_samples = {path: record(x, rows[path], cuts[path].reuse) for path, x in state.samples.items()}
+            next_mu = {p: jnp.where(training, averaged(x, rows[p]), x) for p, x in state.mu.items()}
+
+            def fit():
+                """The bases, each leaf's rung, and U^T mu, from the samples."""
+                # On a step that is not finite nothing of this is kept, but LAPACK must not see it.
+                samples = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), next_samples)
+                fits = {path: fit_leaf(x, cuts[path].widths) for path, x in samples.items()}
+                bases = {path: basis for path, (basis, _) in fits.items()}
+                rungs = {path: rung for path, (_, rung) in fits.items()} if select != "ratio" else {}
+                (bases, rungs), bits = collectives.from_first((bases, rungs), axis_name)
+                # Of the last row and the mean before it: with next_mu as an operand a copy of that would be made.
+                projected = {
+                    p: averaged(project(state.mu[p], basis), project(rows[p], basis)) for p, basis in bases.items()
+                }
+                return bases, rungs, projected, bit_pair(bits)
+
+            kept = state.basis, state.rung, state.projected, bit_pair(0)
+            basis, next_rung, projected, fit_bits = lax.cond(position == train_steps - 1, fit, lambda: kept)
+            next_position = jnp.where(position + 1 < train_steps + compress_steps, position + 1, -settling)
+            next_state = GradiVeQState(next_position, next_samples, next_mu, basis, projected, next_rung, loss, inner)
+            return Exchanged(mean, own, next_state, sum_bits(bits, fit_bits))
+
+        return Codec("gradiveq", init, exchange, is_convolution, shrinks, linear=quantizer is None)
+
+    others = {
+        "k": k,
+        "train_steps": train_steps,
+        "compress_steps": compress_steps,
+        "warmup_steps": warmup_steps,
+        "k_max": k_max,
+        "reuse": reuse,
+        "aggregate": aggregate,
+    }
+    switchable = select == "ratio" and quantizer is None
+    codec = build((ratio,), error_feedback)
     return compressor(
-        Codec("gradiveq", init, exchange, is_convolution, shrinks),
+        codec._replace(levels=Levels("ratio", ratio, others, build) if switchable else None),
         axis_name=axis_name,
         error_feedback=error_feedback,
         min_size=min_size,

@@ -6,7 +6,7 @@ import jax
 import optax
 
 from gradcomp_jax import collectives
-from gradcomp_jax.aggregation import LINEAR, linear, require_aggregate
+from gradcomp_jax.aggregation import linear
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Compressor, Predicate, compressor, flatten
 from gradcomp_jax.views import widen
@@ -44,10 +44,8 @@ def none(
     >>> tx = optax.chain(none(), optax.sgd(0.1))
     """
     del seed, allow_dense
-
-    require_aggregate("none", aggregate, LINEAR)
     return compressor(
-        linear(aggregate)._replace(name="none"),
+        linear("none", aggregate),
         axis_name=axis_name,
         error_feedback=error_feedback,
         min_size=min_size,

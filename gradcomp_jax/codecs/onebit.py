@@ -153,7 +153,9 @@ def onebit(
 
     def shrinks(path: str, leaf: Any) -> bool:
         if leaf.ndim > 1 and not -leaf.ndim <= axis < leaf.ndim:
-            raise ValueError(f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out by compress=")
+            raise ValueError(
+                f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out by compress="
+            )
         return leaf.size >= SHORTEST * columns_in(leaf.shape) if leaf.ndim else False
 
     def init(tensors: Tensors) -> OneBitState:

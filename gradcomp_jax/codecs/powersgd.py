@@ -11,7 +11,7 @@ its residual and Q (m x r) the same on all workers:
     mean <- P^ Q^T                 own_w <- P^ Q_w^T
 
 Q is kept for the next step. All matrices of a tree share the two all-reduces; leaves that are not compressed
-ride along.
+ride along. With a quantiser the factors travel through that instead of the sum; Q_w is then what it made of it.
 
 Where sources differ: the residual is taken from the worker's own approximation, as Algorithm 2 is printed
 (the authors' first code subtracts the mean's, and then the residuals of single workers grow like sqrt(t)).
@@ -26,18 +26,20 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gradcomp_jax import collectives
+from gradcomp_jax.aggregation import linear, mean_of_fronts
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import (
     Codec,
     Compressor,
     Exchanged,
+    Levels,
     Predicate,
     Tensors,
     compressor,
     is_matrix,
     require_whole,
 )
+from gradcomp_jax.metrics import Bits, sum_bits
 from gradcomp_jax.random import step_key
 from gradcomp_jax.views import matrix_shape
 
@@ -51,10 +53,12 @@ class PowerSGDState(NamedTuple):
     Attributes:
       q: Q^T by leaf path, the warm start, [layers, r, m]; m is the leaf's last axis.
       step: int32, exchanges done; seeds the columns of P drawn at random.
+      quantizer: the quantiser's state; empty without one.
     """
 
     q: Tensors
     step: jax.Array
+    quantizer: Any
 
 
 def orthonormalize(p: jax.Array) -> jax.Array:
@@ -71,6 +75,8 @@ def powersgd(
     *,
     min_rate: float = 1.0,
     stacked: Predicate | None = None,
+    aggregate: str = "psum",
+    quantizer: Compressor | None = None,
     axis_name: AxisName = "data",
     error_feedback: bool = True,
     seed: int = 0,
@@ -89,6 +95,8 @@ def powersgd(
       min_rate: a leaf is compressed if min_rate * r (n + m) < n m; PyTorch's hook has 2.
       stacked: (path, leaf) -> whether the leaf's first axis counts layers, as under a scan over layers:
         each layer is then a matrix of its own.
+      aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
+      quantizer: a compressor, such as `qsgd(8)`, through whose codec P and Q travel; not linear then.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; without them the part that is not of low rank is lost.
       seed: of the first Q and of the columns of P drawn at random.
@@ -100,7 +108,8 @@ def powersgd(
       A `Compressor`.
 
     Raises:
-      ValueError: rank or min_rate out of range; later, in init and update, what `compressor` refuses.
+      ValueError: rank or min_rate out of range, or what `gradcomp_jax.aggregation.linear` refuses; later, in init and
+        update, what `compressor` refuses.
 
     >>> import optax
     >>> from gradcomp_jax import powersgd
@@ -110,10 +119,12 @@ def powersgd(
     if min_rate <= 0:
         raise ValueError(f"min_rate={min_rate} must be positive")
 
+    reduce = linear("powersgd", aggregate, quantizer)
+
     def is_stacked(path: str, leaf: Any) -> bool:
         return stacked is not None and bool(stacked(path, leaf))
 
-    def sizes(path: str, leaf: Any) -> tuple[int, int, int, int]:
+    def sizes(path: str, leaf: Any, rank: int) -> tuple[int, int, int, int]:
         """layers, n, m, r of a leaf."""
         layers, n, m = matrix_shape(leaf.shape, is_stacked(path, leaf))
         return layers, n, m, min(n, m, rank)
@@ -121,53 +132,98 @@ def powersgd(
     def shrinks(path: str, leaf: Any) -> bool:
         if leaf.ndim < 2 + is_stacked(path, leaf):
             return False
-        _, n, m, r = sizes(path, leaf)
+        _, n, m, r = sizes(path, leaf, rank)
         return min_rate * r * (n + m) < n * m
 
     def normal(flat: jax.Array, step: jax.Array | int) -> jax.Array:
         """Unit normals of the shape of `flat`, the same on all workers."""
         return jax.random.normal(step_key(seed, step), flat.shape, flat.dtype)
 
-    def init(tensors: Tensors) -> PowerSGDState:
-        shapes = {path: (layers, r, m) for path, x in tensors.items() for layers, _, m, r in [sizes(path, x)]}
-        q = {path: jnp.zeros(shape, tensors[path].dtype) for path, shape in shapes.items()}
-        flat, unravel = ravel_pytree(q)
-        return PowerSGDState(unravel(normal(flat, 0)), jnp.int32(0))
+    def build(ranks: tuple[int, ...]) -> Codec:
+        """The codec of some ranks, among which `level` chooses for each leaf where there are several.
 
-    def revive(p: Tensors, step: jax.Array) -> Tensors:
-        """P with random columns where it has columns of zeros."""
-        dead = {path: jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD for path, x in p.items()}
-        flat, unravel = ravel_pytree(p)
-        some = jnp.any(ravel_pytree(dead)[0])
-        fresh = jax.lax.cond(some, lambda: normal(flat, step), lambda: jnp.zeros_like(flat))
-        return jax.tree.map(jnp.where, dead, unravel(fresh), p)
+        Then Q has as many columns as the highest rank. At a lower one the first of them are in use and the others
+        zero, so that they are drawn at random when they are used again.
+        """
+        most = max(ranks)
 
-    def exchange(tensors: Tensors, state: PowerSGDState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
-        del extra_args
+        def init(tensors: Tensors) -> PowerSGDState:
+            shapes = {path: (layers, r, m) for path, x in tensors.items() for layers, _, m, r in [sizes(path, x, most)]}
+            q = {path: jnp.zeros(shape, tensors[path].dtype) for path, shape in shapes.items()}
+            flat, unravel = ravel_pytree(q)
+            return PowerSGDState(unravel(normal(flat, 0)), jnp.int32(0), reduce.init({}))
 
-        # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
-        def einsum(subscripts: str, a: Tensors, b: Tensors) -> Tensors:
-            return {path: jnp.einsum(subscripts, a[path], b[path], precision=jax.lax.Precision.HIGHEST) for path in a}
+        def revive(p: Tensors, step: jax.Array) -> Tensors:
+            """P with random columns where it has columns of zeros."""
+            dead = {path: jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD for path, x in p.items()}
+            flat, unravel = ravel_pytree(p)
+            some = jnp.any(ravel_pytree(dead)[0])
+            fresh = jax.lax.cond(some, lambda: normal(flat, step), lambda: jnp.zeros_like(flat))
+            return jax.tree.map(jnp.where, dead, unravel(fresh), p)
 
-        def mean(factors: Tensors) -> tuple[Tensors, int]:
-            flat, unravel = ravel_pytree(factors)
-            flat, bits = collectives.mean(flat, axis_name)
-            return unravel(flat), bits
+        def exchange(
+            tensors: Tensors,
+            state: PowerSGDState,
+            axis_name: AxisName,
+            *,
+            level: dict[str, jax.Array] | None = None,
+            restart: dict[str, jax.Array] | None = None,
+            **extra_args: Any,
+        ) -> Exchanged:
+            # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
+            def einsum(subscripts: str, a: Tensors, b: Tensors) -> Tensors:
+                return {p: jnp.einsum(subscripts, a[p], b[p], precision=jax.lax.Precision.HIGHEST) for p in a}
 
-        d = {path: x.reshape(sizes(path, x)[:3]) for path, x in tensors.items()}
-        p, p_bits = mean(einsum("lrm,lnm->lrn", state.q, d))
-        p = {path: orthonormalize(x) for path, x in revive(p, state.step + 1).items()}
-        # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
-        q_own = einsum("lrn,lnm->lrm", jax.lax.optimization_barrier(p), d)
-        q, q_bits = mean(q_own)
+            def mean_of_active(factors: Tensors) -> tuple[Tensors, Tensors, Bits]:
+                """The mean and own, both zero in the columns that are not in use."""
+                assert level is not None
+                ranks_of = {p: [sizes(p, tensors[p], rank)[3] for rank in ranks] for p in factors}
+                in_use = {
+                    p: (jnp.arange(x.shape[1]) < jnp.array(ranks_of[p])[level[p]])[None, :, None]
+                    for p, x in factors.items()
+                }
+                own = {p: jnp.where(in_use[p], x, 0) for p, x in factors.items()}
+                # Columns before layers, so that those in use lie in front.
+                front = {p: x.swapaxes(0, 1) for p, x in own.items()}
+                lengths = {p: [r * x.shape[1] * x.shape[2] for r in ranks_of[p]] for p, x in front.items()}
+                flat = {p: x.reshape(-1) for p, x in front.items()}
+                reduced, bits = mean_of_fronts(flat, lengths, level, axis_name, ring=aggregate == "ring")
+                reduced = {p: x.reshape(front[p].shape).swapaxes(0, 1) for p, x in reduced.items()}
+                return {p: jnp.where(in_use[p], x, 0) for p, x in reduced.items()}, own, bits
 
-        def restore(q: Tensors) -> Tensors:
-            return {path: x.reshape(tensors[path].shape) for path, x in einsum("lrn,lrm->lnm", p, q).items()}
+            def mean(factors: Tensors, inner: Any) -> tuple[Tensors, Tensors, Any, Bits]:
+                """The mean over the workers, own, the quantiser's next state, and the bits."""
+                if not factors:
+                    return factors, factors, inner, 0
+                if level is not None:
+                    reduced, own, bits = mean_of_active(factors)
+                    return reduced, own, inner, bits
+                flat, unravel = ravel_pytree(factors)
+                got = reduce.exchange({"": flat}, inner, axis_name, **extra_args)
+                return unravel(got.mean[""]), unravel(got.own[""]), got.state, got.bits
 
-        return Exchanged(restore(q), restore(q_own), PowerSGDState(q, state.step + 1), p_bits + q_bits)
+            q = state.q
+            if restart is not None:
+                q = {path: jnp.where(restart[path], 0, x) for path, x in q.items()}
+            d = {path: x.reshape(sizes(path, x, most)[:3]) for path, x in tensors.items()}
+            p, _, inner, p_bits = mean(einsum("lrm,lnm->lrn", q, d), state.quantizer)
+            p = {path: orthonormalize(x) for path, x in revive(p, state.step + 1).items()}
+            # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
+            q_own = einsum("lrn,lnm->lrm", jax.lax.optimization_barrier(p), d)
+            q, q_own, inner, q_bits = mean(q_own, inner)
 
+            def restore(q: Tensors) -> Tensors:
+                return {path: x.reshape(tensors[path].shape) for path, x in einsum("lrn,lrm->lnm", p, q).items()}
+
+            bits = sum_bits(p_bits, q_bits) if level is not None or quantizer is not None else p_bits + q_bits
+            return Exchanged(restore(q), restore(q_own), PowerSGDState(q, state.step + 1, inner), bits)
+
+        return Codec("powersgd", init, exchange, is_matrix, shrinks, linear=quantizer is None)
+
+    others = {"min_rate": min_rate, "stacked": stacked, "aggregate": aggregate, "seed": seed}
+    levels = None if quantizer is not None else Levels("rank", rank, others, lambda ranks, feedback: build(ranks))
     return compressor(
-        Codec("powersgd", init, exchange, is_matrix, shrinks),
+        build((rank,))._replace(levels=levels),
         axis_name=axis_name,
         error_feedback=error_feedback,
         min_size=min_size,
