@@ -59,13 +59,16 @@ class Levels(NamedTuple):
     Attributes:
       setting: the name of the setting that makes the strength, such as "rank".
       value: its value in this codec.
+      more_sends_more: whether a larger value sends more.
       others: the codec's other settings, by name.
       build: ((value, ...), error_feedback) -> a codec whose exchange takes `level={path: int32}`, the place of
-        each leaf's value among these. The state serves all of them.
+        each leaf's value among these, and `restart={path: bool}`, where to forget what was learned at another. The
+        state serves all of them.
     """
 
     setting: str
     value: Any
+    more_sends_more: bool
     others: dict[str, Any]
     build: Callable[[tuple, bool], "Codec"]
 

@@ -50,7 +50,9 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
     """
     require_aggregate(name, aggregate, LINEAR)
     if fraction is not None and rank is not None:
-        raise ValueError(f"fraction={fraction} and rank={rank} both say how much codec {name!r} sends: give one of them")
+        raise ValueError(
+            f"fraction={fraction} and rank={rank} both say how much codec {name!r} sends: give one of them"
+        )
     if rank is not None:
         require_whole("rank", rank, 1)
     elif fraction is None:
@@ -126,5 +128,7 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
 
     strength = fraction if rank is None else rank
     setting = "fraction" if rank is None else "rank"
-    levels = Levels(setting, strength, {"aggregate": aggregate, "seed": seed}, lambda ladder, feedback: build(ladder))
+    levels = Levels(
+        setting, strength, True, {"aggregate": aggregate, "seed": seed}, lambda ladder, feedback: build(ladder)
+    )
     return build((strength,))._replace(levels=levels)

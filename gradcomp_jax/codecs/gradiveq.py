@@ -478,7 +478,7 @@ def gradiveq(
     switchable = select == "ratio" and quantizer is None
     codec = build((ratio,), error_feedback)
     return compressor(
-        codec._replace(levels=Levels("ratio", ratio, others, build) if switchable else None),
+        codec._replace(levels=Levels("ratio", ratio, False, others, build) if switchable else None),
         axis_name=axis_name,
         error_feedback=error_feedback,
         min_size=min_size,

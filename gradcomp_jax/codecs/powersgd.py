@@ -221,7 +221,7 @@ def powersgd(
         return Codec("powersgd", init, exchange, is_matrix, shrinks, linear=quantizer is None)
 
     others = {"min_rate": min_rate, "stacked": stacked, "aggregate": aggregate, "seed": seed}
-    levels = None if quantizer is not None else Levels("rank", rank, others, lambda ranks, feedback: build(ranks))
+    levels = None if quantizer is not None else Levels("rank", rank, True, others, lambda ranks, feedback: build(ranks))
     return compressor(
         build((rank,))._replace(levels=levels),
         axis_name=axis_name,

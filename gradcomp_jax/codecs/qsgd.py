@@ -268,7 +268,7 @@ def qsgd(
     levels_offered = None
     if levels is None and not shared_scale:
         others = {"bucket_size": d, "norm": norm, "aggregate": aggregate, "seed": seed}
-        levels_offered = Levels("bits", bits, others, lambda ladder, error_feedback: build(ladder))
+        levels_offered = Levels("bits", bits, True, others, lambda ladder, error_feedback: build(ladder))
     return compressor(
         build((bits,))._replace(levels=levels_offered),
         axis_name=axis_name,

@@ -124,7 +124,7 @@ def topk(
 
         return Codec("topk", lambda tensors: (), exchange, lambda path, leaf: True, shrinks)
 
-    levels = Levels("fraction", fraction, {"aggregate": aggregate}, lambda ladder, feedback: build(ladder))
+    levels = Levels("fraction", fraction, True, {"aggregate": aggregate}, lambda ladder, feedback: build(ladder))
     return compressor(
         build((fraction,))._replace(levels=levels),
         axis_name=axis_name,

@@ -1,0 +1,290 @@
+"""Accordion: strong compression, but weak where training is in a critical regime.
+
+Agarwal, Wang, Lee, Venkataraman, Papailiopoulos, "Accordion: Adaptive Gradient Communication via Critical Learning
+Regime Identification", MLSys 2021, arXiv 2010.16248, Algorithm 1. Every `interval` steps, with D the sum of a layer's
+gradients over the last `window` of them and D' that of the check before,
+
+    critical if | |D'| - |D| | / |D'| >= threshold,  or  the learning rate fell
+    critical -> low (compression), else -> high
+
+decided for each layer by itself, or once for the whole tree. Before the second check all is low, and so is a layer whose
+D' was zero. A fall of the learning rate takes all layers to low at once, until the next check.
+
+The two levels are two strengths of one codec: ranks of PowerSGD, fractions of top-k, bits of QSGD, ratios of GradiVeQ.
+They share one state: PowerSGD keeps its warm start and drops or draws columns, GradiVeQ keeps its bases, and the residual
+is one. All of it is inside the compiled step, and what is sent at the high level is really less: what the layers send
+fills one buffer from its front, and the smallest of some fixed sizes that holds it is sent.
+
+Where sources differ: the printed rule lacks the absolute value, which its definition and the authors' code have. D is
+each worker's own sum, of the gradients before error feedback, and the workers' norms are averaged; in the authors' code
+the first worker's decide (`norm_source="first_worker"`), a window is one epoch of every ten, and PowerSGD's Q is drawn
+anew on each switch (`reset_on_switch=True`). Their top-k reducer sums where the paper averages, and keeps no residual.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from gradcomp_jax import collectives
+from gradcomp_jax.collectives import AxisName
+from gradcomp_jax.compressor import (
+    Codec,
+    Compressor,
+    Exchanged,
+    Tensors,
+    compressor,
+    compressor_states,
+    require_whole,
+)
+from gradcomp_jax.metrics import Bits, bit_pair, sum_bits
+from gradcomp_jax.sharding import PerWorker
+
+LOW, HIGH = 0, 1
+NORM_SOURCES = ("mean", "first_worker")
+
+
+class AccordionState(NamedTuple):
+    """State of `accordion`; the same on all workers but for `gradients`. Arrays are by leaf path.
+
+    Attributes:
+      codec: the codec's, which serves both levels.
+      level: int32, 0 low or 1 high, of the next step.
+      gradients: the sum of this worker's gradients over the window so far, float32.
+      previous: the norm |D'| at the check before the last, float32; zero if there was none.
+      norm: the norm |D| at the last check; zero if there was none.
+      restart: bool, with reset_on_switch, whether the level changed after the last step; else empty.
+      step: int32, exchanges done.
+      checked: int32, exchanges that were done at the last check; 0 before it.
+      dropped: int32, exchanges that were done when the learning rate last fell; -1 before that.
+      learning_rate: of the last step, float32; NaN before the first, and without a learning rate.
+    """
+
+    codec: Any
+    level: dict[str, jax.Array]
+    gradients: PerWorker
+    previous: dict[str, jax.Array]
+    norm: dict[str, jax.Array]
+    restart: dict[str, jax.Array]
+    step: jax.Array
+    checked: jax.Array
+    dropped: jax.Array
+    learning_rate: jax.Array
+
+
+def next_level(previous: jax.Array, norm: jax.Array, threshold: float) -> jax.Array:
+    """The rule: `LOW` where |D'| is zero or |D| differs from it by `threshold` of it or more, else `HIGH`; int32."""
+    change = jnp.abs(previous - norm) / jnp.where(previous > 0, previous, 1)
+    return jnp.where((previous > 0) & (change < threshold), HIGH, LOW).astype(jnp.int32)
+
+
+def accordion(
+    low: Compressor,
+    high: Compressor,
+    *,
+    interval: int,
+    window: int | None = None,
+    threshold: float = 0.5,
+    per_layer: bool = True,
+    learning_rate: optax.Schedule | None = None,
+    norm_source: str = "mean",
+    reset_on_switch: bool = False,
+) -> Compressor:
+    """Accordion (Agarwal et al., MLSys 2021, Algorithm 1) over two strengths of one codec.
+
+    What all codecs take (`axis_name`, `error_feedback`, `min_size`, `compress`, `allow_dense`) is taken from low and
+    high, which must agree in it. Beside the codec's, state has a sum of gradients, float32, of the size of the compressed
+    leaves on each worker. A check sends one float a leaf.
+
+    Args:
+      low: the codec at weak compression, such as `powersgd(rank=4)`.
+      high: the same at strong compression, such as `powersgd(rank=1)`.
+      interval: steps from check to check. In the authors' code ten epochs.
+      window: the steps at the begin of each interval over which gradients are summed, after which is the check; by
+        default all. In the authors' code one epoch.
+      threshold: eta, the relative change of the norm from which a layer is critical.
+      per_layer: decide for each leaf by itself, by its own norm; else for all, by the norm over all.
+      learning_rate: the schedule of the optimiser that follows; or give `learning_rate=` to the transformation's update
+        in each step. Without either the second part of the rule does not exist. It is meant for schedules that fall
+        in steps: under one that falls all the time, such as a cosine, everything stays low.
+      norm_source: whose norm decides, the "mean" of the workers' or the "first_worker"'s, as in the authors' code.
+      reset_on_switch: draw PowerSGD's Q anew where the level changes, as in the authors' code.
+
+    Returns:
+      A `Compressor`. See `accordion_log` for what it decided, and why.
+
+    Raises:
+      ValueError: low and high are not two strengths of one codec with the same settings otherwise, the weaker first;
+        or an argument out of range.
+
+    >>> import optax
+    >>> from gradcomp_jax import accordion, powersgd
+    >>> steps = 390  # an epoch
+    >>> codec = accordion(low=powersgd(rank=2), high=powersgd(rank=1), interval=10 * steps, window=steps)
+    >>> tx = optax.chain(codec, optax.sgd(0.1, momentum=0.9))
+    """
+    _require_strengths(low, high)
+    require_whole("interval", interval, 1)
+    window = interval if window is None else window
+    require_whole("window", window, 1)
+    if window > interval:
+        raise ValueError(f"window={window} must be at most interval={interval}, of which it is the beginning")
+    if not threshold > 0:
+        raise ValueError(f"threshold={threshold} must be above 0, it is a relative change")
+    if norm_source not in NORM_SOURCES:
+        raise ValueError(f"norm_source={norm_source!r} must be one of {', '.join(map(repr, NORM_SOURCES))}")
+    weak, strong = low.codec.levels, high.codec.levels
+    assert weak is not None and strong is not None
+    inner = weak.build((weak.value, strong.value), low.settings.error_feedback)
+    schedule = learning_rate
+
+    def init(tensors: Tensors) -> AccordionState:
+        def each(value: Any) -> dict[str, jax.Array]:
+            return {path: jnp.asarray(value) for path in tensors}
+
+        return AccordionState(
+            codec=inner.init(tensors),
+            level=each(jnp.int32(LOW)),
+            gradients=PerWorker(
+                {p: jnp.zeros(x.shape, jnp.float32) for p, x in tensors.items()}, low.settings.axis_name
+            ),
+            previous=each(jnp.float32(0)),
+            norm=each(jnp.float32(0)),
+            restart=each(False) if reset_on_switch else {},
+            step=jnp.int32(0),
+            checked=jnp.int32(0),
+            dropped=jnp.int32(-1),
+            learning_rate=jnp.float32(jnp.nan),
+        )
+
+    def norms(sums: Tensors, axis_name: AxisName) -> tuple[dict[str, jax.Array], Bits]:
+        """|D| of each leaf, the same on all workers."""
+        own = jnp.stack([jnp.sqrt(jnp.sum(x * x)) for x in sums.values()])
+        if norm_source == "mean":
+            agreed, bits = collectives.mean(own, axis_name)
+        else:
+            agreed, bits = collectives.from_first(own, axis_name)
+        if not per_layer:
+            agreed = jnp.broadcast_to(jnp.sqrt(jnp.sum(agreed * agreed)), agreed.shape)
+        return dict(zip(sums, agreed, strict=True)), bits
+
+    def exchange(
+        tensors: Tensors,
+        state: AccordionState,
+        axis_name: AxisName,
+        *,
+        gradients: Tensors | None = None,
+        learning_rate: jax.Array | float | None = None,
+        **extra_args: Any,
+    ) -> Exchanged:
+        if not tensors:
+            return Exchanged({}, {}, state, 0)
+        if learning_rate is None:
+            learning_rate = jnp.nan if schedule is None else schedule(state.step)
+        rate = jnp.asarray(learning_rate, jnp.float32)
+        fell = rate < state.learning_rate
+        level = {path: jnp.where(fell, LOW, x) for path, x in state.level.items()}
+        restart = {path: x | (fell & (state.level[path] != LOW)) for path, x in state.restart.items()}
+        got = inner.exchange(tensors, state.codec, axis_name, level=level, restart=restart or None, **extra_args)
+
+        place = state.step % interval
+        sums = {}
+        for path, x in (gradients or tensors).items():
+            so_far = state.gradients.value[path]
+            more = jnp.where(place == 0, 0, so_far) + x.astype(jnp.float32)
+            sums[path] = jnp.where(place < window, more, so_far)
+
+        def check():
+            norm, bits = norms(sums, axis_name)
+            decided = {path: next_level(state.norm[path], norm[path], threshold) for path in norm}
+            return decided, state.norm, norm, state.step + 1, bit_pair(bits)
+
+        kept = level, state.previous, state.norm, state.checked, bit_pair(0)
+        decided, previous, norm, checked, bits = lax.cond(place == window - 1, check, lambda: kept)
+        next_state = AccordionState(
+            codec=got.state,
+            level=decided,
+            gradients=PerWorker(sums, state.gradients.axis),
+            previous=previous,
+            norm=norm,
+            restart={path: decided[path] != level[path] for path in restart},
+            step=state.step + 1,
+            checked=checked,
+            dropped=jnp.where(fell, state.step, state.dropped),
+            learning_rate=rate,
+        )
+        return Exchanged(got.mean, got.own, next_state, sum_bits(got.bits, bits))
+
+    codec = Codec("accordion", init, exchange, low.codec.default, high.codec.shrinks, inner.linear)
+    return compressor(codec, **low.settings._asdict())
+
+
+def accordion_log(opt_state: Any) -> list[str]:
+    """What `accordion` decided last, and why: a line for each leaf.
+
+    Args:
+      opt_state: an optimiser state that holds that of one or more accordions; any form.
+
+    Returns:
+      Such as "conv1/kernel: high from step 780 on, as the norm changed from 3.1 to 2.9, by 0.06"; empty without one.
+    """
+    lines = []
+    for state in compressor_states(opt_state):
+        if isinstance(state.codec, AccordionState):
+            read = jax.tree.map(_first, state.codec._replace(codec=(), gradients=()))
+            lines += [f"{path}: {_reason(read, path)}" for path in read.level]
+    return lines
+
+
+def _first(x: Any) -> Any:
+    # pmap keeps one copy a device; all are the same.
+    return np.asarray(x).reshape(-1)[0]
+
+
+def _reason(state: AccordionState, path: str) -> str:
+    if state.dropped >= state.checked:
+        return f"low from step {state.dropped} on, as the learning rate fell to {state.learning_rate:.3g}"
+    previous, norm = state.previous[path], state.norm[path]
+    if not state.checked or not previous:
+        return f"low, as there is no norm before the {'next' if not state.checked else 'last'} check to compare with"
+    change = abs(previous - norm) / previous if math.isfinite(previous) else math.nan
+    level = ("low", "high")[int(state.level[path])]
+    return (
+        f"{level} from step {state.checked} on, as the norm changed from {previous:.3g} to {norm:.3g}, by {change:.2f}"
+    )
+
+
+def _require_strengths(low: Compressor, high: Compressor) -> None:
+    """Raises ValueError unless low and high are two strengths of one codec, the weaker first."""
+    for name, given in (("low", low), ("high", high)):
+        if not isinstance(given, Compressor):
+            raise ValueError(f"{name}={given!r} must be a codec such as powersgd(rank=2)")
+        if given.codec.levels is None:
+            raise ValueError(
+                f"{name}: codec {given.codec.name!r} in these settings has one strength only; accordion switches the "
+                "rank of powersgd, the fraction of topk, randomk and randomblock, the bits of qsgd, the proportion of "
+                "adaptive, the ratio of gradiveq, without a quantizer inside"
+            )
+    weak, strong = low.codec.levels, high.codec.levels
+    assert weak is not None and strong is not None
+    if low.codec.name != high.codec.name or weak.setting != strong.setting:
+        raise ValueError(
+            f"low is {low.codec.name} by {weak.setting}, high is {high.codec.name} by {strong.setting}: accordion "
+            "switches between two strengths of one codec, which share its state"
+        )
+    for name, a, b in [
+        *((name, x, strong.others[name]) for name, x in weak.others.items()),
+        *zip(low.settings._fields, low.settings, high.settings, strict=True),
+    ]:
+        if a != b:
+            raise ValueError(f"low has {name}={a!r}, high has {name}={b!r}: they must agree in all but {weak.setting}")
+    if (weak.value > strong.value) != weak.more_sends_more or weak.value == strong.value:
+        order = "above" if weak.more_sends_more else "below"
+        raise ValueError(
+            f"low has {weak.setting}={weak.value}, which must be {order} high's {weak.setting}={strong.value}: low is "
+            "the weak compression, which sends more"
+        )
