@@ -1,0 +1,164 @@
+"""Places in large vectors: where a mask is true, and where the largest magnitudes are.
+
+Both stand on bits. A mask is packed to 32-bit words, in order, in one pass; the place of its r-th set bit is
+then a binary search in the running count of bits, and five halvings of a word. No scatter, and no sort of
+anything that is as long as the vector.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradcomp_jax.wire.packing import pack
+
+# Every 61st element is looked at before `largest` reads them all; prime, as widths of layers share no factor with it.
+STRIDE = 61
+SIGMAS = 6
+
+# Magnitudes are compared as integers, whose order is theirs; all NaN are one, above infinity.
+NAN_KEY = 0x7F800001
+NO_KEY = -1
+
+
+def bit_words(mask: jax.Array, axis: int = -1) -> jax.Array:
+    """A mask with 32 elements a word: bool, n along `axis`, to uint32, ceil(n / 32) along the last axis.
+
+    Element 32 w + b is bit b of word w. The axes other than `axis` come first, in their order.
+    """
+    axis %= mask.ndim
+    before, n, after = mask.shape[:axis], mask.shape[axis], mask.shape[axis + 1 :]
+    fill = [(0, -n % 32) if i == axis else (0, 0) for i in range(mask.ndim)]
+    eights = jnp.pad(mask, fill).astype(jnp.uint8).reshape(*before, -1, 8, *after)
+    octets = jnp.moveaxis(pack(eights, 1, axis=axis + 1).squeeze(axis + 1), axis, -1)
+    return lax.bitcast_convert_type(octets.reshape(*before, *after, -1, 4), jnp.uint32)
+
+
+def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the set bits of a row of words are.
+
+    Args:
+      words: uint32 [w], with fewer than 2^31 set bits.
+      ranks: int32 [...]: 0 for the first set bit, 1 for the second.
+
+    Returns:
+      The word of each, from 0, and the bit in it, from 0 for the lowest; int32 [...]. Where fewer bits are
+      set, the word is w and the bit of no meaning.
+    """
+    if not words.size:
+        return jnp.zeros_like(ranks), jnp.zeros_like(ranks)
+    # jnp.cumsum takes twice the time.
+    ends = lax.associative_scan(jnp.add, lax.population_count(words).astype(jnp.int32))
+    index = jnp.searchsorted(ends, ranks, side="right").astype(jnp.int32)
+    word = words[jnp.minimum(index, words.size - 1)]
+    rank = ranks - jnp.where(index > 0, ends[jnp.maximum(index - 1, 0)], 0)
+    bit = jnp.zeros_like(rank)
+    for half in (16, 8, 4, 2, 1):
+        low = word & jnp.uint32((1 << half) - 1)
+        count = lax.population_count(low).astype(jnp.int32)
+        beyond = rank >= count
+        rank = jnp.where(beyond, rank - count, rank)
+        word = jnp.where(beyond, word >> half, low)
+        bit = jnp.where(beyond, bit + half, bit)
+    return index, bit
+
+
+def positions(mask: jax.Array, size: int) -> jax.Array:
+    """The first `size` places where a mask is true, in order: bool [n] -> int32 [size]; n where there are fewer."""
+    index, bit = set_bits(bit_words(mask), lax.iota(jnp.int32, size))
+    return jnp.where(index < -(-mask.size // 32), 32 * index + bit, mask.size)
+
+
+def largest(x: jax.Array, k: int, ordered: bool = False) -> jax.Array:
+    """Where the k largest magnitudes are, exactly; of equal ones the first.
+
+    A NaN is larger than all else, infinity is next. The rank of a threshold among every 61st element tells
+    of one that between k and a little over k elements pass, with room for six standard deviations on either
+    side; the elements that pass are listed in one pass over `x`, and the k largest found among them. Where
+    the sample misleads (elements of one kind, 61 apart) or would not pay (k near n), the threshold is
+    searched bit by bit over all of `x`, in 31 passes. Elements are ordered by magnitude and then by place,
+    so that many equal ones, zeros among them, do not mislead it.
+
+    Under vmap both ways are computed, as for every `lax.cond`.
+
+    Args:
+      x: float32 [n], n below 2^31.
+      k: how many, 0 to n.
+      ordered: by falling magnitude, the first of equal ones first, so that k' < k of them are the result
+        for k'; else by place, rising. Costs a sort of k numbers.
+
+    Returns:
+      int32 [k].
+
+    Raises:
+      ValueError: `k` out of range.
+    """
+    n = x.size
+    if not 0 <= k <= n:
+        raise ValueError(f"k={k} must be from 0 to {n}, the size of x")
+    if k == 0:
+        return jnp.zeros(0, jnp.int32)
+    rank, capacity = _bracket(k)
+    if 4 * capacity > n:
+        places = _search(_keys(x), k)
+    else:
+        key, place = _kth(_keys(x[::STRIDE]), rank)
+        candidates = positions(_passes(_keys(x), key, STRIDE * place), capacity + 1)
+        enough = (candidates[k - 1] < n) & (candidates[capacity] == n)
+
+        def among_candidates(x: jax.Array, candidates: jax.Array) -> jax.Array:
+            there = candidates < n
+            keys = jnp.where(there, _keys(x[jnp.where(there, candidates, 0)]), NO_KEY)
+            return candidates[_search(keys, k)]
+
+        def among_all(x: jax.Array, candidates: jax.Array) -> jax.Array:
+            del candidates
+            return _search(_keys(x), k)
+
+        places = lax.cond(enough, among_candidates, among_all, x, candidates)
+    if ordered:
+        places = places[jnp.argsort(_keys(x[places]), descending=True, stable=True)]
+    return places
+
+
+def _bracket(k: int) -> tuple[int, int]:
+    """The sample's rank that k elements reach, and how many elements reach it, each six deviations beyond."""
+    rank = k / STRIDE
+    rank = math.ceil(rank + SIGMAS * math.sqrt(rank) + SIGMAS)
+    return rank, math.ceil(STRIDE * (rank + SIGMAS * math.sqrt(rank) + SIGMAS))
+
+
+def _keys(x: jax.Array) -> jax.Array:
+    """int32 of the order of |x|."""
+    return jnp.minimum(lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF, NAN_KEY)
+
+
+def _search(keys: jax.Array, k: int) -> jax.Array:
+    """The places of the k largest keys, by place."""
+    return positions(_passes(keys, *_kth(keys, k)), k)
+
+
+def _passes(keys: jax.Array, key: jax.Array, place: jax.Array) -> jax.Array:
+    """Which come no later than (key, place), when ordered by falling key and then by place."""
+    after = lax.iota(jnp.int32, keys.size) > place
+    return keys >= key + after.astype(jnp.int32)
+
+
+def _kth(keys: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    """The key and the place of the k-th, when ordered by falling key and then by place."""
+    rows = jnp.pad(keys, (0, -keys.size % 1024), constant_values=NO_KEY).reshape(-1, 32)
+
+    def count(mask: jax.Array) -> jax.Array:
+        # Step by step: XLA's CPU backend adds up a long row of integers ten times slower.
+        few = jnp.sum(mask, axis=1, dtype=jnp.uint8).reshape(-1, 32)
+        return jnp.sum(jnp.sum(few.astype(jnp.int32), axis=1, dtype=jnp.int32), dtype=jnp.int32)
+
+    def refine(i: jax.Array, key: jax.Array) -> jax.Array:
+        trial = key | jnp.int32(1) << (30 - i)
+        return jnp.where(count(rows >= trial) >= k, trial, key)
+
+    # Zero, of a type that varies over the mesh where keys do.
+    key = lax.fori_loop(0, 31, refine, keys[0] & 0)
+    index, bit = set_bits(bit_words(keys == key), k - 1 - count(rows > key))
+    return key, 32 * index + bit
