@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import gradcomp_jax as gc
 from gradcomp_jax import views
-from gradcomp_jax.random import threefry2x32, uniform16
-from gradcomp_jax.wire.packing import from_bytes, pack, to_bytes, unpack
+from gradcomp_jax.random import distinct, step_key, threefry2x32, uniform16
+from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
+from tests.contexts import every_context
 
 
 @hypothesis.given(
@@ -27,6 +29,42 @@ def test_packing_round_trips_and_is_dense(bits, rows, width, seed):
         np.testing.assert_array_equal(
             np.asarray(packed)[:, j % width] >> (j // width * bits) & (2**bits - 1), codes[:, j]
         )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_packing_along_another_axis_is_that_of_the_last(bits):
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 16, 5), dtype=np.uint8)
+    packed = pack(jnp.asarray(codes), bits, axis=1)
+    last = pack(jnp.asarray(np.moveaxis(codes, 1, -1)), bits)
+    np.testing.assert_array_equal(packed, np.moveaxis(np.asarray(last), -1, 1))
+    np.testing.assert_array_equal(unpack(packed, bits, axis=1), codes)
+
+
+@pytest.mark.parametrize("width", range(33))
+def test_fields_of_any_width_round_trip_in_few_bytes(width):
+    for k in (0, 7):
+        values = np.random.default_rng(width).integers(0, 2**width, (2, k), dtype=np.uint64).astype(np.uint32)
+        data = pack_fields(jnp.asarray(values), width)
+        assert data.dtype == jnp.uint8
+        assert data.shape == (2, fields_bytes(k, width))
+        assert 0 <= data.shape[1] - -(-k * width // 8) <= 2
+        back = unpack_fields(data, k, width)
+        assert back.dtype == jnp.uint32
+        np.testing.assert_array_equal(back, values)
+        if width < 32:  # what does not fit is left out, and disturbs nothing
+            np.testing.assert_array_equal(pack_fields(jnp.asarray(values) | np.uint32(1 << width), width), data)
+
+
+def test_parts_of_a_field_follow_each_other_lowest_bits_first():
+    values = jnp.asarray([0x1A5, 0x03C], jnp.uint32)
+    assert pack_fields(values, 9).tolist() == [0xA5, 0x3C, 0b01]
+    assert pack_fields(values, 12).tolist() == [0xA5, 0x3C, 0x01]
+
+
+@pytest.mark.parametrize("width", [-1, 33])
+def test_fields_refuse_other_widths(width):
+    with pytest.raises(ValueError, match=f"width={width} must be"):
+        pack_fields(jnp.zeros(3, jnp.uint32), width)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int32])
@@ -67,3 +105,82 @@ def test_uniform_numbers():
         for j in range(i):
             assert abs(np.corrcoef(quarters[:, i].ravel(), quarters[:, j].ravel())[0, 1]) < 4 / np.sqrt(n / 4)
     assert len(np.unique(uniform16(jax.random.key(2), 8, 512))) > 3900
+
+
+@pytest.mark.parametrize("n", [*range(1, 10), 97, 1000, 65_537])
+def test_distinct_of_all_is_a_permutation(n):
+    drawn = distinct(step_key(3, n), n, n)
+    assert drawn.dtype == jnp.int32
+    np.testing.assert_array_equal(np.sort(drawn), np.arange(n))
+
+
+def many(n, k, draws):
+    keys = jax.vmap(lambda step: step_key(0, step))(jnp.arange(draws))
+    return np.asarray(jax.jit(jax.vmap(lambda key: distinct(key, n, k)))(keys))
+
+
+def excess(counts, expected_variance=1.0):
+    """Chi-square of counts that should be equal, in standard deviations above its mean."""
+    counts = np.asarray(counts, np.float64)
+    chi_square = ((counts - counts.mean()) ** 2 / counts.mean()).sum() / expected_variance
+    return (chi_square - (counts.size - 1)) / np.sqrt(2 * (counts.size - 1))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 7, 16])
+def test_distinct_numbers_are_uniform_alone_and_in_pairs(n):
+    drawn = many(n, 2, 30_000)
+    pairs = np.bincount(drawn[:, 0] * n + drawn[:, 1], minlength=n * n).reshape(n, n)
+    assert not pairs.diagonal().any()
+    assert excess(pairs[~np.eye(n, dtype=bool)]) < 4
+    for place in (0, 1):
+        assert excess(np.bincount(drawn[:, place], minlength=n)) < 4
+
+
+def test_which_numbers_are_included_is_uniform():
+    n, k = 500, 50
+    drawn = many(n, k, 4000)
+    # Drawn without replacement, counts spread less.
+    assert abs(excess(np.bincount(drawn.ravel(), minlength=n), 1 - k / n)) < 5
+    # Numbers that follow each other keep no distance.
+    assert excess(np.bincount(((drawn[:, 1:] - drawn[:, :-1]) % n).ravel(), minlength=n)[1:]) < 5
+
+
+@pytest.mark.parametrize("n", [2**31 - 1, 2**30])
+def test_distinct_of_the_largest_ranges(n):
+    drawn = np.asarray(distinct(step_key(1, 2), n, 20_000))
+    assert len(np.unique(drawn)) == 20_000
+    assert 0 <= drawn.min() < n / 1000
+    assert n - n / 1000 < drawn.max() < n
+    assert excess(np.histogram(drawn, 100, (0, n))[0]) < 5
+
+
+def test_distinct_refuses():
+    assert distinct(step_key(0, 0), 5, 0).shape == (0,)
+    for n, k, message in ((0, 0, "n=0"), (2**31, 1, "n=2147483648"), (3, 4, "k=4"), (3, -1, "k=-1")):
+        with pytest.raises(ValueError, match=f"{message} must be from"):
+            distinct(step_key(0, 0), n, k)
+
+
+@every_context
+@pytest.mark.parametrize("own", [False, True])
+def test_distinct_in_every_context(context, own):
+    def worker(i):
+        return distinct(step_key(0, i if own else 7), 1000, 100)[None]
+
+    steps = jnp.arange(4)
+    spec = jax.sharding.PartitionSpec("data")
+    got = {
+        "vmap": lambda: jax.vmap(worker)(steps),
+        "pmap": lambda: jax.pmap(worker, devices=jax.devices()[:4])(steps),
+    }.get(context) or jax.jit(
+        lambda: jax.shard_map(
+            lambda i: worker(i[0] if own else 0),
+            mesh=gc.make_mesh(4),
+            in_specs=spec,
+            out_specs=spec if own else jax.sharding.PartitionSpec(),  # checked: known to be the same
+            check_vma=context == "checked",
+        )(steps)
+    )
+    rows = np.asarray(got()).reshape(-1, 100)
+    for i, row in enumerate(rows):
+        np.testing.assert_array_equal(row, distinct(step_key(0, i if own else 7), 1000, 100))

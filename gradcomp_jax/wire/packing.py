@@ -84,5 +84,6 @@ def to_bytes(x: jax.Array) -> jax.Array:
 
 def from_bytes(data: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
     """The inverse of `to_bytes`."""
-    bytes_each = () if jnp.dtype(dtype).itemsize == 1 else (-1,)  # a cast from one byte to one keeps the axes
+    size = jnp.dtype(dtype).itemsize
+    bytes_each = () if size == 1 else (size,)  # a cast from one byte to one keeps the axes
     return jax.lax.bitcast_convert_type(data.reshape(*shape, *bytes_each), dtype)
