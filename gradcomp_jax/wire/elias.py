@@ -17,8 +17,8 @@ decoded at once, and where it ends, so that the sparse code, of which the paper 
 count of nonzeros: a count would take as many bits, and one would have to decode a bucket to find the next.
 
 Buckets are worked on side by side, each from nonzero to nonzero; on a CPU, where a scatter of all codes at their
-prefix sums contends for words, this takes a fourth to a half of its time. The number of steps is that of the nonzeros in the
-fullest bucket, so many short buckets are fast and a single long one is slow.
+prefix sums contends for words, this takes a fourth to a half of its time. The number of steps is that of the
+nonzeros in the fullest bucket, so many short buckets are fast and a single long one is slow.
 """
 
 import functools
