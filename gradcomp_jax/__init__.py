@@ -5,30 +5,50 @@
 >>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
 """
 
+from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
+from gradcomp_jax.codecs.adaptive import AdaptiveState, adaptive
 from gradcomp_jax.codecs.gradiveq import GradiVeQState, gradiveq
 from gradcomp_jax.codecs.none import average, none
+from gradcomp_jax.codecs.onebit import OneBitState, onebit
 from gradcomp_jax.codecs.powersgd import PowerSGDState, powersgd
 from gradcomp_jax.codecs.qsgd import QSGDState, qsgd
+from gradcomp_jax.codecs.randomblock import randomblock
+from gradcomp_jax.codecs.randomk import randomk
+from gradcomp_jax.codecs.signnorm import signnorm
+from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.collectives import vary
 from gradcomp_jax.compressor import Compressor, CompressorState, skipped
-from gradcomp_jax.metrics import Collective, WireBits, WireCount, collective_bytes, wire_bits
+from gradcomp_jax.delayed import DelayedState, delayed
+from gradcomp_jax.metrics import CodeLength, Collective, WireBits, WireCount, code_bits, collective_bytes, wire_bits
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.sharding import PerWorker, global_state, init, local_state, resize_workers, state_specs
 from gradcomp_jax.step import flush, make_mesh, simulate, train_step
+from gradcomp_jax.subset import SubsetState
 
 __all__ = [
+    "AccordionState",
+    "AdaptiveState",
+    "CodeLength",
     "Collective",
     "Compressor",
     "CompressorState",
+    "DelayedState",
     "EFMomentumState",
     "GradiVeQState",
+    "OneBitState",
     "PerWorker",
     "PowerSGDState",
     "QSGDState",
+    "SubsetState",
     "WireBits",
     "WireCount",
+    "accordion",
+    "accordion_log",
+    "adaptive",
     "average",
+    "code_bits",
     "collective_bytes",
+    "delayed",
     "ef_momentum",
     "flush",
     "global_state",
@@ -37,12 +57,17 @@ __all__ = [
     "local_state",
     "make_mesh",
     "none",
+    "onebit",
     "powersgd",
     "qsgd",
+    "randomblock",
+    "randomk",
     "resize_workers",
+    "signnorm",
     "simulate",
     "skipped",
     "state_specs",
+    "topk",
     "train_step",
     "vary",
     "wire_bits",

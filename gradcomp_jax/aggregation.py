@@ -15,7 +15,6 @@ and `exchange` does the rest. What a second encoding loses is the loss of the wo
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -27,20 +26,19 @@ from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Tensors
 from gradcomp_jax.metrics import Bits, bit_pair, sum_bits
-from gradcomp_jax.views import pack_front, unpack_front
 from gradcomp_jax.wire.packing import from_bytes, to_bytes
 
 LINEAR = ("psum", "ring")
 
 
 def require_aggregate(codec: str, aggregate: str | None, legal: Sequence[str]) -> None:
-    """Raises ValueError for a way to aggregate that the codec cannot use; None, where it stands for a choice, is legal."""
+    """Raises ValueError for a way to aggregate that the codec cannot use; None, which stands for a choice, is legal."""
     if aggregate is None or aggregate in legal:
         return
     known = ", ".join(map(repr, legal))
     reasons = {
         "psum": f"codec {codec!r} is not linear: aggregate='psum' would add packed codes",
-        "gather": f"codec {codec!r} is linear: aggregate='gather' would send {codec}'s payload to all, where a sum will do",
+        "gather": f"codec {codec!r} is linear: aggregate='gather' would send each payload to all, where a sum will do",
         "ring": f"codec {codec!r} is of large error or of sparse sums: aggregate='ring' would encode anew at each hop",
     }
     reasons["shuffle"] = reasons["gather"].replace("gather", "shuffle")
@@ -72,8 +70,8 @@ def linear(codec: str, aggregate: str, quantizer: Compressor | None = None) -> C
             )
         if aggregate != "psum":
             raise ValueError(
-                f"aggregate={aggregate!r} beside a quantizer, inside which codec {codec!r} is not linear: say there how "
-                "the codes are aggregated, as in qsgd(aggregate='ring')"
+                f"aggregate={aggregate!r} beside a quantizer, with which codec {codec!r} is not linear: say there how "
+                "its codes are aggregated, as in qsgd(aggregate='ring')"
             )
         return quantizer.codec
 
@@ -85,41 +83,11 @@ def linear(codec: str, aggregate: str, quantizer: Compressor | None = None) -> C
     return Codec(codec, lambda tensors: (), exchange, lambda path, leaf: True, lambda path, leaf: True, linear=True)
 
 
-def mean_of_fronts(
-    pieces: dict[str, jax.Array],
-    lengths: dict[str, list[int]],
-    level: dict[str, jax.Array],
-    axis_name: AxisName,
-    *,
-    ring: bool = False,
-) -> tuple[dict[str, jax.Array], jax.Array]:
-    """All-reduces the front of each of some vectors to their mean, in one collective.
-
-    Args:
-      pieces: vectors.
-      lengths: of each, how much is to be sent at each level; at least 1.
-      level: int32 for each, the same on all workers.
-      axis_name: the axis of the workers.
-      ring: as in `collectives.mean`.
-
-    Returns:
-      Vectors of the same sizes, of no meaning beyond what was to be sent; and the bits this worker sent, as a pair.
-    """
-    wide = functools.reduce(jnp.promote_types, (x.dtype for x in pieces.values()))
-    used = [jnp.array(lengths[path], jnp.int32)[level[path]] for path in pieces]
-    least, most = (sum(end(each) for each in lengths.values()) for end in (min, max))
-    average = functools.partial(collectives.mean, axis_name=axis_name, ring=ring)
-    buffer = pack_front([x.astype(wide) for x in pieces.values()], used)
-    received, bits = collectives.front(average, buffer, functools.reduce(jnp.add, used), least, most)
-    means = unpack_front(received, used, [x.size for x in pieces.values()])
-    return {path: x.astype(pieces[path].dtype) for path, x in zip(pieces, means, strict=True)}, bits
-
-
 class Compact(NamedTuple):
     """A shorter form of messages, which not every message has.
 
     Attributes:
-      pack: message -> (bytes uint8 [p], whether the message fits, the true length of its code in bits, int32).
+      pack: message -> (bytes uint8 [p], whether the message fits, the true length of its code in bits as a pair).
       unpack: bytes -> message.
     """
 
@@ -137,6 +105,7 @@ class Coder(NamedTuple):
         as zeros.
       decode: message -> shard.
       compact: a shorter form of the message; all workers use it in a step, or none does.
+      length: message -> the true length of what it holds, in bits as a pair; for formats with unused room.
       vote: whether the mean of what was decoded is itself encoded, as in a majority vote.
       used: where only the front of a message's one buffer has a meaning: its length, int32, the same on all workers,
         and the least and the most that it can be.
@@ -147,6 +116,7 @@ class Coder(NamedTuple):
     encode: Callable[[Any, jax.Array, jax.Array], Any]
     decode: Callable[[Any], Any]
     compact: Compact | None = None
+    length: Callable[[Any], jax.Array] | None = None
     vote: bool = False
     used: tuple[jax.Array, int, int] | None = None
 
@@ -163,7 +133,7 @@ class Aggregated(NamedTuple):
       own: pmean(own) == mean.
       bits: that this worker sent.
       second: the next memory of the second stage; None without it.
-      length: the true length, in bits, of what this worker encoded in a compact form; None without one.
+      length: the true length of all that this worker encoded, in bits as a pair; None where it is that of the payload.
     """
 
     mean: Tensors
@@ -203,7 +173,7 @@ def exchange(
 
 
 def choose(coder_of: CoderOf, tensors: Tensors, n: int) -> str:
-    """ "gather" or "shuffle", whichever has each of n workers send less; "gather", which encodes once, if equal."""
+    """Whichever of "gather" and "shuffle" has each of n workers send less; "gather", which encodes once, if equal."""
     gathered, shuffled = (payload_bytes(coder_of(tensors, shards), tensors) for shards in (1, n))
     return "gather" if (n - 1) * gathered <= 2 * (n - 1) * shuffled else "shuffle"
 
@@ -212,24 +182,17 @@ def payload_bytes(coder: Coder, tensors: Tensors) -> int:
     """The size of one shard's payload, in its compact form if there is one."""
 
     def payload(tensors, key):
-        message = coder.encode(_row(coder.cut(tensors), 0), jnp.int32(0), key)
-        return _pack(message) if coder.compact is None else coder.compact.pack(message)[0]
+        message = coder.encode(row(coder.cut(tensors), 0), jnp.int32(0), key)
+        return pack_message(message) if coder.compact is None else coder.compact.pack(message)[0]
 
     return jax.eval_shape(payload, tensors, jax.random.key(0)).size
 
 
 def _gather(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array) -> Aggregated:
-    message = coder.encode(_row(coder.cut(tensors), 0), jnp.int32(0), key)
+    message = coder.encode(row(coder.cut(tensors), 0), jnp.int32(0), key)
     own = coder.decode(message)
 
-    def average(received: jax.Array, unpack: Callable) -> Any:
-        # One after another: memory holds one decoded copy however many workers there are.
-        def add(total, payload):
-            return jax.tree.map(jnp.add, total, coder.decode(unpack(payload))), None
-
-        total, _ = lax.scan(add, coder.decode(unpack(received[0])), received[1:])
-        return jax.tree.map(lambda x: x / len(received), total)
-
+    average = functools.partial(_mean_of_decoded, coder)
     mean, bits, length = _send(
         message, coder, functools.partial(collectives.gather, axis_name=axis_name), average, axis_name
     )
@@ -257,12 +220,7 @@ def _shuffle(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array
     messages = lax.map(encode, (shards, jnp.arange(n), keys))
     own = jax.vmap(coder.decode)(messages)
 
-    def average(received: jax.Array, unpack: Callable) -> Any:
-        def add(total, payload):
-            return jax.tree.map(jnp.add, total, coder.decode(unpack(payload))), None
-
-        total, _ = lax.scan(add, coder.decode(unpack(received[0])), received[1:])
-        return jax.tree.map(lambda x: x / n, total)
+    average = functools.partial(_mean_of_decoded, coder)
 
     def restore(received: jax.Array, unpack: Callable) -> Any:
         return jax.vmap(lambda payload: coder.decode(unpack(payload)))(received)
@@ -279,8 +237,10 @@ def _shuffle(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array
         owes = jax.tree.map(lambda e, x: jnp.zeros_like(e).at[me].set(-x), owed, lost)
         lost = jax.tree.map(lambda x, e: x + e[me], lost, owed)
         second = coder.join(owes)
-    own = jax.tree.map(lambda x, l: x.at[me].add(n * l), own, lost)
-    length = None if first_length is None else jnp.sum(first_length) + second_length
+    own = jax.tree.map(lambda x, more: x.at[me].add(n * more), own, lost)
+    length = None
+    if first_length is not None and second_length is not None:
+        length = functools.reduce(sum_bits, [*first_length, second_length])
     return Aggregated(coder.join(mean), coder.join(own), sum_bits(scatter_bits, gather_bits), second, length)
 
 
@@ -302,23 +262,35 @@ def _ring(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array) -
         return message, jax.tree.map(lambda s, r: s - r, coder.decode(message), received)
 
     message, own, passing = collectives.around_ring(shards, first, hop, axis_name)
-    payloads, gathering = collectives.gather(_pack(message), axis_name)
-    unpack = _unpacker(message)
+    payloads, gathering = collectives.gather(pack_message(message), axis_name)
+    unpack = unpacker(message)
     sums = jax.vmap(lambda payload: coder.decode(unpack(payload)))(collectives.of_ring(payloads))
     mean = jax.tree.map(lambda x: x / n, sums)
     return Aggregated(coder.join(mean), coder.join(own), passing + gathering)
 
 
-def _row(tree: Any, index: Any) -> Any:
+def _mean_of_decoded(coder: Coder, received: jax.Array, unpack: Callable[[jax.Array], Any]) -> Any:
+    """The mean of what payloads [n, p] decode to."""
+
+    # One after another: memory holds one decoded copy however many workers there are.
+    def add(total, payload):
+        return jax.tree.map(jnp.add, total, coder.decode(unpack(payload))), None
+
+    total, _ = lax.scan(add, coder.decode(unpack(received[0])), received[1:])
+    return jax.tree.map(lambda x: x / len(received), total)
+
+
+def row(tree: Any, index: Any) -> Any:
+    """Row `index` of each array."""
     return jax.tree.map(lambda x: x[index], tree)
 
 
-def _pack(message: Any) -> jax.Array:
+def pack_message(message: Any) -> jax.Array:
     """The bytes of a message's arrays, one after another, uint8 [p]."""
     return jnp.concatenate([to_bytes(x) for x in jax.tree.leaves(message)])
 
 
-def _unpacker(message: Any) -> Callable[[jax.Array], Any]:
+def unpacker(message: Any) -> Callable[[jax.Array], Any]:
     """The inverse of `_pack`, for messages like this one."""
     leaves, treedef = jax.tree.flatten(message)
 
@@ -343,110 +315,33 @@ def _send(
 ) -> tuple[Any, Bits, jax.Array | None]:
     """Sends a message, or with `lead` several, and hands what is received to `consume(payloads, unpack)`."""
     each = jax.vmap if lead else lambda f: f
-    unpack = _unpacker(jax.tree.map(lambda x: x[0], message) if lead else message)
+    unpack = unpacker(jax.tree.map(lambda x: x[0], message) if lead else message)
 
     def send(payload: jax.Array, unpack: Callable) -> tuple[Any, Bits]:
         received, bits = collective(payload)
         return consume(received, unpack), bits
 
     if coder.used is not None:
-        received, pair = collectives.front(collective, each(_pack)(message), *coder.used)
+        received, pair = collectives.front(collective, each(pack_message)(message), *coder.used)
         return consume(received, unpack), pair, None
     if coder.compact is None:
-        return *send(each(_pack)(message), unpack), None
+        length = None if coder.length is None else each(coder.length)(message)
+        return *send(each(pack_message)(message), unpack), length
 
-    payload, fits, length = each(coder.compact.pack)(message)
+    compact = coder.compact
+    payload, fits, length = each(compact.pack)(message)
     agreed, agreement = collectives.all_(jnp.all(fits), axis_name)
 
-    def compact() -> tuple[Any, jax.Array]:
-        result, bits = send(payload, coder.compact.unpack)
+    def shorter() -> tuple[Any, jax.Array]:
+        result, bits = send(payload, compact.unpack)
         return result, bit_pair(bits)
 
     def plain() -> tuple[Any, jax.Array]:
-        result, bits = send(each(_pack)(message), unpack)
+        result, bits = send(each(pack_message)(message), unpack)
         return result, bit_pair(bits)
 
-    result, pair = lax.cond(agreed, compact, plain)
+    result, pair = lax.cond(agreed, shorter, plain)
     return result, sum_bits(pair, agreement), length
-
-
-def at_levels(coders_of: Sequence[CoderOf], level: dict[str, jax.Array]) -> CoderOf:
-    """A coder in which each leaf is encoded by one of several, which must cut it alike.
-
-    What the leaves send fills one buffer from its front, and little more than that is sent.
-
-    Args:
-      coders_of: makes the coders, by level.
-      level: int32 for each path, the same on all workers.
-    """
-
-    def coder_of(tensors: Tensors, shards: int) -> Coder:
-        leaves = {path: [make({path: x}, shards) for make in coders_of] for path, x in tensors.items()}
-
-        def like(path: str, coder: Coder) -> Any:
-            shard = jax.eval_shape(lambda x: _row(coder.cut({path: x}), 0), tensors[path])
-            return jax.eval_shape(coder.encode, shard, jnp.int32(0), jax.random.key(0))
-
-        messages = {path: [like(path, coder) for coder in coders] for path, coders in leaves.items()}
-        sizes = {
-            path: [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(m)) for m in each]
-            for path, each in messages.items()
-        }
-        lengths = {path: jnp.array(each, jnp.int32)[level[path]] for path, each in sizes.items()}
-
-        def cut(tensors: Tensors) -> Any:
-            return {path: leaves[path][0].cut({path: x}) for path, x in tensors.items()}
-
-        def join(shards: Any) -> Tensors:
-            return {k: v for path, x in shards.items() for k, v in leaves[path][0].join(x).items()}
-
-        def encode(shard: Any, index: jax.Array, key: jax.Array) -> jax.Array:
-            def piece(place: int, path: str) -> jax.Array:
-                def encoded(coder: Coder) -> jax.Array:
-                    payload = _pack(coder.encode(shard[path], index, jax.random.fold_in(key, place)))
-                    return jnp.pad(payload, (0, max(sizes[path]) - payload.size))
-
-                return lax.switch(level[path], [functools.partial(encoded, coder) for coder in leaves[path]])
-
-            pieces = [piece(place, path) for place, path in enumerate(leaves)]
-            return pack_front(pieces, list(lengths.values()))
-
-        def decode(buffer: jax.Array) -> Any:
-            pieces = unpack_front(buffer, list(lengths.values()), [max(each) for each in sizes.values()])
-
-            def leaf(path: str, piece: jax.Array) -> Any:
-                def decoded(coder: Coder, message: Any, size: int) -> Any:
-                    return coder.decode(_unpacker(message)(piece[:size]))
-
-                choices = zip(leaves[path], messages[path], sizes[path], strict=True)
-                return lax.switch(level[path], [functools.partial(decoded, *choice) for choice in choices])
-
-            return {path: leaf(path, piece) for path, piece in zip(leaves, pieces, strict=True)}
-
-        used = functools.reduce(jnp.add, lengths.values())
-        least, most = (sum(end(each) for each in sizes.values()) for end in (min, max))
-        return Coder(cut, join, encode, decode, used=(used, least, most))
-
-    return coder_of
-
-
-def shards_of(flat: jax.Array, shards: int) -> jax.Array:
-    """[size, ...] -> [shards, ceil(size / shards), ...], filled up with zeros."""
-    size = -(-len(flat) // shards) if len(flat) else 1
-    padding = [(0, shards * size - len(flat))] + [(0, 0)] * (flat.ndim - 1)
-    return jnp.pad(flat, padding).reshape(shards, size, *flat.shape[1:])
-
-
-def from_shards(shards: jax.Array, size: int) -> jax.Array:
-    """The inverse of `shards_of`."""
-    return shards.reshape(-1, *shards.shape[2:])[:size]
-
-
-def elements_in(index: jax.Array, shards: int, shape: tuple[int, ...]) -> jax.Array:
-    """How many elements of a tensor of this shape a shard of `shards_of(flat, shards)` holds, int32."""
-    size = math.prod(shape)
-    each = -(-size // shards)
-    return jnp.clip(size - index * each, 0, each)
 
 
 def require_second_stage(second_residual: bool, aggregate: str | None, error_feedback: bool) -> str | None:

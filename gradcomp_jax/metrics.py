@@ -65,6 +65,45 @@ def add_bits(count: WireCount, bits: Bits) -> WireCount:
     return WireCount(last, sum_bits(count.total, last))
 
 
+class CodeLength(NamedTuple):
+    """True length of what one worker encoded in the last step, as part of a codec's state; `code_bits` reads it.
+
+    Attributes:
+      last: bits, a uint32 (high, low) pair, [2]; in the global form [workers, 2].
+    """
+
+    last: jax.Array
+
+
+def no_length() -> CodeLength:
+    """The length before the first step."""
+    return CodeLength(jnp.zeros(2, jnp.uint32))
+
+
+def code_bits(opt_state: Any) -> float:
+    """The true length of codes that fill their buffers only in part: QSGD's Elias code, adaptive's columns.
+
+    What travels is the buffer, and `wire_bits` counts that; this is what a runtime with messages of any length would
+    have had to send (the *entropy*, see the module), before it is multiplied by the ring laws.
+
+    Args:
+      opt_state: an optimiser state that holds the state of such codecs: they add up. Any form.
+
+    Returns:
+      Bits that a worker encoded in the last step, in both stages if there are two; the mean over the workers whose
+      state this is.
+
+    Raises:
+      ValueError: there is no such codec.
+    """
+    is_length = lambda x: isinstance(x, CodeLength)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_length) if is_length(x)]
+    if not found:
+        raise ValueError(f"opt_state holds no code of variable length: got {type(opt_state).__name__}")
+    pairs = [np.asarray(length.last, np.float64).reshape(-1, 2) for length in found]
+    return float(sum((high * 2.0**32 + low).mean() for high, low in (pair.T for pair in pairs)))
+
+
 def wire_bits(opt_state: Any) -> WireBits:
     """Bits that one worker sent, by the ring laws of `gradcomp_jax.collectives`.
 

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import compressor_states, is_compressor_state, skipped_steps
+from gradcomp_jax.delayed import DelayedState
 from gradcomp_jax.sharding import (
     PerWorker,
     automatic,
@@ -172,7 +173,7 @@ def simulate(
 
 
 def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: Mesh | int) -> tuple[Any, Any]:
-    """Applies what residuals still hold, as at the end of training.
+    """Applies what residuals still hold, and what is pending under `delayed`, as at the end of training.
 
     One step of `tx` with gradients of zero, in which every codec sends its residual uncompressed; the bits are
     counted. The rest of the chain sees the mean as a gradient like any other: momentum, weight decay and
@@ -192,7 +193,7 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
       ValueError: the mesh is not that of opt_state; a transformation of tx does not pass extra arguments on to
         the codec inside it; or no parameter changed, as under a learning rate of zero or in `optax.MultiSteps`.
     """
-    residuals = [state.residual for state in compressor_states(opt_state)]
+    residuals = _owed(opt_state)
     if not jax.tree.leaves(residuals):
         return params, opt_state
     require_workers(opt_state, mesh)
@@ -211,8 +212,7 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
     else:
         step, workers = train_step(loss_fn, flushing, mesh), mesh.size
     flushed, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
-    owed = [state.residual for state in compressor_states(opt_state)]
-    if _any_nonzero(owed):
+    if _any_nonzero(_owed(opt_state)):
         raise ValueError(
             "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
             "flush reaches it; make that one an optax.GradientTransformationExtraArgs that passes them on"
@@ -224,6 +224,13 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
             "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that"
         )
     return flushed, opt_state
+
+
+def _owed(opt_state: Any) -> list[PerWorker]:
+    """Residuals, and gradients that are pending."""
+    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, DelayedState))
+    pending = [state.pending for state in states if isinstance(state, DelayedState)]
+    return [state.residual for state in compressor_states(opt_state)] + pending
 
 
 def _any_nonzero(tree: Any) -> bool:
@@ -327,13 +334,21 @@ def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) ->
             return jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
 
         def keep_state(new, old):
+            if isinstance(new, DelayedState):
+                # What is pending is of this step, whatever became of the one before.
+                return new._replace(codec=keep_state(new.codec, old.codec))
             if not is_compressor_state(new):
                 return keep(new, old)
             # Another codec of the chain may have seen nothing wrong.
             return new._replace(codec=keep(new.codec, old.codec), residual=keep(new.residual, old.residual))
 
         new_params = keep(optax.apply_updates(params, updates), params)
-        new_opt_state = jax.tree.map(keep_state, new_opt_state, opt_state, is_leaf=is_compressor_state)
+        new_opt_state = jax.tree.map(
+            keep_state,
+            new_opt_state,
+            opt_state,
+            is_leaf=lambda x: is_compressor_state(x) or isinstance(x, DelayedState),
+        )
         model_states = [keep(_mean_state(model_state, axes), rest[0])] if has_state else []
         means = [_mean(x, axes) for x in ([loss, aux] if has_aux else [loss])]
         return new_params, new_opt_state, *model_states, *means

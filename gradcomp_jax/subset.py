@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax import collectives
-from gradcomp_jax.aggregation import LINEAR, mean_of_fronts, require_aggregate
+from gradcomp_jax.aggregation import LINEAR, require_aggregate
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Codec, Exchanged, Levels, Tensors, require_whole
+from gradcomp_jax.levels import mean_of_fronts
 from gradcomp_jax.metrics import Bits
 from gradcomp_jax.random import step_key
 from gradcomp_jax.views import matrix_shape
@@ -55,10 +56,9 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
         )
     if rank is not None:
         require_whole("rank", rank, 1)
-    elif fraction is None:
-        fraction = FRACTION
-    elif not 0 < fraction <= 1:
+    elif fraction is not None and not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
+    strength: float = rank or fraction or FRACTION
 
     def count(leaf: Any, strength: float) -> int:
         if rank is None:
@@ -98,7 +98,7 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
                 gains[path] = jnp.ones((), x.dtype) if feedback else (x.size / sent).astype(x.dtype)
             values = {p: x.reshape(-1).at[indices[p]].get(mode="fill", fill_value=0) for p, x in tensors.items()}
             # Zero, unless something is not finite; the values alone might not show it.
-            mark = sum(jnp.sum(0 * x).astype(jnp.float32) for x in tensors.values())
+            mark = jnp.sum(jnp.stack([jnp.sum(0 * x).astype(jnp.float32) for x in tensors.values()]))
 
             def mean() -> tuple[Tensors, jax.Array, Bits]:
                 if level is None:
@@ -126,7 +126,6 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
 
         return Codec(name, init, exchange, lambda path, leaf: True, shrinks, linear=True)
 
-    strength = fraction if rank is None else rank
     setting = "fraction" if rank is None else "rank"
     levels = Levels(
         setting, strength, True, {"aggregate": aggregate, "seed": seed}, lambda ladder, feedback: build(ladder)

@@ -65,6 +65,43 @@ def from_buckets(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
+def shards_of(flat: jax.Array, shards: int) -> jax.Array:
+    """[size, ...] -> [shards, ceil(size / shards), ...], filled up with zeros."""
+    size = -(-len(flat) // shards) if len(flat) else 1
+    padding = [(0, shards * size - len(flat))] + [(0, 0)] * (flat.ndim - 1)
+    return jnp.pad(flat, padding).reshape(shards, size, *flat.shape[1:])
+
+
+def from_shards(shards: jax.Array, size: int) -> jax.Array:
+    """The inverse of `shards_of`."""
+    return shards.reshape(-1, *shards.shape[2:])[:size]
+
+
+def elements_in(index: jax.Array, shards: int, shape: tuple[int, ...]) -> jax.Array:
+    """How many elements of a tensor of this shape a shard of `shards_of(flat, shards)` holds, int32."""
+    size = math.prod(shape)
+    each = -(-size // shards)
+    return jnp.clip(size - index * each, 0, each)
+
+
+def stripes(tensors: dict[str, jax.Array], axis: int, shards: int) -> dict[str, jax.Array]:
+    """Each tensor as a matrix, its columns in so many stripes: float32 [shards, rows, columns of one].
+
+    Args:
+      tensors: by path.
+      axis: what counts the columns, see `columns`.
+      shards: how many; the last ones are filled up with columns of zeros.
+    """
+    matrices = {path: columns(x.astype(jnp.float32), axis) for path, x in tensors.items()}
+    return {path: shards_of(x.T, shards).swapaxes(1, 2) for path, x in matrices.items()}
+
+
+def unstriped(parts: dict[str, jax.Array], like: dict[str, jax.Array], axis: int) -> dict[str, jax.Array]:
+    """The inverse of `stripes`, in the shapes and types of `like`."""
+    whole = {path: jnp.concatenate(list(x), axis=1) for path, x in parts.items()}
+    return {path: from_columns(whole[path], x.shape, axis).astype(x.dtype) for path, x in like.items()}
+
+
 def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array]) -> jax.Array:
     """The first lengths[i] elements of each piece, one after another from the front of one buffer.
 

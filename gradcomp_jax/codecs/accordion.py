@@ -7,13 +7,13 @@ gradients over the last `window` of them and D' that of the check before,
     critical if | |D'| - |D| | / |D'| >= threshold,  or  the learning rate fell
     critical -> low (compression), else -> high
 
-decided for each layer by itself, or once for the whole tree. Before the second check all is low, and so is a layer whose
-D' was zero. A fall of the learning rate takes all layers to low at once, until the next check.
+decided for each layer by itself, or once for the whole tree. Before the second check all is low, and so is a layer
+whose D' was zero. A fall of the learning rate takes all layers to low at once, until the next check.
 
 The two levels are two strengths of one codec: ranks of PowerSGD, fractions of top-k, bits of QSGD, ratios of GradiVeQ.
-They share one state: PowerSGD keeps its warm start and drops or draws columns, GradiVeQ keeps its bases, and the residual
-is one. All of it is inside the compiled step, and what is sent at the high level is really less: what the layers send
-fills one buffer from its front, and the smallest of some fixed sizes that holds it is sent.
+They share one state: PowerSGD keeps its warm start and drops or draws columns, GradiVeQ keeps its bases, and there is
+one residual. All of it is inside the compiled step, and what is sent at the high level is really less: what the layers
+send fills one buffer from its front, and the smallest of some fixed sizes that holds it is sent.
 
 Where sources differ: the printed rule lacks the absolute value, which its definition and the authors' code have. D is
 each worker's own sum, of the gradients before error feedback, and the workers' norms are averaged; in the authors' code
@@ -36,6 +36,7 @@ from gradcomp_jax.compressor import (
     Codec,
     Compressor,
     Exchanged,
+    Levels,
     Tensors,
     compressor,
     compressor_states,
@@ -97,8 +98,8 @@ def accordion(
     """Accordion (Agarwal et al., MLSys 2021, Algorithm 1) over two strengths of one codec.
 
     What all codecs take (`axis_name`, `error_feedback`, `min_size`, `compress`, `allow_dense`) is taken from low and
-    high, which must agree in it. Beside the codec's, state has a sum of gradients, float32, of the size of the compressed
-    leaves on each worker. A check sends one float a leaf.
+    high, which must agree in it. Beside the codec's, state has a sum of gradients, float32, of the size of the
+    compressed leaves on each worker. A check sends one float a leaf.
 
     Args:
       low: the codec at weak compression, such as `powersgd(rank=4)`.
@@ -127,7 +128,6 @@ def accordion(
     >>> codec = accordion(low=powersgd(rank=2), high=powersgd(rank=1), interval=10 * steps, window=steps)
     >>> tx = optax.chain(codec, optax.sgd(0.1, momentum=0.9))
     """
-    _require_strengths(low, high)
     require_whole("interval", interval, 1)
     window = interval if window is None else window
     require_whole("window", window, 1)
@@ -137,8 +137,7 @@ def accordion(
         raise ValueError(f"threshold={threshold} must be above 0, it is a relative change")
     if norm_source not in NORM_SOURCES:
         raise ValueError(f"norm_source={norm_source!r} must be one of {', '.join(map(repr, NORM_SOURCES))}")
-    weak, strong = low.codec.levels, high.codec.levels
-    assert weak is not None and strong is not None
+    weak, strong = _require_strengths(low, high)
     inner = weak.build((weak.value, strong.value), low.settings.error_feedback)
     schedule = learning_rate
 
@@ -235,7 +234,7 @@ def accordion_log(opt_state: Any) -> list[str]:
     lines = []
     for state in compressor_states(opt_state):
         if isinstance(state.codec, AccordionState):
-            read = jax.tree.map(_first, state.codec._replace(codec=(), gradients=()))
+            read = jax.tree.map(_first, state.codec._replace(codec=(), gradients=PerWorker((), "")))
             lines += [f"{path}: {_reason(read, path)}" for path in read.level]
     return lines
 
@@ -258,8 +257,9 @@ def _reason(state: AccordionState, path: str) -> str:
     )
 
 
-def _require_strengths(low: Compressor, high: Compressor) -> None:
-    """Raises ValueError unless low and high are two strengths of one codec, the weaker first."""
+def _require_strengths(low: Compressor, high: Compressor) -> tuple[Levels, Levels]:
+    """Their strengths; ValueError unless low and high are two of one codec, the weaker first."""
+    strengths = []
     for name, given in (("low", low), ("high", high)):
         if not isinstance(given, Compressor):
             raise ValueError(f"{name}={given!r} must be a codec such as powersgd(rank=2)")
@@ -269,8 +269,8 @@ def _require_strengths(low: Compressor, high: Compressor) -> None:
                 "rank of powersgd, the fraction of topk, randomk and randomblock, the bits of qsgd, the proportion of "
                 "adaptive, the ratio of gradiveq, without a quantizer inside"
             )
-    weak, strong = low.codec.levels, high.codec.levels
-    assert weak is not None and strong is not None
+        strengths.append(given.codec.levels)
+    weak, strong = strengths
     if low.codec.name != high.codec.name or weak.setting != strong.setting:
         raise ValueError(
             f"low is {low.codec.name} by {weak.setting}, high is {high.codec.name} by {strong.setting}: accordion "
@@ -288,3 +288,4 @@ def _require_strengths(low: Compressor, high: Compressor) -> None:
             f"low has {weak.setting}={weak.value}, which must be {order} high's {weak.setting}={strong.value}: low is "
             "the weak compression, which sends more"
         )
+    return weak, strong

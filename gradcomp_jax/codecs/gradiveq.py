@@ -34,9 +34,10 @@ import numpy as np
 from jax import lax
 
 from gradcomp_jax import collectives
-from gradcomp_jax.aggregation import linear, mean_of_fronts
+from gradcomp_jax.aggregation import linear
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Levels, Predicate, Tensors, compressor, require_whole
+from gradcomp_jax.levels import mean_of_fronts
 from gradcomp_jax.metrics import bit_pair, sum_bits
 from gradcomp_jax.views import buckets, from_buckets
 
@@ -279,9 +280,9 @@ def gradiveq(
             for ratio, d in widths.items():
                 if d > train_steps - 1:
                     raise ValueError(
-                        f"leaf {path!r}: K={length} at ratio={ratio} keeps d={d} directions, but train_steps={train_steps} "
-                        f"samples span {train_steps - 1} only: use train_steps={d + 1} or more, a larger ratio, or a "
-                        "smaller k or k_max"
+                        f"leaf {path!r}: K={length} at ratio={ratio} keeps d={d} directions, but "
+                        f"train_steps={train_steps} samples span {train_steps - 1} only: use train_steps={d + 1} or "
+                        "more, a larger ratio, or a smaller k or k_max"
                     )
             return Layout(length, slices, groups, tuple(sorted(widths.values())))
 

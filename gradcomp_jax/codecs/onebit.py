@@ -19,17 +19,18 @@ axes but the last in Flax's layout. With threshold="mean" the bits tell on which
 lies, and stand for m - dev and m + dev, with dev the mean of |v - m| (an option of the authors' code).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gradcomp_jax import aggregation
-from gradcomp_jax.aggregation import Coder, require_aggregate, require_second_stage, shards_of
+from gradcomp_jax.aggregation import Coder, require_aggregate, require_second_stage
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, is_matrix
 from gradcomp_jax.sharding import PerWorker
-from gradcomp_jax.views import columns, from_columns
+from gradcomp_jax.views import stripes, unstriped
 from gradcomp_jax.wire.packing import pack, unpack
 
 # Below this length a column's two float32 cost more than a bit an element.
@@ -120,15 +121,6 @@ def onebit(
     aggregate = require_second_stage(second_residual, aggregate, error_feedback)
 
     def coder_of(like: Tensors, shards: int) -> Coder:
-        def cut(tensors: Tensors) -> Tensors:
-            # Stripes of columns, [shards, rows, columns of one].
-            stripes = {p: shards_of(columns(x.astype(jnp.float32), axis).T, shards) for p, x in tensors.items()}
-            return {path: x.swapaxes(1, 2) for path, x in stripes.items()}
-
-        def join(parts: Tensors) -> Tensors:
-            together = {path: jnp.concatenate(list(x), axis=1) for path, x in parts.items()}
-            return {p: from_columns(together[p], x.shape, axis).astype(x.dtype) for p, x in like.items()}
-
         def encode(shard: Tensors, index: jax.Array, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
             del index, key
             message = {}
@@ -146,7 +138,8 @@ def onebit(
                 shard[path] = jnp.where(bits == 1, part["high"][None], part["low"][None])
             return shard
 
-        return Coder(cut, join, encode, decode)
+        cut = functools.partial(stripes, axis=axis, shards=shards)
+        return Coder(cut, functools.partial(unstriped, like=like, axis=axis), encode, decode)
 
     def columns_in(shape: tuple[int, ...]) -> int:
         return shape[axis] if len(shape) > 1 else 1

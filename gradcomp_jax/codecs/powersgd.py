@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from gradcomp_jax.aggregation import linear, mean_of_fronts
+from gradcomp_jax.aggregation import linear
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import (
     Codec,
@@ -39,6 +39,7 @@ from gradcomp_jax.compressor import (
     is_matrix,
     require_whole,
 )
+from gradcomp_jax.levels import mean_of_fronts
 from gradcomp_jax.metrics import Bits, sum_bits
 from gradcomp_jax.random import step_key
 from gradcomp_jax.views import matrix_shape

@@ -10,7 +10,9 @@ paper's experiments (norm="max"), or its 2-norm, as in its theory (norm="l2"); f
 
     E |Q(v) - v|_2^2 <= omega |v|_2^2     omega = min(d / s^2, sqrt(d) / s)
 
-On the wire: the integers l sgn(v_i) + s in `bits` bits each, and one float32 |v| a bucket. The codes of different
+On the wire: the integers l sgn(v_i) + s in `bits` bits each, and one float32 |v| a bucket; or, as with the 2-norm most
+levels are small, Elias' code of them (sections 3.2 and appendix), in a buffer of fixed size: where it does not fit for
+some worker, all send the packed form in that step. The codes of different
 workers cannot be added, so they are gathered and decoded, as in the paper's Algorithm 1, or exchanged in two stages.
 
 With `shared_scale` the workers first agree on the largest |v| of each bucket, which becomes the scale of all; their
@@ -34,10 +36,8 @@ from gradcomp_jax.aggregation import (
     LINEAR,
     Aggregated,
     Coder,
-    at_levels,
-    from_shards,
+    Compact,
     require_aggregate,
-    shards_of,
 )
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import (
@@ -51,19 +51,25 @@ from gradcomp_jax.compressor import (
     is_matrix,
     require_whole,
 )
+from gradcomp_jax.levels import at_levels
+from gradcomp_jax.metrics import CodeLength, no_length
 from gradcomp_jax.random import uniform16, worker_key
-from gradcomp_jax.views import buckets, from_buckets
-from gradcomp_jax.wire.packing import pack, unpack
+from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.views import buckets, from_buckets, from_shards, shards_of
+from gradcomp_jax.wire import elias
+from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
 
 
 class QSGDState(NamedTuple):
-    """State of `qsgd`, the same on all workers.
+    """State of `qsgd`; the same on all workers but for `length`.
 
     Attributes:
       step: int32, exchanges done; seeds the rounding.
+      length: the true length of what this worker encoded in the last step, see `code_bits`; empty without Elias' code.
     """
 
     step: jax.Array
+    length: PerWorker | tuple[()]
 
 
 def max_norm(v: jax.Array) -> jax.Array:
@@ -80,6 +86,8 @@ def l2_norm(v: jax.Array) -> jax.Array:
     return largest * jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
 
 
+# Room for Elias' code, as a multiple of what normal values take: equal magnitudes take a fourth more.
+HEADROOM = 1.25
 NORMS = {"max": max_norm, "l2": l2_norm}
 
 
@@ -101,6 +109,16 @@ def quantize(v: jax.Array, scale: jax.Array, levels: int, key: jax.Array) -> jax
     return jnp.clip(jnp.floor(y + uniform16(key, *v.shape)), -levels, levels)
 
 
+def expected_elias(d: int, s: int) -> float:
+    """Bits an element that Elias' code of normal values is expected to take, in its shorter form."""
+    return elias.expected_bits(d, s, elias.shorter_form(d, s))
+
+
+def length_width(d: int, bits: int) -> int:
+    """Bits in which the length of a bucket's Elias code travels: it may be as long as the packed code."""
+    return (d * bits).bit_length()
+
+
 def sum_type(levels: int, workers: int) -> Any:
     """The narrowest integer type that holds the sum of `workers` integers within -levels..levels."""
     return next(t for t in (jnp.int8, jnp.int16, jnp.int32) if levels * workers <= jnp.iinfo(t).max)
@@ -112,6 +130,8 @@ def qsgd(
     bucket_size: int = 512,
     norm: str = "max",
     levels: int | None = None,
+    code: str | None = None,
+    capacity: float | None = None,
     shared_scale: bool = False,
     aggregate: str | None = None,
     axis_name: AxisName = "data",
@@ -133,6 +153,9 @@ def qsgd(
       bucket_size: d, elements that share a scale; a multiple of 4. The paper uses 128 at 2 bits.
       norm: the scale of a bucket, "max" or "l2".
       levels: s, at most and by default 2^(bits - 1) - 1.
+      code: "packed", or "elias", whose true length `code_bits` tells; by default "elias" for norm="l2" where it is
+        shorter, in its buffer, for normal values.
+      capacity: of the buffer for Elias' code, in bits an element; by default 1.25 times what normal values take.
       shared_scale: all workers use one scale for a bucket, and sum their integers: 8 bits an element up to
         127 / s workers, 16 up to 32767 / s. Linear then.
       aggregate: "gather", "shuffle" or "ring"; by default the one of the first two that sends less, which is
@@ -174,6 +197,21 @@ def qsgd(
         aggregate = aggregate or "psum"
     require_aggregate("qsgd", aggregate, LINEAR if shared_scale else ("gather", "shuffle", "ring"))
     d = bucket_size
+    if code not in (None, "packed", "elias"):
+        raise ValueError(f"code={code!r} must be 'packed' or 'elias'")
+    if code == "elias" and (shared_scale or aggregate == "ring"):
+        raise ValueError(
+            "code='elias' is for aggregate='gather' and 'shuffle': integers of a shared scale are summed as they are, "
+            "and in a ring each hop would have to ask all workers whether the next code fits"
+        )
+    if capacity is not None and not capacity > 0:
+        raise ValueError(f"capacity={capacity} must be above 0, bits an element")
+    if code is None and norm == "l2" and not shared_scale and aggregate != "ring":
+        room = capacity or HEADROOM * expected_elias(d, levels or 2 ** (bits - 1) - 1)
+        code = "elias" if room + length_width(d, bits) / d < bits else "packed"
+    elias_coded = code == "elias"
+    if capacity is not None and not elias_coded:
+        raise ValueError(f"capacity={capacity} is that of Elias' code, which is not used here: pass code='elias'")
 
     def levels_of(bits: int) -> int:
         return levels or 2 ** (bits - 1) - 1
@@ -208,7 +246,30 @@ def qsgd(
             signed = unpack(message["codes"], bits).astype(jnp.float32) - s
             return signed * (message["scale"] / s * gain(s, d, feedback))
 
+        def shorten(message: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            signed = unpack(message["codes"], bits).astype(jnp.int32) - s
+            data, lengths = elias.encode(signed, room, form)
+            # Up to the first sum that is too large, none has wrapped.
+            fits = jnp.all(jnp.cumsum(lengths.astype(jnp.uint32)) <= 8 * room) & jnp.all(lengths < 1 << width)
+            fields = pack_fields(lengths.astype(jnp.uint32), width)
+            length = (32 + width) * len(lengths) + jnp.sum(lengths, dtype=jnp.uint32)
+            payload = jnp.concatenate([to_bytes(message["scale"]), fields, data])
+            return payload, fits, jnp.stack([jnp.zeros_like(length), length])
+
+        def lengthen(payload: jax.Array) -> dict[str, jax.Array]:
+            scales, fields = 4 * each, fields_bytes(each, width)
+            scale = from_bytes(payload[:scales], (each, 1), jnp.float32)
+            lengths = unpack_fields(payload[scales : scales + fields], each, width).astype(jnp.int32)
+            signed, intact = elias.decode(payload[scales + fields :], lengths, d, s, form)
+            # A code that is none must not become a gradient.
+            return {"codes": pack((signed + s).astype(jnp.uint8), bits), "scale": jnp.where(intact, scale, jnp.nan)}
+
+        if elias_coded:
+            each = -(-rows // shards)
+            form, width = elias.shorter_form(d, s), length_width(d, bits)
+            room = math.ceil(each * d * (capacity or HEADROOM * expected_elias(d, s)) / 8)
         return Coder(
+            compact=Compact(shorten, lengthen) if elias_coded else None,
             cut=lambda tensors: shards_of(cut(tensors), shards),
             join=lambda parts: joined(from_shards(parts, rows), like),
             encode=encode,
@@ -236,7 +297,7 @@ def qsgd(
 
     def init(tensors: Tensors) -> QSGDState:
         del tensors
-        return QSGDState(jnp.int32(0))
+        return QSGDState(jnp.int32(0), PerWorker(no_length(), axis_name) if elias_coded else ())
 
     def build(ladder: tuple[int, ...]) -> Codec:
         """The codec of some numbers of bits, among which `level` chooses for each leaf where there are several."""
@@ -251,7 +312,7 @@ def qsgd(
             **extra_args: Any,
         ) -> Exchanged:
             del extra_args
-            next_state = QSGDState(state.step + 1)
+            next_state = QSGDState(state.step + 1, state.length)
             if not tensors:
                 return Exchanged({}, {}, next_state, 0)
             key = worker_key(seed, state.step, axis_name)
@@ -261,12 +322,14 @@ def qsgd(
                 coders = [functools.partial(coder_of, bits, feedback) for bits in ladder]
                 coder = coders[0] if level is None else at_levels(coders, level)
                 got = aggregation.exchange(tensors, coder, aggregate, axis_name, key)
+            if got.length is not None:
+                next_state = next_state._replace(length=PerWorker(CodeLength(got.length), axis_name))
             return Exchanged(got.mean, got.own, next_state, got.bits)
 
         return Codec("qsgd", init, exchange, is_matrix, shrinks)
 
     levels_offered = None
-    if levels is None and not shared_scale:
+    if levels is None and not shared_scale and not elias_coded:
         others = {"bucket_size": d, "norm": norm, "aggregate": aggregate, "seed": seed}
         levels_offered = Levels("bits", bits, True, others, lambda ladder, error_feedback: build(ladder))
     return compressor(

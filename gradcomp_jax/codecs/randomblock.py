@@ -19,7 +19,7 @@ from gradcomp_jax.subset import subset
 
 
 def block(key: jax.Array, n: int, k: int) -> jax.Array:
-    """k consecutive indices modulo n from a random start, int32 [k]."""
+    """K consecutive indices modulo n from a random start, int32 [k]."""
     start = jax.random.randint(key, (), 0, n, jnp.int32)
     ahead = jnp.arange(k, dtype=jnp.int32)
     # start + ahead may not fit an int32.

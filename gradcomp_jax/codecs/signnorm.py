@@ -11,8 +11,8 @@ float32 a tensor. By "shuffle" a worker's shard of each tensor has a norm of its
 
 With `majority` it is Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant",
 ICLR 2019, arXiv 1810.05291, Algorithm 1 without its momentum: the update is the sign of the sum of the workers' signs,
-+1 on a tie. It has no magnitude, so error feedback does not go with it. A worker for whom a tensor is all zeros does not
-vote on it; where nobody votes the update is zero.
++1 on a tie. It has no magnitude, so error feedback does not go with it. A worker for whom a tensor is all zeros does
+not vote on it; where nobody votes the update is zero.
 """
 
 from typing import Any
@@ -21,9 +21,10 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax import aggregation
-from gradcomp_jax.aggregation import Coder, elements_in, from_shards, require_aggregate, shards_of
+from gradcomp_jax.aggregation import Coder, require_aggregate
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor
+from gradcomp_jax.views import elements_in, from_shards, shards_of
 from gradcomp_jax.wire.packing import pack, unpack
 
 

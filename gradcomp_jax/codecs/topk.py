@@ -7,9 +7,8 @@ S_w, the k indices of largest |D_w| on worker w:
     own_w = D_w on S_w, 0 elsewhere     mean <- mean of own_w
 
 which leaves at most (1 - k / n) of |D_w|^2 out. The workers' indices differ, so values and indices are gathered: k
-float32, and k indices of ceil(log2 n) bits. By "shuffle" a worker averages its shard of each tensor and sends the k / n_w
-largest of that on, n_w the number of workers. The paper counts 32 bits an index, so its budget c of floats is a fraction
-k / n = c / 2.
+float32, and k indices of ceil(log2 n) bits. By "shuffle" a worker averages its shard of each tensor and sends the
+same fraction of that on. The paper counts 32 bits an index, so its budget c of floats is a fraction k / n = c / 2.
 """
 
 from typing import Any
@@ -18,10 +17,12 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax import aggregation
-from gradcomp_jax.aggregation import Coder, at_levels, from_shards, require_aggregate, shards_of
+from gradcomp_jax.aggregation import Coder, require_aggregate
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Levels, Predicate, Tensors, compressor
+from gradcomp_jax.levels import at_levels
 from gradcomp_jax.select import largest
+from gradcomp_jax.views import from_shards, shards_of
 from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
 
 

@@ -38,6 +38,14 @@ def length_bits(selected: jax.Array) -> jax.Array:
     return sum_bits(jnp.stack([count >> (32 - shift), count << shift]), 32 * (3 * selected.shape[1] + 1))
 
 
+def sent_bits(data: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """`length_bits` of what bytes of `encode` hold, from their header, as a pair."""
+    end = 4 * (3 * shape[1] + 1)
+    total = from_bytes(data[end - 4 : end], (), jnp.uint32)
+    shift = {2: 4, 4: 5}[_entry_bytes(shape)]
+    return jnp.stack([total >> (32 - shift), total << shift])
+
+
 def keep_first(selected: jax.Array, capacity: int) -> jax.Array:
     """What of a selection `encode` sends: its first `capacity` entries, column by column.
 

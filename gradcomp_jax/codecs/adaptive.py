@@ -1,0 +1,251 @@
+"""Adaptive quantisation: the largest elements of a matrix, as one positive and one negative value for each column.
+
+Dryden, Moon, Jacobs, Van Essen, "Communication Quantization for Data-Parallel Training of Deep Neural Networks", MLHPC
+2016, in the form of the authors' poster and of their LBANN library of 2017 (threshold_scope="matrix"); that of 2016 is
+threshold_scope="column". With v = g + e, the gradient plus the residual, an n x m matrix, and pi the proportion:
+
+    t <- the magnitude that about n m / pi elements reach
+    tau+ <- the smallest v > 0 with |v| >= t     tau- <- the largest v < 0 with |v| >= t; if none, minus the other
+    recon+_j <- mean of the v_ij >= tau+         recon-_j <- mean of the v_ij <= tau-
+    Q(v)_ij = recon+_j if v_ij >= tau+, recon-_j if v_ij <= tau-, else 0
+    e <- v - Q(v)
+
+By "column", thresholds are found for each column and each sign by itself: a share of 1 / pi of the positive elements,
+at least one, and of the negative ones. Zeros are never sent, though in the library of 2016 a column of zeros sends them
+all, and where fewer than n m / pi elements differ from zero all of those are, though in that of 2017 none is.
+
+On the wire (`wire/columns.py`): 3 words of 32 bits a column, and 16 bits an element that is sent, in a buffer with room
+for a fixed number of them. What does not fit is dropped from the last column backwards, and stays in the residual. In
+two stages ("shuffle") the columns are cut into stripes; each stripe has thresholds of its own, in both stages.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradcomp_jax import aggregation
+from gradcomp_jax.aggregation import Coder, require_aggregate
+from gradcomp_jax.collectives import AxisName
+from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Levels, Predicate, Tensors, compressor, is_matrix
+from gradcomp_jax.levels import at_levels
+from gradcomp_jax.metrics import CodeLength, no_length, sum_bits
+from gradcomp_jax.random import worker_key
+from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.views import columns, stripes, unstriped
+from gradcomp_jax.wire import columns as sparse
+
+SCOPES = ("matrix", "column")
+# Sampling: elements for the thresholds of a matrix, rows for those of its columns; and above which size to sample.
+ENTRIES, ROWS, LARGE = 1024, 128, 2**16
+
+
+class AdaptiveState(NamedTuple):
+    """State of `adaptive`.
+
+    Attributes:
+      step: int32, exchanges done; seeds the sampling.
+      length: the true length of what this worker encoded in the last step, see `code_bits`.
+    """
+
+    step: jax.Array
+    length: PerWorker
+
+
+def kth_largest(v: jax.Array, keep: jax.Array) -> jax.Array:
+    """The keep-th largest of each column: v float32 [n, m], not negative, keep int32 [m], from 1 to n -> [m].
+
+    By bisection of the floats' bits, 31 passes: exact, whatever the values and however many are kept.
+    """
+    keys = lax.bitcast_convert_type(v, jnp.int32)  # of the same order, as all are positive
+
+    def halve(i: jax.Array, least: jax.Array) -> jax.Array:
+        middle = least | (1 << (30 - i))
+        reached = jnp.sum(keys >= middle[None], axis=0, dtype=jnp.int32)
+        return jnp.where(reached >= keep, middle, least)
+
+    # The type of zeros that vary as the values do.
+    least = lax.fori_loop(0, 31, halve, jnp.sum(keys * 0, axis=0, dtype=jnp.int32))
+    return lax.bitcast_convert_type(least, jnp.float32)
+
+
+def thresholds(v: jax.Array, proportion: float, scope: str) -> tuple[jax.Array, jax.Array]:
+    """tau+ and tau- of v [n, m], or of a sample of it: [1] for scope "matrix", [m] for "column".
+
+    Infinite where nothing is to be sent.
+    """
+    if scope == "matrix":
+        v = v.reshape(-1, 1)
+        keep = jnp.full(1, max(1, int(v.size / proportion)), jnp.int32)
+        reached = jnp.abs(v) >= kth_largest(jnp.abs(v), keep)[None]
+        above = jnp.min(jnp.where(reached & (v > 0), v, jnp.inf), axis=0)
+        below = jnp.max(jnp.where(reached & (v < 0), v, -jnp.inf), axis=0)
+        return jnp.where(jnp.isinf(above), -below, above), jnp.where(jnp.isinf(below), -above, below)
+
+    def of_sign(v: jax.Array) -> jax.Array:
+        count = jnp.sum(v > 0, axis=0)
+        keep = jnp.maximum(1, (count.astype(jnp.float32) / proportion).astype(jnp.int32))
+        return jnp.where(count > 0, kth_largest(jnp.maximum(v, 0), keep), jnp.inf)
+
+    return of_sign(v), -of_sign(-v)
+
+
+def adaptive(
+    proportion: float = 32,
+    *,
+    threshold_scope: str = "matrix",
+    sample: bool | None = None,
+    capacity: float | None = None,
+    aggregate: str | None = None,
+    axis_name: AxisName = "data",
+    error_feedback: bool = True,
+    seed: int = 0,
+    min_size: int = 0,
+    compress: Predicate | None = None,
+    allow_dense: bool = False,
+) -> Compressor:
+    """Adaptive quantisation (Dryden et al., MLHPC 2016), not linear.
+
+    A payload has 16 bits for each of capacity n m / pi elements of a leaf of n rows and m columns (the last axis; 32
+    bits above 32767 rows), and 96 a column. By "gather" a worker of N sends N - 1 of them, by "shuffle" 2 (N - 1) / N.
+    `code_bits` tells how long the format would have been without the unused room. State: a residual of the size of the
+    compressed leaves on each worker, a counter, and that length.
+
+    Args:
+      proportion: pi, above 1: about one element in pi is sent.
+      threshold_scope: "matrix" or "column".
+      sample: find thresholds on a random sample (1024 elements of a matrix, or 128 rows by "column"); by default for
+        leaves of more than 65,536 elements.
+      capacity: the buffer's room, as a multiple of what the proportion asks for. By default 1 where thresholds are
+        exact, and 2 where they are sampled; the authors' is 4.
+      aggregate: "gather" or "shuffle"; by default the one that sends less, "gather" for two workers.
+      axis_name: the mesh axis, or axes, of the workers.
+      error_feedback: whether to keep residuals; without them what is not sent is lost.
+      seed: of the sampling.
+      min_size: leaves of fewer elements are sent dense.
+      compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
+      allow_dense: accept a tree of which no leaf is compressed.
+
+    Returns:
+      A `Compressor`.
+
+    Raises:
+      ValueError: an argument out of range; later, in init and update, what `compressor` refuses.
+
+    >>> import optax
+    >>> from gradcomp_jax import adaptive
+    >>> tx = optax.chain(adaptive(proportion=64), optax.sgd(0.1))
+    """
+    if not proportion > 1:
+        raise ValueError(f"proportion={proportion} must be above 1: one element in so many is sent")
+    if threshold_scope not in SCOPES:
+        raise ValueError(f"threshold_scope={threshold_scope!r} must be one of {', '.join(map(repr, SCOPES))}")
+    if capacity is not None and not capacity > 0:
+        raise ValueError(f"capacity={capacity} must be above 0, a multiple of what the proportion asks for")
+    require_aggregate("adaptive", aggregate, ("gather", "shuffle"))
+
+    def sampled(shape: tuple[int, ...]) -> bool:
+        return shape[0] * shape[1] > LARGE if sample is None else sample
+
+    def room(shape: tuple[int, ...], proportion: float) -> int:
+        """How many elements of an n x m matrix can be sent."""
+        n, m = shape
+        asked = n * m / proportion + (2 * m if threshold_scope == "column" else 0)
+        multiple = (2 if sampled(shape) else 1) if capacity is None else capacity
+        return max(1, min(n * m, math.ceil(multiple * asked)))
+
+    def quantize(v: jax.Array, proportion: float, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Which elements of v [n, m] are sent, on which side, and the two values of each column."""
+        entries = v
+        if sampled(v.shape) and threshold_scope == "matrix":
+            entries = v.reshape(-1)[jax.random.randint(key, (ENTRIES,), 0, v.size)]
+        elif sampled(v.shape):
+            entries = v[jax.random.randint(key, (ROWS,), 0, len(v))]
+        above, below = (x[None] for x in thresholds(entries, proportion, threshold_scope))
+        positive = (v >= above) & (v > 0)
+        selected = sparse.keep_first(positive | ((v <= below) & (v < 0)), room(v.shape, proportion))
+
+        def mean(side: jax.Array) -> jax.Array:
+            count = jnp.maximum(jnp.sum(side, axis=0), 1).astype(v.dtype)
+            return jnp.sum(jnp.where(side, v, 0), axis=0) / count
+
+        # NaN passes no threshold, and Inf may be among what is dropped: the values tell of both.
+        mark = jnp.sum(0 * v)
+        return selected, positive, mean(selected & positive) + mark, mean(selected & ~positive) + mark
+
+    def coder_of(proportion: float, like: Tensors, shards: int) -> Coder:
+        shapes = {}
+        for path, x in like.items():
+            n, m = jax.eval_shape(lambda x: columns(x, -1), x).shape
+            shapes[path] = (n, -(-m // shards))
+
+        def encode(shard: Tensors, index: jax.Array, key: jax.Array) -> Tensors:
+            del index
+            message = {}
+            for place, (path, v) in enumerate(shard.items()):
+                got = quantize(v, proportion, jax.random.fold_in(key, place))
+                message[path] = sparse.encode(*got, room(shapes[path], proportion))
+            return message
+
+        def decode(message: Tensors) -> Tensors:
+            return {p: sparse.decode(data, shapes[p], room(shapes[p], proportion)) for p, data in message.items()}
+
+        def length(message: Tensors) -> jax.Array:
+            return functools.reduce(sum_bits, [sparse.sent_bits(data, shapes[path]) for path, data in message.items()])
+
+        cut = functools.partial(stripes, axis=-1, shards=shards)
+        return Coder(cut, functools.partial(unstriped, like=like, axis=-1), encode, decode, length=length)
+
+    def shrinks(path: str, leaf: Any) -> bool:
+        del path
+        if not leaf.size:
+            return False
+        shape = jax.eval_shape(lambda x: columns(x, -1), leaf).shape
+        return sparse.encoded_bytes(shape, room(shape, proportion)) < 4 * leaf.size
+
+    def init(tensors: Tensors) -> AdaptiveState:
+        del tensors
+        return AdaptiveState(jnp.int32(0), PerWorker(no_length(), axis_name))
+
+    def build(proportions: tuple[float, ...]) -> Codec:
+        """The codec of some proportions, among which `level` chooses for each leaf where there are several."""
+        coders = [functools.partial(coder_of, proportion) for proportion in proportions]
+
+        def exchange(
+            tensors: Tensors,
+            state: AdaptiveState,
+            axis_name: AxisName,
+            *,
+            level: dict[str, jax.Array] | None = None,
+            **extra_args: Any,
+        ) -> Exchanged:
+            del extra_args
+            if not tensors:
+                return Exchanged({}, {}, AdaptiveState(state.step + 1, state.length), 0)
+            coder = coders[0] if level is None else at_levels(coders, level)
+            key = worker_key(seed, state.step, axis_name)
+            got = aggregation.exchange(tensors, coder, aggregate, axis_name, key)
+            length = state.length if got.length is None else PerWorker(CodeLength(got.length), axis_name)
+            return Exchanged(got.mean, got.own, AdaptiveState(state.step + 1, length), got.bits)
+
+        return Codec("adaptive", init, exchange, is_matrix, shrinks)
+
+    others = {
+        "threshold_scope": threshold_scope,
+        "sample": sample,
+        "capacity": capacity,
+        "aggregate": aggregate,
+        "seed": seed,
+    }
+    levels = Levels("proportion", proportion, False, others, lambda ladder, feedback: build(ladder))
+    return compressor(
+        build((proportion,))._replace(levels=levels),
+        axis_name=axis_name,
+        error_feedback=error_feedback,
+        min_size=min_size,
+        compress=compress,
+        allow_dense=allow_dense,
+    )

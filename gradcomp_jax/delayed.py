@@ -1,0 +1,65 @@
+"""Double buffering: a step applies the exchange of the gradients of the step before."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradcomp_jax import collectives
+from gradcomp_jax.compressor import Compressor, CompressorState, flatten
+from gradcomp_jax.sharding import PerWorker
+
+
+class DelayedState(NamedTuple):
+    """State of `delayed`.
+
+    Attributes:
+      codec: the state of the codec's transformation.
+      pending: this worker's gradients of the last step, which the next one exchanges; of their shapes and types.
+    """
+
+    codec: CompressorState
+    pending: PerWorker
+
+
+def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
+    """Exchanges in each step the gradients of the step before, and keeps those of this step for the next.
+
+    Double buffering of 1-bit SGD (Seide et al., Interspeech 2014, section 3.3), which QSGD's experiments use too. The
+    exchange does not wait for this step's gradients, so that a runtime with asynchronous collectives (GPU, TPU; not
+    XLA's CPU) can run it while they are computed. Gradients are applied one step late, to parameters one step newer
+    than those they were computed at.
+
+    The first update is zero. Over any steps, what was applied, the mean of the residuals and the mean of the pending
+    gradients make up the sum of the mean gradients. A gradient that is not finite is skipped in the step that would
+    apply it. `flush` sends what is pending. State: the codec's, and each worker's gradients.
+
+    Args:
+      tx: a codec, such as `powersgd(rank=2)`.
+
+    Returns:
+      A transformation to put first in `optax.chain`, as the codec itself.
+
+    Raises:
+      ValueError: tx is not a codec.
+
+    >>> import optax
+    >>> from gradcomp_jax import delayed, onebit
+    >>> tx = optax.chain(delayed(onebit()), optax.sgd(0.1))
+    """
+    if not isinstance(tx, Compressor):
+        raise ValueError(f"tx={tx!r} must be a codec, as in optax.chain(delayed(onebit()), optax.sgd(0.1))")
+    axis_name = tx.settings.axis_name
+
+    def init_fn(params: Any) -> DelayedState:
+        return DelayedState(tx.init(params), PerWorker(jax.tree.map(jnp.zeros_like, params), axis_name))
+
+    def update_fn(updates: Any, state: DelayedState, params: Any = None, **extra_args: Any):
+        leaves, _ = flatten(updates)
+        collectives.workers(axis_name)
+        collectives.require_local(list(leaves.items()), axis_name)
+        applied, codec = tx.update(state.pending.value, state.codec, params, **extra_args)
+        return applied, DelayedState(codec, PerWorker(updates, axis_name))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
