@@ -1,19 +1,28 @@
 """Eight CPU devices in one process, set before jax is first used."""
 
+# ruff: noqa: E402, as jax reads the environment when it is imported
+
+import importlib.metadata
 import os
+import tempfile
 
 # LAPACK threads of emulated devices get in each other's way; read once, when the library is loaded.
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Most of the time goes into compiling. LLVM's optimisations are left out; those of HLO, which decide on the
-# collectives, are not.
-os.environ["XLA_FLAGS"] = " ".join(
-    [
-        os.environ.get("XLA_FLAGS", ""),
-        "--xla_backend_optimization_level=0",
-        "--xla_llvm_disable_expensive_passes=true",
-    ]
-)
+# Most of the time goes into compiling. LLVM's optimisations are left out, and XLA's newer way to write the loops of a
+# fusion, which takes three times as long and which jax 0.12 cannot do without any more. Those of HLO, which decide on
+# the collectives, are not.
+FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS])
+# What one process of a run has compiled, the others read: those of pytest-xdist, and those that tests start. A run
+# begins with none, so that nothing is kept from another jax, library or machine.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    CACHE = tempfile.TemporaryDirectory(prefix="gradcomp_jax-tests-")  # until this process ends
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 import hypothesis
 import jax
