@@ -1,7 +1,9 @@
-"""One compiled program per codec and context, which returns all that the laws need.
+"""One compiled step per codec, context, number of workers and tree, which returns all that the laws need.
 
-A program runs a compressor over gradients [steps, workers, ...] and hands back, for every step and worker,
-the updates and the state: replicated leaves too, so that a test can see whether they are.
+Compiling is what these tests cost, so whoever needs numbers of a codec asks `run` for them, with a tree and a number
+of workers that others use too; how many steps it takes does not matter. A step runs a compressor over gradients
+[workers, ...] and hands back, for every worker, the updates and the state: replicated leaves too, so that a test can
+see whether they are.
 """
 
 import functools
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
@@ -33,64 +36,117 @@ class Run(NamedTuple):
     states: Any
 
 
-def scan_steps(tx, grads, state):
-    """One worker's gradients [steps, ...] through `tx`."""
-
-    def body(state, g):
-        updates, state = tx.update(g, state)
-        return state, (updates, state)
-
-    return lax.scan(body, state, grads)[1]
-
-
 def run(tx: gc.Compressor, grads: Any, context: str, state: Any = None) -> Run:
     """Runs `tx` over grads [steps, workers, ...] in a context; `state` is a global one to start from."""
-    leaves, treedef = jax.tree.flatten(grads)
-    workers = leaves[0].shape[1]
+    step, state = program(tx, grads, context, state)
+    if context == "unchecked":
+        return Run(*jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), step(grads, state)))
+    history = []
+    for t in range(jax.tree.leaves(grads)[0].shape[0]):
+        *seen, state = step(jax.tree.map(lambda x, t=t: x[t], grads), state)
+        history.append(seen)
+    return Run(*jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(history)))
+
+
+def program(tx: gc.Compressor, grads: Any, context: str, state: Any = None) -> tuple[jax.stages.Compiled, Any]:
+    """The compiled step of `run`, where the context is "unchecked" a scan of all steps, and its first state."""
     if state is None:
-        state = _first_state(tx, treedef, tuple((x.shape[2:], x.dtype) for x in leaves), workers)
-    out = _program(tx, context, workers)(grads, state)
-    # Programs put the workers first.
-    return Run(*jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), out))
+        state = first_state(tx, jax.tree.map(lambda x: x[0], grads))
+    if context == "pmap":
+        workers = jax.tree.leaves(grads)[0].shape[1]
+        state = _map_state(lambda x: x, lambda x: np.broadcast_to(x, (workers, *np.shape(x))), state)
+    step_grads = grads if context == "unchecked" else jax.tree.map(lambda x: x[0], grads)
+    return _program(tx, _shapes(step_grads), _shapes(state), context, jax.config.jax_enable_x64), state
+
+
+def first_state(tx: gc.Compressor, grads: Any) -> Any:
+    """The global state before steps with gradients [workers, ...]."""
+    state = _state_of_one(tx, _shapes(jax.tree.map(lambda x: x[0], grads)))
+    workers = jax.tree.leaves(grads)[0].shape[0]
+    return _map_state(lambda x: np.broadcast_to(x, (workers, *x.shape[1:])), lambda x: x, state)
+
+
+def sharded(tx: gc.Compressor, grads: Any, state: Any, check_vma: bool, scan: bool = False) -> tuple[Any, Any, Any]:
+    """A step under shard_map, the mesh and how its arguments lie on it.
+
+    Of gradients [workers, ...], or in a scan [steps, workers, ...], and the state; returns the updates and the state
+    of each worker and, but for a scan, the state to go on with.
+    """
+
+    def step(grads, state):
+        updates, state = tx.update(jax.tree.map(lambda x: x[0], grads), gc.local_state(state))
+        return *jax.tree.map(lambda x: x[None], (updates, state)), gc.global_state(state)
+
+    def steps(grads, state):
+        def body(state, g):
+            updates, state = tx.update(g, state)
+            return state, (updates, state)
+
+        out = lax.scan(body, gc.local_state(state), jax.tree.map(lambda x: x[:, 0], grads))[1]
+        return jax.tree.map(lambda x: x[None], out)
+
+    mesh = gc.make_mesh(jax.tree.leaves(grads)[0].shape[1 if scan else 0])
+    specs = P(None, "data") if scan else P("data"), _map_state(lambda _: P("data"), lambda _: P(), state)
+    function = jax.shard_map(
+        steps if scan else step,
+        mesh=mesh,
+        in_specs=specs,
+        out_specs=P("data") if scan else (P("data"), P("data"), specs[1]),
+        check_vma=check_vma,
+    )
+    return function, mesh, specs
+
+
+class _Shapes(NamedTuple):
+    """A tree's structure, shapes and types, to look programs up by."""
+
+    treedef: Any
+    leaves: tuple
+
+    def tree(self):
+        return jax.tree.unflatten(self.treedef, [jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
+
+
+def _shapes(tree: Any) -> _Shapes:
+    leaves, treedef = jax.tree.flatten(tree)
+    return _Shapes(treedef, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
+
+
+def _map_state(per_worker, other, state):
+    """A state of `per_worker` of what differs between the workers, and of `other` of what does not."""
+    f = lambda x: jax.tree.map(per_worker, x) if is_per_worker(x) else other(x)  # noqa: E731
+    return jax.tree.map(f, state, is_leaf=is_per_worker)
 
 
 @functools.cache
-def _first_state(tx, treedef, leaves, workers):
-    return gc.init(tx, jax.tree.unflatten(treedef, [jnp.zeros(*leaf) for leaf in leaves]), workers)
+def _state_of_one(tx, shapes):
+    # Zeros of numpy's: what each shape of jax's would cost to compile adds up.
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.tree())
+    return jax.device_get(gc.init(tx, params, 1))
 
 
 @functools.cache
-def _program(tx: gc.Compressor, context: str, workers: int):
+def _program(tx, grads, state, context, x64):
+    del x64
+    grads, state = grads.tree(), state.tree()
+
     def worker(grads, state):
-        return scan_steps(tx, grads, state)
-
-    def axes(state):
-        mark = lambda x: jax.tree.map(lambda _: 0, x) if is_per_worker(x) else None  # noqa: E731
-        return jax.tree.map(mark, state, is_leaf=is_per_worker)
+        updates, state = tx.update(grads, state)
+        return updates, state, state
 
     if context == "vmap":
-        return jax.jit(lambda grads, state: jax.vmap(worker, in_axes=(1, axes(state)), axis_name="data")(grads, state))
-    if context == "pmap":
-        return lambda grads, state: jax.pmap(
-            worker, in_axes=(1, axes(state)), axis_name="data", devices=jax.devices()[:workers]
-        )(grads, state)
+        # out_axes=None says that what is replicated is.
+        axes = _map_state(lambda _: 0, lambda _: None, state)
+        step = jax.jit(jax.vmap(worker, in_axes=(0, axes), out_axes=(0, 0, axes), axis_name="data"))
+    elif context == "pmap":
+        step = jax.pmap(worker, axis_name="data", devices=jax.devices()[: jax.tree.leaves(grads)[0].shape[0]])
+    else:
+        step, mesh, specs = sharded(tx, grads, state, check_vma=context == "checked", scan=context == "unchecked")
+        # What comes out lies as what goes in, so that it may go in again.
+        step = jax.jit(step, in_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec))
+    return step.lower(grads, state).compile()
 
-    def sharded(grads, state):
-        grads = jax.tree.map(lambda x: x[:, 0], grads)
-        return jax.tree.map(lambda x: x[None], worker(grads, gc.local_state(state)))
 
-    def program(grads, state):
-        specs = jax.tree.map(
-            lambda x: jax.tree.map(lambda _: P("data"), x) if is_per_worker(x) else P(),
-            state,
-            is_leaf=is_per_worker,
-        )
-        return jax.shard_map(
-            sharded,
-            mesh=gc.make_mesh(workers),
-            in_specs=(P(None, "data"), specs),
-            out_specs=P("data"),
-            check_vma=context == "checked",
-        )(grads, state)
-
-    return jax.jit(program)
+def is_spec(x: Any) -> bool:
+    """Whether `x` is a PartitionSpec."""
+    return isinstance(x, P)

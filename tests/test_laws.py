@@ -1,6 +1,9 @@
 """The laws that every codec obeys, over the table of codecs."""
 
+import functools
 import itertools
+import math
+from typing import Any, NamedTuple
 
 import chex
 import hypothesis
@@ -8,16 +11,13 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import orbax.checkpoint as ocp
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax.compressor import flatten
-from tests import trees
+from tests import contexts, trees
 from tests.contexts import CONTEXTS, every_context, run
 from tests.table import EACH, ROWS
 
@@ -26,21 +26,19 @@ each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
 STEPS, WORKERS = 8, 4
 # Compressors are compared by identity in the cache of compiled programs, so each row is made once.
 TX = {row.id: row.make() for row in ROWS}
-GRADS = trees.noise(trees.MIXED, 0, (STEPS, WORKERS))
+GRADS = trees.noise(trees.MIXED, 1, (STEPS, WORKERS))
+TWO = {"a": (40, 24), "b": (72, 16)}
 
 
 every_phase = pytest.mark.parametrize(
     ("row", "step"), [pytest.param(row, step, id=f"{row.id}-{step}") for row in ROWS for step in row.phases]
 )
-TWO = {"a": (40, 24), "b": (72, 16)}
 
 
-def state_at(row, step):
-    """The codec's state after some steps of noise on TWO."""
-    if step == 0:
-        return TX[row.id].codec.init(trees.zeros(TWO))
-    states = run(TX[row.id], trees.noise(TWO, 12, (STEPS, WORKERS)), "vmap").states
-    return jax.tree.map(lambda x: jnp.asarray(x[step - 1, 0]), states.codec)
+@functools.cache
+def run_once(id, context):
+    """What most laws look at."""
+    return run(TX[id], GRADS, context)
 
 
 def last(tree):
@@ -67,21 +65,14 @@ class TestConservation:
 
     @every_phase
     def test_own_averages_to_mean(self, row, step):
-        codec = TX[row.id].codec
-        grads = trees.noise(TWO, 1, (WORKERS,))
-        state = state_at(row, step)
-
-        def worker(x):
-            return codec.exchange(x, state, "data")._replace(bits=0)
-
-        got = jax.jit(jax.vmap(worker, axis_name="data"))(grads)
-        own = jax.tree.map(lambda x: np.asarray(x, np.float64).mean(0), got.own)
+        got = exchanges(row.id)[step]
+        own = jax.tree.map(lambda x: x.astype(np.float64).mean(0), got.own)
         chex.assert_trees_all_close(own, jax.tree.map(lambda x: x[0], got.mean), atol=1e-5, rtol=0)
 
     @every_context
     @every_row
     def test_applied_and_residuals_hold_all_gradients(self, row, context):
-        got = run(TX[row.id], GRADS, context)
+        got = run_once(row.id, context)
         has_residual = bool(got.states.residual.value)
         if has_residual or row.id == "none":
             assert_conserved(GRADS, got, 2e-5 * STEPS)
@@ -94,12 +85,12 @@ class TestConservation:
         if got.states.residual.value or row.id == "none":
             assert_conserved(grads, got, 5e-5 * STEPS * scale)
 
-    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
     @pytest.mark.parametrize("row", [row for row in EACH if "ef" in row.id or "powersgd" in row.id], ids=lambda r: r.id)
-    def test_rounding_to_16_bits_is_owed_too(self, row, dtype):
-        grads = jax.tree.map(lambda x: np.asarray(x, dtype), trees.noise(trees.MATRICES, 11, (100, 2)))
+    def test_rounding_to_16_bits_is_owed_too(self, row):
+        dtypes = {"a": jnp.bfloat16, "b": jnp.float16}
+        grads = jax.tree.map(np.asarray, trees.noise(trees.MATRICES, 11, (100, 2)), dtypes)
         got = run(TX[row.id], grads, "checked")
-        assert jax.tree.leaves(got.updates)[0].dtype == dtype
+        assert {path: x.dtype for path, x in got.updates.items()} == dtypes
         assert_conserved(grads, got, 1e-3)
 
     def test_float16_saturates_and_owes_the_rest(self):
@@ -117,14 +108,14 @@ class TestAgreement:
     @every_context
     @every_row
     def test_all_workers_apply_the_same_bits(self, row, context):
-        got = run(TX[row.id], GRADS, context)
+        got = run_once(row.id, context)
         replicated = (got.updates, got.states._replace(residual=None))
         for leaf in jax.tree.leaves(replicated):
             np.testing.assert_array_equal(leaf, np.broadcast_to(leaf[:, :1], leaf.shape))
 
     @every_row
     def test_residuals_differ(self, row):
-        for leaf in jax.tree.leaves(run(TX[row.id], GRADS, "checked").states.residual):
+        for leaf in jax.tree.leaves(run_once(row.id, "checked").states.residual):
             assert row.id == "none" or np.abs(leaf[-1, 0] - leaf[-1, 1]).max() > 1e-3
 
     def test_qsgd_rounds_by_each_workers_own_numbers(self):
@@ -159,9 +150,9 @@ class TestContextsAgree:
 
     @every_row
     def test_numbers_do_not_depend_on_the_context(self, row):
-        reference = run(TX[row.id], GRADS, "vmap")
+        reference = run_once(row.id, "vmap")
         for context in CONTEXTS[1:]:
-            got = run(TX[row.id], GRADS, context)
+            got = run_once(row.id, context)
             # Some columns of PowerSGD's Q exceed 2, hence the relative part.
             chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=1e-5)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
@@ -176,7 +167,7 @@ class TestContextsAgree:
         self.any_number(row, 2, "checked")
 
     def any_number(self, row, workers, context):
-        grads = trees.noise(trees.MIXED, 3, (3, workers))
+        grads = noise_of(workers)
         got = run(TX[row.id], grads, context)
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(got))
         if workers == 1:
@@ -185,27 +176,8 @@ class TestContextsAgree:
             assert_conserved(grads, got, 1e-4)
 
 
-def hlo_of(tx, shapes, workers):
-    """The compiled program that holds the transformation alone, in its checked shard_map."""
-    mesh = gc.make_mesh(workers)
-    params = trees.zeros(shapes)
-    specs = gc.state_specs(tx, params)
-
-    def worker(grads, state):
-        updates, state = tx.update(jax.tree.map(lambda x: x[0], grads), gc.local_state(state))
-        return updates, gc.global_state(state)
-
-    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs)))
-    grads = jax.tree.map(lambda x: jnp.ones((workers, *x.shape)), params)
-    compiled = step.lower(grads, gc.init(tx, params, mesh)).compile()
-
-    def states():
-        state = gc.init(tx, params, mesh)
-        for _ in range(STEPS):
-            _, state = compiled(grads, state)
-            yield state
-
-    return compiled, states
+def noise_of(workers):
+    return trees.noise(trees.MIXED, 3, (STEPS, workers))
 
 
 def possible_bytes(collectives, prefix=()):
@@ -231,9 +203,11 @@ class TestBitsAreTrue:
     @pytest.mark.parametrize("workers", [2, 8])
     @each_codec
     def test_declared_bits_are_those_of_the_compiled_collectives(self, row, workers):
-        compiled, states = hlo_of(TX[row.id], trees.MIXED, workers)
+        grads = noise_of(workers)
+        compiled, _ = contexts.program(TX[row.id], grads, "checked")
         possible = {8 * sent for sent in possible_bytes(gc.collective_bytes(compiled))}
-        declared = [gc.wire_bits(state) for state in states()]
+        states = run(TX[row.id], grads, "checked").states.wire
+        declared = [gc.wire_bits(jax.tree.map(lambda x, t=t: x[t], states)) for t in range(STEPS)]
         assert {bits.last for bits in declared} <= possible
         assert [bits.total for bits in declared] == list(itertools.accumulate(bits.last for bits in declared))
         # In each phase the branch taken is another.
@@ -246,7 +220,7 @@ class TestBitsAreTrue:
 
     @every_row
     def test_totals_add_up(self, row):
-        counts = run(TX[row.id], GRADS, "vmap").states.wire
+        counts = run_once(row.id, "vmap").states.wire
         bits = [gc.wire_bits(jax.tree.map(lambda x, t=t: x[t], counts)) for t in range(STEPS)]
         assert [b.total for b in bits] == list(itertools.accumulate(b.last for b in bits))
 
@@ -258,41 +232,30 @@ class TestStateIsStable:
     def test_types_shapes_and_structure_do_not_change(self, row):
         params = trees.zeros(trees.MIXED)
         state = gc.init(TX[row.id], params, 1)
-        after = last(run(TX[row.id], trees.noise(trees.MIXED, 4, (2, 1)), "vmap").states)
+        after = last(run(TX[row.id], noise_of(1), "vmap").states)
         chex.assert_trees_all_equal_structs(state, after)
         local = jax.eval_shape(TX[row.id].init, params)
         one = jax.tree.map(lambda x: x[0], after)
         chex.assert_trees_all_equal_shapes_and_dtypes(local, one)
 
+    @every_row
+    def test_checked_types_pass_through_scan(self, row):
+        """What it computes there is that of a step: `run` scans where types are unchecked."""
+        grads = jax.tree.map(lambda x: x[0], GRADS)
+        state = contexts.first_state(TX[row.id], grads)
+        scan, _, _ = contexts.sharded(TX[row.id], GRADS, state, check_vma=True, scan=True)
+        jax.eval_shape(scan, GRADS, state)
+
     @each_codec
     def test_an_empty_tree(self, row):
         tx = TX[row.id]
         for tree in ({}, {"nothing": None, "more": []}):
-            updates, state = jax.vmap(lambda _, tree=tree: tx.update(tree, tx.init(tree)), axis_name="data")(
-                jnp.zeros(3)
-            )
+            worker = jax.vmap(lambda _, tree=tree: tx.update(tree, tx.init(tree)), axis_name="data")
+            updates, state = jax.jit(worker)(np.zeros(3))
             chex.assert_trees_all_equal_structs(updates, tree)
             assert gc.wire_bits(state) == (0, 0)
 
-    @each_codec
-    def test_donation_and_orbax(self, row, tmp_path):
-        mesh = gc.make_mesh(4)
-        tx = optax.chain(TX[row.id], optax.sgd(0.1, momentum=0.9))
-        params = jax.tree.map(lambda x: x + 0.5, trees.zeros(trees.MATRICES))
-        batch = trees.noise(trees.MATRICES, 5, (8,))
-
-        def loss(params, batch):
-            fit = jax.tree.map(lambda p, b: jnp.mean((p[None] - b) ** 2), params, batch)
-            return sum(jax.tree.leaves(fit))
-
-        step = gc.train_step(loss, tx, mesh, donate=True)
-        params, state, _ = step(params, gc.init(tx, params, mesh), batch)
-        with ocp.StandardCheckpointer() as saver:
-            saver.save(tmp_path / "state", (params, state))
-            saver.wait_until_finished()
-            restored = saver.restore(tmp_path / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, (params, state)))
-        chex.assert_trees_all_equal(jax.device_get(restored), jax.device_get((params, state)))
-        chex.assert_trees_all_equal(jax.device_get(step(*restored, batch)), jax.device_get(step(params, state, batch)))
+    # Donation and Orbax: test_checkpoint.py, for each codec.
 
 
 # The first step, and one of every phase of every codec.
@@ -301,6 +264,13 @@ BAD = [
     for value, step in ((np.nan, 0), (np.inf, 2), (np.nan, 3), (-np.inf, 4), (np.nan, 5))
     for worker in (1, slice(None))
 ]
+GOOD = trees.noise(trees.MIXED, 6, (STEPS, WORKERS))
+
+
+@functools.cache
+def without(id, step):
+    """A run in which one step is left out."""
+    return run(TX[id], jax.tree.map(lambda x: np.delete(x, step, 0), GOOD), "vmap")
 
 
 class TestNothingPoisons:
@@ -311,21 +281,18 @@ class TestNothingPoisons:
     @every_row
     def test_a_step_that_is_not_finite_never_happened(self, row, leaf, value, step, who):
         """The updates are zero, and all that follows is as if the step were not there."""
-        good = trees.noise(trees.MIXED, 6, (STEPS, WORKERS))
-        bad = jax.tree.map(np.copy, good)
+        bad = jax.tree.map(np.copy, GOOD)
         bad["dense"][leaf][step, who].reshape(-1, 24)[..., 7] = value
         with_bad = run(TX[row.id], bad, "vmap")
         assert not any(x[step].any() for x in jax.tree.leaves(with_bad.updates))
         np.testing.assert_array_equal(with_bad.states.skipped[-1], 1)
 
+        def all_but_counts(got, steps):
+            seen = got.updates, got.states._replace(wire=None, skipped=None)
+            return jax.tree.map(lambda x: x[steps], seen)
+
         rest = np.delete(np.arange(STEPS), step)
-        # Short of one step, the other run repeats its last gradient; that step is not compared.
-        without = run(TX[row.id], jax.tree.map(lambda x: x[[*rest, rest[-1]]], good), "vmap")
-        kept = np.arange(STEPS - 1)
-        chex.assert_trees_all_equal(
-            jax.tree.map(lambda x: x[rest], (with_bad.updates, with_bad.states._replace(wire=None, skipped=None))),
-            jax.tree.map(lambda x: x[kept], (without.updates, without.states._replace(wire=None, skipped=None))),
-        )
+        chex.assert_trees_all_equal(all_but_counts(with_bad, rest), all_but_counts(without(row.id, step), slice(None)))
 
     @every_context
     @each_codec
@@ -383,30 +350,37 @@ class TestBounded:
         assert norms.max() < 12 * np.linalg.norm(grads["only"][0])
 
 
-class Recorder:
-    """Stands in the place of jax's collectives and keeps what they are given.
+class Branches(NamedTuple):
+    """What the collectives of a conditional were given: in each of its branches, and which of them was taken."""
 
-    Of a conditional it has one branch run, so that what is kept is what is sent: that of its predicate where
-    the value is known, else that of `taken`, else (of a switch) the first.
+    index: Any
+    operands: tuple[list, ...]
+
+
+class Recorder:
+    """Stands in the place of jax's collectives while a codec is traced, and keeps what they are given.
+
+    Of a conditional it has all branches run, one beside the other, and the result of one taken: so that all they are
+    given can leave the program, and one program shows every phase.
     """
 
-    def __init__(self, monkeypatch, taken=()):
+    def __init__(self):
         self.operands = []
-        for name in ("psum", "pmean", "pmax", "all_gather", "all_to_all", "ppermute", "psum_scatter"):
-            monkeypatch.setattr(lax, name, self._recording(getattr(lax, name)))
-        taken, cond = iter(taken), lax.cond
 
-        def one_of_two(known, yes, no):
-            predicate = next(taken, None) if isinstance(known, jax.core.Tracer) else known
-            if predicate is None:  # holds no collectives
-                return cond(known, yes, no)
-            return yes() if predicate else no()
+    def trace(self, function):
+        """`function`, which returns what the collectives in it were given too."""
 
-        def one_of_many(index, branches):
-            return branches[0 if isinstance(index, jax.core.Tracer) else int(index)]()
+        def recorded(*args):
+            self.operands = []
+            with pytest.MonkeyPatch.context() as patch:
+                for name in ("psum", "pmean", "pmax", "all_gather", "all_to_all", "ppermute", "psum_scatter"):
+                    patch.setattr(lax, name, self._recording(getattr(lax, name)))
+                patch.setattr(lax, "cond", lambda pred, yes, no, *args: self._branches(pred, (no, yes), args))
+                patch.setattr(lax, "switch", lambda index, branches, *args: self._branches(index, branches, args))
+                out = function(*args)
+            return out, self.operands
 
-        monkeypatch.setattr(lax, "cond", one_of_two)
-        monkeypatch.setattr(lax, "switch", one_of_many)
+        return recorded
 
     def _recording(self, collective):
         def record(operand, axis_name, **kwargs):
@@ -415,38 +389,96 @@ class Recorder:
 
         return record
 
+    def _branches(self, index, branches, args):
+        outside, outs, operands = self.operands, [], []
+        for branch in branches:
+            self.operands = []
+            outs.append(branch(*args))
+            operands.append(self.operands)
+        self.operands = outside
+        index = lax.clamp(0, lax.convert_element_type(index, jnp.int32), len(branches) - 1)
+        if any(operands):
+            self.operands.append(Branches(index, tuple(operands)))
+        return jax.tree.map(lambda *cases: lax.select_n(index, *map(jnp.asarray, cases)), *outs)
+
+
+def sent(operands, choose):
+    """The operands of the branches that `choose` chooses."""
+    for operand in operands:
+        if isinstance(operand, Branches):
+            yield from sent(operand.operands[choose(operand)], choose)
+        else:
+            yield operand
+
+
+class Exchange(NamedTuple):
+    """One step of a codec alone: the state before it, and the operands of its collectives by `Recorder`."""
+
+    state: Any
+    mean: Any
+    own: Any
+    operands: list
+
+
+@functools.cache
+def exchanges(id):
+    """Some steps of a codec alone, on TWO."""
+    codec = TX[id].codec
+    grads = trees.noise(TWO, 1, (STEPS, WORKERS))
+
+    def worker(tensors, state):
+        mean, own, state, _ = codec.exchange(tensors, state, "data")
+        return mean, own, state
+
+    state = jax.jit(codec.init)(trees.zeros(TWO))
+    step = jax.vmap(Recorder().trace(worker), in_axes=(0, None), out_axes=((0, 0, None), 0), axis_name="data")
+    step = jax.jit(step)
+    steps = []
+    for t in range(STEPS):
+        (mean, own, after), operands = step(jax.tree.map(lambda x, t=t: x[t], grads), state)
+        steps.append(jax.device_get(Exchange(state, mean, own, operands)))
+        state = after
+    return steps
+
+
+@functools.cache
+def operands_on_resnet18(id):
+    """Their shapes, those of Recorder's branches with them; with the workers' axis."""
+    grads = trees.zeros(resnet18_shapes())
+    state = jax.eval_shape(TX[id].init, grads)
+    worker = jax.vmap(Recorder().trace(TX[id].update), in_axes=None, axis_size=4, axis_name="data")
+    _, operands = jax.eval_shape(worker, grads, state)
+    return operands
+
 
 class TestOnlyTheWireSpeaks:
     """Law 9."""
 
     @every_phase
-    def test_mean_is_rebuilt_from_the_wire_alone(self, row, step, monkeypatch):
-        state = state_at(row, step)
-        recorder = Recorder(monkeypatch, row.phases[step])
-        codec = TX[row.id].codec
-        grads = trees.noise(TWO, 9, (WORKERS,))
+    def test_mean_is_rebuilt_from_the_wire_alone(self, row, step):
+        got = exchanges(row.id)[step]
+        taken = []
 
-        def worker(x):
-            return codec.exchange(x, state, "data").mean, list(recorder.operands)
+        def choose(branches):
+            index = int(branches.index[0])
+            if len(branches.operands) == 2:
+                taken.append(bool(index))
+            return index
 
-        program = jax.vmap(worker, axis_name="data")
-        # Which rung a leaf is on is known outside jit only.
-        mean, operands = (program if getattr(state, "rung", None) else jax.jit(program))(grads)
-        rebuilt = row.rebuild(jax.device_get(operands), state, TWO)
-        chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], mean), rebuilt, atol=2e-5, rtol=0)
+        rebuilt = row.rebuild(list(sent(got.operands, choose)), got.state, TWO)
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], got.mean), rebuilt, atol=2e-5, rtol=0)
+        assert tuple(taken) == row.phases[step]
 
     @every_phase
-    def test_no_more_than_the_papers_formula_on_resnet18(self, row, step, monkeypatch):
-        tx = row.make()
-        shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(lambda: trees.zeros(resnet18_shapes())))]
+    def test_no_more_than_the_papers_formula_on_resnet18(self, row, step):
+        shapes = [leaf.shape for leaf in jax.tree.leaves(trees.zeros(resnet18_shapes()))]
         vectors = [shape for shape in shapes if len(shape) < 2]
         matrices = [shape for shape in shapes if len(shape) >= 2]
-        recorder = Recorder(monkeypatch, row.phases[step])
+        taken = iter(row.phases[step])
 
-        def worker(_):
-            grads = trees.zeros(resnet18_shapes())
-            return tx.update(grads, tx.init(grads))
+        def choose(branches):  # of a switch the first
+            return int(next(taken)) if len(branches.operands) == 2 else 0
 
-        jax.eval_shape(jax.vmap(worker, axis_name="data"), jnp.zeros(4))
-        sent = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(recorder.operands))
-        assert sent <= row.payload(matrices, step) + sum(4 * shape[0] for shape in vectors)
+        operands = jax.tree.leaves(list(sent(operands_on_resnet18(row.id), choose)))
+        bytes_sent = sum(math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in operands)
+        assert 0 < bytes_sent <= row.payload(matrices, step) + sum(4 * shape[0] for shape in vectors)

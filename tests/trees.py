@@ -1,7 +1,6 @@
 """Trees of gradients that the laws are tested on."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 # A matrix, a convolution, a vector and a scalar: two that are compressed, two that travel dense.
@@ -14,8 +13,9 @@ def is_shape(x):
     return isinstance(x, tuple)
 
 
-def zeros(shapes, dtype=jnp.float32):
-    return jax.tree.map(lambda shape: jnp.zeros(shape, dtype), shapes, is_leaf=is_shape)
+def zeros(shapes, dtype=np.float32):
+    """Leaves of zeros, as numpy arrays: of jax's each new shape would be compiled."""
+    return jax.tree.map(lambda shape: np.zeros(shape, dtype), shapes, is_leaf=is_shape)
 
 
 def noise(shapes, seed, lead=(), dtype=np.float32):
