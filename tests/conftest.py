@@ -37,8 +37,23 @@ hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, m
 hypothesis.settings.load_profile("tests")
 
 
-def pytest_collection_modifyitems(items):
-    """For pytest-xdist's --dist=loadgroup: tests of a file, or of a row of the table, share compiled programs."""
-    for item in items:
-        file, row = item.nodeid.split("::")[0], getattr(item, "callspec", None) and item.callspec.params.get("row")
-        item.add_marker(pytest.mark.xdist_group(f"{file}-{getattr(row, 'id', '')}"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of a file, or of a row of the table, share compiled programs: each group runs in one process.
+
+    By a scheduler of our own, as pytest-xdist 3.8's for its marks, `loadgroup`, finds none under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    from tests.table import BY_ID
+
+    class ByRow(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, parameters = nodeid.rstrip("]").partition("[")
+            file = file.split("::")[0]
+            if file.endswith("test_processes.py"):  # whose processes compute all rows
+                return file
+            rows = [id for id in BY_ID if f"-{id}-" in f"-{parameters}-"]
+            return f"{file} {max(rows, key=len, default='')}"
+
+    return ByRow(config, log) if config.getvalue("dist") == "loadgroup" else None
