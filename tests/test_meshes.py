@@ -61,11 +61,11 @@ def assert_same(got, expected):
 @each_codec
 def test_nodes_of_workers_are_as_one_worker_each(row):
     """Exact inside a node, compressed between nodes."""
-    mesh = gc.make_mesh({"node": 2, "local": 4})
+    mesh = gc.make_mesh({"node": 4, "local": 2})
     tx = optax.chain(gc.average("local"), problem.optimizer(row.make(axis_name="node")))
     params = jax.device_put(problem.params(), NamedSharding(mesh, P()))
     params, state = trained(gc.train_step(problem.loss_fn, tx, mesh), params, gc.init(tx, params, mesh))
-    expected, (codec, _) = simulated(row.id, 2)
+    expected, (codec, _) = simulated(row.id, 4)
     assert_same((params, state[1][0]), (expected, codec))
 
 
