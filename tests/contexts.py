@@ -7,6 +7,7 @@ see whether they are.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -54,7 +55,7 @@ def program(tx: gc.Compressor, grads: Any, context: str, state: Any = None) -> t
         state = first_state(tx, jax.tree.map(lambda x: x[0], grads))
     if context == "pmap":
         workers = jax.tree.leaves(grads)[0].shape[1]
-        state = _map_state(lambda x: x, lambda x: np.broadcast_to(x, (workers, *np.shape(x))), state)
+        state = map_state(lambda x: x, lambda x: np.broadcast_to(x, (workers, *np.shape(x))), state)
     step_grads = grads if context == "unchecked" else jax.tree.map(lambda x: x[0], grads)
     return _program(tx, _shapes(step_grads), _shapes(state), context, jax.config.jax_enable_x64), state
 
@@ -63,7 +64,7 @@ def first_state(tx: gc.Compressor, grads: Any) -> Any:
     """The global state before steps with gradients [workers, ...]."""
     state = _state_of_one(tx, _shapes(jax.tree.map(lambda x: x[0], grads)))
     workers = jax.tree.leaves(grads)[0].shape[0]
-    return _map_state(lambda x: np.broadcast_to(x, (workers, *x.shape[1:])), lambda x: x, state)
+    return map_state(lambda x: np.broadcast_to(x, (workers, *x.shape[1:])), lambda x: x, state)
 
 
 def sharded(tx: gc.Compressor, grads: Any, state: Any, check_vma: bool, scan: bool = False) -> tuple[Any, Any, Any]:
@@ -86,7 +87,7 @@ def sharded(tx: gc.Compressor, grads: Any, state: Any, check_vma: bool, scan: bo
         return jax.tree.map(lambda x: x[None], out)
 
     mesh = gc.make_mesh(jax.tree.leaves(grads)[0].shape[1 if scan else 0])
-    specs = P(None, "data") if scan else P("data"), _map_state(lambda _: P("data"), lambda _: P(), state)
+    specs = P(None, "data") if scan else P("data"), map_state(lambda _: P("data"), lambda _: P(), state)
     function = jax.shard_map(
         steps if scan else step,
         mesh=mesh,
@@ -112,7 +113,7 @@ def _shapes(tree: Any) -> _Shapes:
     return _Shapes(treedef, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
 
 
-def _map_state(per_worker, other, state):
+def map_state(per_worker: Callable, other: Callable, state: Any) -> Any:
     """A state of `per_worker` of what differs between the workers, and of `other` of what does not."""
     f = lambda x: jax.tree.map(per_worker, x) if is_per_worker(x) else other(x)  # noqa: E731
     return jax.tree.map(f, state, is_leaf=is_per_worker)
@@ -136,7 +137,7 @@ def _program(tx, grads, state, context, x64):
 
     if context == "vmap":
         # out_axes=None says that what is replicated is.
-        axes = _map_state(lambda _: 0, lambda _: None, state)
+        axes = map_state(lambda _: 0, lambda _: None, state)
         step = jax.jit(jax.vmap(worker, in_axes=(0, axes), out_axes=(0, 0, axes), axis_name="data"))
     elif context == "pmap":
         step = jax.pmap(worker, axis_name="data", devices=jax.devices()[: jax.tree.leaves(grads)[0].shape[0]])

@@ -15,7 +15,6 @@ import pytest
 from jax import lax
 
 import gradcomp_jax as gc
-from experiments.models import resnet18_shapes
 from gradcomp_jax.compressor import flatten
 from tests import contexts, trees
 from tests.contexts import CONTEXTS, every_context, run
@@ -350,6 +349,9 @@ class TestBounded:
         assert norms.max() < 12 * np.linalg.norm(grads["only"][0])
 
 
+COLLECTIVES = ("psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "psum_scatter")
+
+
 class Branches(NamedTuple):
     """What the collectives of a conditional were given: in each of its branches, and which of them was taken."""
 
@@ -361,7 +363,8 @@ class Recorder:
     """Stands in the place of jax's collectives while a codec is traced, and keeps what they are given.
 
     Of a conditional it has all branches run, one beside the other, and the result of one taken: so that all they are
-    given can leave the program, and one program shows every phase.
+    given can leave the program, and one program shows every phase. What is given to a collective in a scan is kept
+    with an axis for the turns, [workers, turns, ...].
     """
 
     def __init__(self):
@@ -373,21 +376,35 @@ class Recorder:
         def recorded(*args):
             self.operands = []
             with pytest.MonkeyPatch.context() as patch:
-                for name in ("psum", "pmean", "pmax", "all_gather", "all_to_all", "ppermute", "psum_scatter"):
+                for name in COLLECTIVES:
                     patch.setattr(lax, name, self._recording(getattr(lax, name)))
                 patch.setattr(lax, "cond", lambda pred, yes, no, *args: self._branches(pred, (no, yes), args))
                 patch.setattr(lax, "switch", lambda index, branches, *args: self._branches(index, branches, args))
+                patch.setattr(lax, "scan", functools.partial(self._turns, lax.scan))
                 out = function(*args)
             return out, self.operands
 
         return recorded
 
     def _recording(self, collective):
-        def record(operand, axis_name, **kwargs):
+        def record(operand, *args, **kwargs):
             self.operands.append(operand)
-            return collective(operand, axis_name, **kwargs)
+            return collective(operand, *args, **kwargs)
 
         return record
+
+    def _turns(self, scan, body, *args, **kwargs):
+        outside = self.operands
+
+        def turn(carry, x):
+            self.operands = []
+            carry, y = body(carry, x)
+            assert not any(isinstance(operand, Branches) for operand in self.operands), "which branch, in which turn?"
+            return carry, (y, self.operands)
+
+        carry, (ys, inside) = scan(turn, *args, **kwargs)
+        self.operands = [*outside, *inside]
+        return carry, ys
 
     def _branches(self, index, branches, args):
         outside, outs, operands = self.operands, [], []
@@ -412,7 +429,7 @@ def sent(operands, choose):
 
 
 class Exchange(NamedTuple):
-    """One step of a codec alone: the state before it, and the operands of its collectives by `Recorder`."""
+    """One step of a codec alone: the global state before it, and the operands of its collectives by `Recorder`."""
 
     state: Any
     mean: Any
@@ -430,8 +447,10 @@ def exchanges(id):
         mean, own, state, _ = codec.exchange(tensors, state, "data")
         return mean, own, state
 
-    state = jax.jit(codec.init)(trees.zeros(TWO))
-    step = jax.vmap(Recorder().trace(worker), in_axes=(0, None), out_axes=((0, 0, None), 0), axis_name="data")
+    state = jax.device_get(jax.jit(codec.init)(trees.zeros(TWO)))
+    axes = contexts.map_state(lambda _: 0, lambda _: None, state)
+    state = contexts.map_state(lambda x: np.broadcast_to(x, (WORKERS, *x.shape)), lambda x: x, state)
+    step = jax.vmap(Recorder().trace(worker), in_axes=(0, axes), out_axes=((0, 0, axes), 0), axis_name="data")
     step = jax.jit(step)
     steps = []
     for t in range(STEPS):
@@ -444,7 +463,7 @@ def exchanges(id):
 @functools.cache
 def operands_on_resnet18(id):
     """Their shapes, those of Recorder's branches with them; with the workers' axis."""
-    grads = trees.zeros(resnet18_shapes())
+    grads = trees.zeros(trees.resnet18())
     state = jax.eval_shape(TX[id].init, grads)
     worker = jax.vmap(Recorder().trace(TX[id].update), in_axes=None, axis_size=4, axis_name="data")
     _, operands = jax.eval_shape(worker, grads, state)
@@ -471,7 +490,7 @@ class TestOnlyTheWireSpeaks:
 
     @every_phase
     def test_no_more_than_the_papers_formula_on_resnet18(self, row, step):
-        shapes = [leaf.shape for leaf in jax.tree.leaves(trees.zeros(resnet18_shapes()))]
+        shapes = [leaf.shape for leaf in jax.tree.leaves(trees.zeros(trees.resnet18()))]
         vectors = [shape for shape in shapes if len(shape) < 2]
         matrices = [shape for shape in shapes if len(shape) >= 2]
         taken = iter(row.phases[step])

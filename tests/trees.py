@@ -1,12 +1,20 @@
 """Trees of gradients that the laws are tested on."""
 
+import functools
+
 import jax
 import numpy as np
+
+from experiments.models import resnet18_shapes
 
 # A matrix, a convolution, a vector and a scalar: two that are compressed, two that travel dense.
 MIXED = {"dense": {"kernel": (40, 24), "bias": (24,)}, "conv": (3, 3, 8, 16), "gain": ()}
 MATRICES = {"a": (32, 24), "b": (16, 48)}
 ONE = {"only": (24, 16)}
+
+
+# To make the network takes longer than to trace a codec on it.
+resnet18 = functools.cache(resnet18_shapes)
 
 
 def is_shape(x):
