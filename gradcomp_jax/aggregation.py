@@ -39,7 +39,7 @@ def require_aggregate(codec: str, aggregate: str | None, legal: Sequence[str]) -
     reasons = {
         "psum": f"codec {codec!r} is not linear: aggregate='psum' would add packed codes",
         "gather": f"codec {codec!r} is linear: aggregate='gather' would send each payload to all, where a sum will do",
-        "ring": f"codec {codec!r} is of large error or of sparse sums: aggregate='ring' would encode anew at each hop",
+        "ring": f"codec {codec!r} loses too much at once: aggregate='ring' would encode the sum anew at each hop",
     }
     reasons["shuffle"] = reasons["gather"].replace("gather", "shuffle")
     reason = reasons.get(aggregate, f"aggregate={aggregate!r} is not known for codec {codec!r}")
@@ -191,7 +191,6 @@ def payload_bytes(coder: Coder, tensors: Tensors) -> int:
 def _gather(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array) -> Aggregated:
     message = coder.encode(row(coder.cut(tensors), 0), jnp.int32(0), key)
     own = coder.decode(message)
-
     average = functools.partial(_mean_of_decoded, coder)
     mean, bits, length = _send(
         message, coder, functools.partial(collectives.gather, axis_name=axis_name), average, axis_name
@@ -219,7 +218,6 @@ def _shuffle(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array
     # One after another: a shard's choice between branches stays a choice.
     messages = lax.map(encode, (shards, jnp.arange(n), keys))
     own = jax.vmap(coder.decode)(messages)
-
     average = functools.partial(_mean_of_decoded, coder)
 
     def restore(received: jax.Array, unpack: Callable) -> Any:
@@ -291,7 +289,7 @@ def pack_message(message: Any) -> jax.Array:
 
 
 def unpacker(message: Any) -> Callable[[jax.Array], Any]:
-    """The inverse of `_pack`, for messages like this one."""
+    """The inverse of `pack_message`, for messages of these shapes and types."""
     leaves, treedef = jax.tree.flatten(message)
 
     def unpack(payload: jax.Array) -> Any:
@@ -321,11 +319,11 @@ def _send(
         received, bits = collective(payload)
         return consume(received, unpack), bits
 
+    length = None if coder.length is None else each(coder.length)(message)
     if coder.used is not None:
         received, pair = collectives.front(collective, each(pack_message)(message), *coder.used)
-        return consume(received, unpack), pair, None
+        return consume(received, unpack), pair, length
     if coder.compact is None:
-        length = None if coder.length is None else each(coder.length)(message)
         return *send(each(pack_message)(message), unpack), length
 
     compact = coder.compact

@@ -59,6 +59,7 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
         leaves, _ = flatten(updates)
         collectives.workers(axis_name)
         collectives.require_local(list(leaves.items()), axis_name)
+        collectives.require_same_elsewhere(list(leaves.items()), axis_name)
         applied, codec = tx.update(state.pending.value, state.codec, params, **extra_args)
         return applied, DelayedState(codec, PerWorker(updates, axis_name))
 

@@ -5,7 +5,7 @@ front; the smallest of some fixed sizes that holds all of it is sent.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from gradcomp_jax import collectives
 from gradcomp_jax.aggregation import Coder, CoderOf, pack_message, row, unpacker
 from gradcomp_jax.collectives import AxisName
 from gradcomp_jax.compressor import Tensors
+from gradcomp_jax.metrics import sum_bits
 from gradcomp_jax.views import pack_front, unpack_front
 
 
@@ -90,20 +91,33 @@ def at_levels(coders_of: Sequence[CoderOf], level: dict[str, jax.Array]) -> Code
             pieces = [piece(place, path) for place, path in enumerate(leaves)]
             return pack_front(pieces, list(lengths.values()))
 
-        def decode(buffer: jax.Array) -> Any:
+        def read(buffer: jax.Array, what: Callable[[Coder, Any], Any]) -> dict[str, Any]:
+            """`what` each leaf's coder makes of its message."""
             pieces = unpack_front(buffer, list(lengths.values()), [max(each) for each in sizes.values()])
 
             def leaf(path: str, piece: jax.Array) -> Any:
-                def decoded(coder: Coder, message: Any, size: int) -> Any:
-                    return coder.decode(unpacker(message)(piece[:size]))
+                def of_message(coder: Coder, message: Any, size: int) -> Any:
+                    return what(coder, unpacker(message)(piece[:size]))
 
                 choices = zip(leaves[path], messages[path], sizes[path], strict=True)
-                return lax.switch(level[path], [functools.partial(decoded, *choice) for choice in choices])
+                return lax.switch(level[path], [functools.partial(of_message, *choice) for choice in choices])
 
             return {path: leaf(path, piece) for path, piece in zip(leaves, pieces, strict=True)}
 
+        def decode(buffer: jax.Array) -> Any:
+            return read(buffer, lambda coder, message: coder.decode(message))
+
+        def length(buffer: jax.Array) -> jax.Array:
+            return functools.reduce(sum_bits, read(buffer, _length).values())
+
         used = functools.reduce(jnp.add, lengths.values())
         least, most = (sum(end(each) for each in sizes.values()) for end in (min, max))
-        return Coder(cut, join, encode, decode, used=(used, least, most))
+        told = all(coder.length is not None for each in leaves.values() for coder in each)
+        return Coder(cut, join, encode, decode, length=length if told else None, used=(used, least, most))
 
     return coder_of
+
+
+def _length(coder: Coder, message: Any) -> jax.Array:
+    assert coder.length is not None
+    return coder.length(message)

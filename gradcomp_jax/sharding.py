@@ -135,7 +135,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
 
     From n to m workers, where m divides n, a new worker gets the mean over n / m old ones; otherwise each gets
     the mean over all. So the mean over the workers, which is what error feedback owes, stays; all that does not
-    differ between the workers is untouched.
+    differ between the workers is untouched. Of integers, such as the lengths that `code_bits` reads, it gets the first.
 
     Args:
       opt_state: the global form, as `init` and the steps return it, or as read from a checkpoint. With several
@@ -168,8 +168,9 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
 
         def leaf(old: jax.Array) -> jax.Array:
             groups = new if old.shape[0] % new == 0 else 1
-            means = jnp.mean(old.reshape(groups, -1, *old.shape[1:]), axis=1)
-            return jnp.broadcast_to(means, (new, *old.shape[1:]))
+            grouped = old.reshape(groups, -1, *old.shape[1:])
+            kept = jnp.mean(grouped, axis=1) if jnp.issubdtype(old.dtype, jnp.inexact) else grouped[:, 0]
+            return jnp.broadcast_to(kept, (new, *old.shape[1:]))
 
         return jax.tree.map(leaf, x)
 

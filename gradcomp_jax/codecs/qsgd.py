@@ -280,8 +280,9 @@ def qsgd(
         """Integers of one scale, summed."""
         s, n = levels_of(bits), collectives.workers(axis_name)
         v = cut(tensors)
-        # As integers, whose order is that of non-negative floats: a maximum of floats may drop a NaN.
-        order = jax.lax.bitcast_convert_type(NORMS[norm](v), jnp.int32)
+        # As integers, whose order is that of non-negative floats: a maximum of floats may drop a NaN. Without their
+        # signs: of Inf / Inf, a processor makes a NaN that has one.
+        order = jax.lax.bitcast_convert_type(NORMS[norm](v), jnp.int32) & 0x7FFFFFFF
         largest, scale_bits = collectives.largest(order, axis_name)
         scale = jax.lax.bitcast_convert_type(largest, jnp.float32)
         mine = quantize(v, scale, s, key).astype(sum_type(s, n))

@@ -79,8 +79,10 @@ def signnorm(
             del key
             norms = []
             for path, x in shard.items():
-                count = elements_in(index, shards, like[path].shape).astype(jnp.float32)
-                norms.append(jnp.sum(jnp.abs(x)) / jnp.maximum(count, 1))
+                count = elements_in(index, shards, like[path].shape)
+                # Where a shard is filled up, what was decoded has signs too.
+                magnitudes = jnp.where(jnp.arange(x.size) < count, jnp.abs(x), 0)
+                norms.append(jnp.sum(magnitudes) / jnp.maximum(count, 1).astype(jnp.float32))
             norm = jnp.stack(norms)
             if majority:
                 norm = jnp.where(norm == 0, 0, norm / norm)  # what is not finite becomes NaN

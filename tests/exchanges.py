@@ -1,0 +1,57 @@
+"""A codec's exchange by itself: on values, by vmap, and on shapes, of which only the bits are of interest."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gradcomp_jax as gc
+from gradcomp_jax.compressor import flatten
+from tests import trees
+
+
+class Got(NamedTuple):
+    """What an exchange gave, as numpy arrays by path.
+
+    Attributes:
+      mean: of the first worker.
+      own: [workers, ...].
+      state: of each worker.
+    """
+
+    mean: dict[str, np.ndarray]
+    own: dict[str, np.ndarray]
+    state: Any
+
+
+def exchanged(tx: gc.Compressor, tensors: dict[str, np.ndarray], state: Any = None, **extra_args: Any) -> Got:
+    """The exchange of tensors [workers, ...] by path; without a residual."""
+
+    def worker(tensors):
+        local = tx.codec.init(tensors) if state is None else state
+        return tx.codec.exchange(tensors, local, "data", **extra_args)._replace(bits=())
+
+    got = jax.device_get(jax.jit(jax.vmap(worker, axis_name="data"))(tensors))
+    return Got({path: x[0] for path, x in got.mean.items()}, got.own, got.state)
+
+
+def declared(tx: gc.Compressor, shapes: Any, workers: int) -> int:
+    """The bits that a worker sends for a tree of shapes, dense leaves included; nothing is computed.
+
+    Of a codec under error feedback, whose residual tells what it compresses.
+    """
+    params = jax.eval_shape(lambda: trees.zeros(shapes))
+    leaves, _ = flatten(params)
+    compressed = jax.eval_shape(tx.init, params).residual.value
+    dense = sum(x.size for path, x in leaves.items() if path not in compressed)
+    told = []
+
+    def worker(rows):
+        exchanged = tx.codec.exchange(rows, tx.codec.init(rows), "data")
+        told.append(exchanged.bits)
+        return exchanged.mean
+
+    rows = {path: jax.ShapeDtypeStruct((workers, *x.shape), jnp.float32) for path, x in compressed.items()}
+    jax.eval_shape(jax.vmap(worker, axis_name="data"), rows)
+    return told[0] + -(-2 * (workers - 1) * 32 * dense // workers)
