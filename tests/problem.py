@@ -11,8 +11,8 @@ WORKERS = 4
 def params():
     rng = np.random.default_rng(0)
     return {
-        "layer1": {"kernel": jnp.asarray(rng.standard_normal((20, 16)) * 0.3, jnp.float32), "bias": jnp.zeros(16)},
-        "layer2": {"kernel": jnp.asarray(rng.standard_normal((16, 8)) * 0.3, jnp.float32), "bias": jnp.zeros(8)},
+        "layer1": {"kernel": jnp.asarray(rng.standard_normal((64, 64)) * 0.15, jnp.float32), "bias": jnp.zeros(64)},
+        "layer2": {"kernel": jnp.asarray(rng.standard_normal((64, 8)) * 0.15, jnp.float32), "bias": jnp.zeros(8)},
     }
 
 
@@ -27,9 +27,9 @@ def loss_fn(params, batch):
 
 def batches(steps, size=32):
     rng = np.random.default_rng(1)
-    truth = rng.standard_normal((20, 8))
+    truth = rng.standard_normal((64, 8)) * 0.5
     for _ in range(steps):
-        x = rng.standard_normal((size, 20))
+        x = rng.standard_normal((size, 64))
         yield {"x": jnp.asarray(x, jnp.float32), "y": jnp.asarray(np.tanh(x @ truth), jnp.float32)}
 
 

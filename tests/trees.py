@@ -9,8 +9,9 @@ from experiments.models import resnet18_shapes
 
 # A matrix, a convolution, a vector and a scalar: two that are compressed, two that travel dense.
 MIXED = {"dense": {"kernel": (40, 24), "bias": (24,)}, "conv": (3, 3, 8, 16), "gain": ()}
-MATRICES = {"a": (32, 24), "b": (16, 48)}
-ONE = {"only": (24, 16)}
+# Columns of 64 elements at least, which 1-bit SGD compresses.
+MATRICES = {"a": (64, 24), "b": (64, 16)}
+ONE = {"only": (64, 8)}
 
 
 # To make the network takes longer than to trace a codec on it.
