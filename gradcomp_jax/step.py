@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import collectives
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import compressor_states, is_compressor_state, skipped_steps
+from gradcomp_jax.compressor import compressor_states, is_compressor_state, skipped, skipped_steps
 from gradcomp_jax.delayed import DelayedState
 from gradcomp_jax.sharding import (
     PerWorker,
@@ -211,7 +211,11 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
         step, workers = simulate(loss_fn, flushing, mesh, axis_name=axis_name), mesh
     else:
         step, workers = train_step(loss_fn, flushing, mesh), mesh.size
+    skipped_before = skipped(opt_state)
     flushed, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
+    if skipped(opt_state) > skipped_before:  # what was pending was not finite, and is gone now
+        residuals = _owed(opt_state)
+        flushed, opt_state, _ = step(flushed, opt_state, jnp.zeros(workers))
     if _any_nonzero(_owed(opt_state)):
         raise ValueError(
             "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "

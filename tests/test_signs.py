@@ -23,7 +23,7 @@ def two_stages(grads, stripe, second_residual):
     """Section 2.2 in numpy: gradients [steps, workers, n, m] -> what is applied, e1 and e2 in the end.
 
     Columns are quantised by themselves, so the stripes show only in who owes what; stripe: of a column, its owner.
-    e1 [workers, n, m] is each worker's; e2 [n, m] each owner's, or without a memory of its own n-fold in the owner's e1.
+    e1 [workers, n, m] is each worker's; e2 [n, m] each owner's, or with no memory of its own n-fold in the owner's e1.
     """
     workers = grads.shape[1]
     e1, e2, applied = np.zeros(grads.shape[1:]), np.zeros(grads.shape[2:]), []
