@@ -22,7 +22,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints, codecs, data, display, figures, models, records, training
+from experiments import checkpoints, data, display, figures, models, records, training
 
 FLAGS = flags.FLAGS
 
@@ -67,14 +67,14 @@ def main(argv: list[str]) -> None:
         if argv[1:]:
             raise ValueError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
         mesh = training.worker_mesh(FLAGS.workers)
-        compressors = {name: codecs.from_flags(name, FLAGS.seed) for name in FLAGS.codec}
         dataset = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation)
         training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
         task = classification(dataset, mesh)
+        training.learning_rate(task.examples // FLAGS.batch_size)  # refused now, as it may be
+        compressors = {name: training.codec(name, task) for name in FLAGS.codec}
         for codec in compressors.values():
             # A codec that refuses this network does so now, not after the ones before it have trained.
             jax.eval_shape(codec.init, task.params)
-        training.learning_rate(task.examples // FLAGS.batch_size)  # likewise
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -2,7 +2,8 @@
 
 `--qsgd_bits=8` is `qsgd(bits=8)`: names, types, defaults and help are the factory's own, so a codec that
 gains a keyword gains its flag by itself. Keywords that are not a number, a string or a truth value, such as
-`compress`, have none.
+`compress`, have none, save two: a quantiser inside is given by its bits, `--powersgd_quantizer_bits=8`, and the two
+codecs of `accordion` by a codec's name and two values of what makes its strength.
 """
 
 import inspect
@@ -11,16 +12,23 @@ import types
 import typing
 from collections.abc import Callable
 
+import optax
 from absl import flags
 
-from gradcomp_jax import Compressor, gradiveq, none, powersgd, qsgd
-
-CODECS: dict[str, Callable[..., Compressor]] = {
-    "none": none,
-    "gradiveq": gradiveq,
-    "powersgd": powersgd,
-    "qsgd": qsgd,
-}
+from gradcomp_jax import (
+    Compressor,
+    accordion,
+    adaptive,
+    gradiveq,
+    none,
+    onebit,
+    powersgd,
+    qsgd,
+    randomblock,
+    randomk,
+    signnorm,
+    topk,
+)
 
 FLAGS = flags.FLAGS
 
@@ -30,6 +38,89 @@ _DEFINE: dict[type, Callable[..., typing.Any]] = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
 }
+QUANTIZER_BITS_HELP = "qsgd's bits, 2, 4 or 8, whose other settings are its defaults; 0 for no quantizer."
+
+
+class Course(typing.NamedTuple):
+    """What accordion knows of the training.
+
+    Attributes:
+      steps_per_epoch: how many.
+      learning_rate: from steps done; None where it falls all the time, which says nothing.
+    """
+
+    steps_per_epoch: int
+    learning_rate: optax.Schedule | None
+
+
+def between(
+    codec: str = "powersgd",
+    *,
+    low: float = 2,
+    high: float = 1,
+    interval: float = 10,
+    window: float | None = None,
+    threshold: float = 0.5,
+    per_layer: bool = True,
+    norm_source: str = "mean",
+    reset_on_switch: bool = False,
+    seed: int = 0,
+    course: Course,
+) -> Compressor:
+    """`accordion` between two strengths of a codec, all other settings of which are those of its own flags.
+
+    Args:
+      codec: what is switched: powersgd by its rank, topk, randomk and randomblock by the fraction, qsgd by the bits,
+        adaptive by the proportion, gradiveq by the ratio. Its own flags say the rest.
+      low: rank, fraction, ... of the weak compression, which sends more.
+      high: the same of the strong compression.
+      interval: epochs from check to check, in the authors' code 10.
+      window: epochs at the begin of each interval over which gradients are summed, in the authors' code 1; by default
+        all.
+      threshold: eta, the relative change of the norm from which a layer is critical.
+      per_layer: decide for each leaf by itself, else for all, by the norm over all.
+      norm_source: whose norm decides, the "mean" of the workers' or the "first_worker"'s, as in the authors' code.
+      reset_on_switch: draw PowerSGD's Q anew where the level changes, as in the authors' code.
+      seed: of the codec.
+      course: of the training.
+
+    Raises:
+      ValueError: there is no such codec, or accordion cannot switch it so.
+    """
+    if codec not in CODECS or codec == "accordion":
+        known = ", ".join(name for name in CODECS if name != "accordion")
+        raise ValueError(f"--accordion_codec={codec} must be one of {known}")
+    weak, strong = (_compressor(codec, seed, _at_strength(codec, value)) for value in (low, high))
+
+    def steps(epochs: float) -> int:
+        return max(1, round(epochs * course.steps_per_epoch))
+
+    return accordion(
+        weak,
+        strong,
+        interval=steps(interval),
+        window=None if window is None else steps(window),
+        threshold=threshold,
+        per_layer=per_layer,
+        learning_rate=course.learning_rate,
+        norm_source=norm_source,
+        reset_on_switch=reset_on_switch,
+    )
+
+
+CODECS: dict[str, Callable[..., Compressor]] = {
+    "none": none,
+    "gradiveq": gradiveq,
+    "powersgd": powersgd,
+    "qsgd": qsgd,
+    "onebit": onebit,
+    "signnorm": signnorm,
+    "topk": topk,
+    "adaptive": adaptive,
+    "randomk": randomk,
+    "randomblock": randomblock,
+    "accordion": between,
+}
 
 
 def define_flags() -> None:
@@ -37,45 +128,49 @@ def define_flags() -> None:
     flags.DEFINE_list("codec", ["none"], f"Codecs to train with, one after another: {', '.join(CODECS)}.")
     flags.register_validator("codec", _require_known)
     for name, factory in CODECS.items():
-        helps = argument_help(factory)
+        helps = argument_help(factory) | {"quantizer_bits": QUANTIZER_BITS_HELP}
         for keyword, (kind, default) in keywords(factory).items():
             _DEFINE[kind](f"{name}_{keyword}", default, helps[keyword])
 
 
-def from_flags(name: str, seed: int) -> Compressor:
+def from_flags(name: str, seed: int, course: Course) -> Compressor:
     """The codec `name` with the keywords that its flags give.
 
     Args:
       name: a key of `CODECS`.
       seed: the experiment's.
+      course: of the training.
 
     Raises:
       ValueError: the factory refuses a value.
     """
-    return CODECS[name](seed=seed, **_given(name))
+    more = {"course": course} if name == "accordion" else {}
+    return _compressor(name, seed, _given(name) | more)
 
 
 def label(name: str) -> str:
     """The codec's name with every keyword that is not at its default, such as "qsgd bits=8"."""
-    defaults = keywords(CODECS[name])
-    changed = [f"{keyword}={value}" for keyword, value in _given(name).items() if value != defaults[keyword][1]]
+    changed = [f"{keyword}={value}" for keyword, (value, default) in _settings(name).items() if value != default]
     return " ".join([name, *changed])
 
 
 def settings(name: str) -> dict[str, typing.Any]:
-    """The codec's name, and what each of its flags says."""
-    return {"codec": name} | {f"{name}_{keyword}": value for keyword, value in _given(name).items()}
+    """The codec's name, and what each of its flags says; of accordion, also what those of the codec inside say."""
+    return {"codec": name} | {f"{name}_{keyword}": value for keyword, (value, _) in _settings(name).items()}
 
 
 def keywords(factory: Callable[..., Compressor]) -> dict[str, tuple[type, typing.Any]]:
     """The keywords of a factory that a flag can give, each with its type and default.
 
-    `seed` is left out, as a comparison has one seed for all. `int | None` counts as int.
+    `seed` is left out, as a comparison has one seed for all. `int | None` counts as int, and a quantizer as the number
+    of its bits, 0 without one.
     """
-    found = {}
+    found: dict[str, tuple[type, typing.Any]] = {}
     for keyword, parameter in inspect.signature(factory, eval_str=True).parameters.items():
         kind = _without_none(parameter.annotation)
-        if kind in _DEFINE and keyword != "seed":
+        if keyword == "quantizer":
+            found["quantizer_bits"] = (int, 0)
+        elif kind in _DEFINE and keyword != "seed":
             found[keyword] = (kind, parameter.default)
     return found
 
@@ -89,6 +184,40 @@ def argument_help(factory: Callable[..., Compressor]) -> dict[str, str]:
 
 def _given(name: str) -> dict[str, typing.Any]:
     return {keyword: FLAGS[f"{name}_{keyword}"].value for keyword in keywords(CODECS[name])}
+
+
+def _compressor(name: str, seed: int, given: dict[str, typing.Any]) -> Compressor:
+    """The codec with these keywords, those of `keywords`."""
+    given = dict(given)
+    if bits := given.pop("quantizer_bits", 0):
+        given["quantizer"] = qsgd(bits, seed=seed)
+    return CODECS[name](seed=seed, **given)
+
+
+def _strength(codec: str) -> str | None:
+    """The keyword of a codec that accordion switches, as its flags have it; None if there is none."""
+    levels = _compressor(codec, 0, _given(codec)).codec.levels
+    return None if levels is None else levels.setting
+
+
+def _at_strength(codec: str, value: float) -> dict[str, typing.Any]:
+    """What the codec's flags give, with another strength; as it is where accordion will refuse it."""
+    given, strength = _given(codec), _strength(codec)
+    if strength is not None:
+        kind, _ = keywords(CODECS[codec])[strength]
+        given[strength] = int(value) if kind is int and value == int(value) else value
+    return given
+
+
+def _settings(name: str) -> dict[str, tuple[typing.Any, typing.Any]]:
+    """The value and the default of each keyword; those of the codec inside accordion begin with its name."""
+    defaults = keywords(CODECS[name])
+    found = {keyword: (value, defaults[keyword][1]) for keyword, value in _given(name).items()}
+    if name == "accordion":
+        inner = FLAGS.accordion_codec
+        strength = _strength(inner)
+        found |= {f"{inner}_{keyword}": pair for keyword, pair in _settings(inner).items() if keyword != strength}
+    return found
 
 
 def _without_none(annotation: typing.Any) -> typing.Any:

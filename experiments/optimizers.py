@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradcomp_jax import Compressor, ef_momentum
+from gradcomp_jax import ef_momentum
 
-OPTIMIZERS = ("sgd", "ef_momentum", "adam")
+OPTIMIZERS = ("sgd", "ef_momentum", "adagrad", "adam")
 SCHEDULES = ("cosine", "step")
 
 
 def optimizer(
-    name: str, codec: Compressor, schedule: optax.Schedule, momentum: float, weight_decay: float
+    name: str, codec: optax.GradientTransformation, schedule: optax.Schedule, momentum: float, weight_decay: float
 ) -> optax.GradientTransformation:
     """The codec, and after it the optimiser.
 
@@ -22,11 +22,11 @@ def optimizer(
     normalisation, as in PowerSGD's experiments.
 
     Args:
-      name: "sgd", with (heavy-ball) momentum; "ef_momentum", PowerSGD's Algorithm 2; or "adam", whose weight
-        decay is decoupled.
+      name: "sgd", with (heavy-ball) momentum; "ef_momentum", PowerSGD's Algorithm 2; "adagrad", 1-bit SGD's, and
+        momentum after it; or "adam". The weight decay of the last two is decoupled.
       codec: what comes first.
       schedule: from the number of steps done to the learning rate.
-      momentum: of "sgd" and "ef_momentum"; adam has its own.
+      momentum: of all but "adam", which has its own.
       weight_decay: lambda in D + lambda x.
     """
     if name == "adam":
@@ -34,7 +34,24 @@ def optimizer(
     decay = optax.add_decayed_weights(weight_decay, mask=decayed)
     if name == "sgd":
         return optax.chain(codec, decay, optax.sgd(schedule, momentum=momentum))
+    if name == "adagrad":
+        return optax.chain(codec, scale_by_adagrad(), decay, optax.sgd(schedule, momentum=momentum))
     return optax.chain(codec, decay, ef_momentum(momentum), optax.scale_by_learning_rate(schedule))
+
+
+def scale_by_adagrad(eps: float = 1e-7) -> optax.GradientTransformation:
+    """AdaGrad: h <- h + g^2, then g / (sqrt(h) + eps), from h = 0.
+
+    1-bit SGD (Seide et al., Interspeech 2014, section 3.4) has it after the aggregation and before momentum. optax's
+    scale_by_rss has eps in the root, which for gradients below it is another step.
+    """
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        state = jax.tree.map(lambda h, g: h + g * g, state, updates)
+        return jax.tree.map(lambda g, h: g / (jnp.sqrt(h) + eps), updates, state), state
+
+    return optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), update)
 
 
 def decayed(params: Any) -> Any:

@@ -6,7 +6,7 @@
 For ResNet-18's gradient (11,173,962 parameters, 62 tensors) on one simulated worker: encode, decode and error
 feedback, with collectives that move nothing. The codecs run in turn, round after round, and each is reported
 by its median and as a multiple of an in-place pass over the same memory, which is the least that any step
-over the gradient can cost. GradiVeQ is reported in each of its phases.
+over the gradient can cost. GradiVeQ is reported in each of its phases, accordion at each of its levels.
 """
 
 import statistics
@@ -28,7 +28,7 @@ FLAGS = flags.FLAGS
 
 codecs.define_flags()
 flags.adopt_module_key_flags(codecs)
-FLAGS.set_default("codec", ",".join(codecs.CODECS))
+FLAGS.set_default("codec", "none,gradiveq,powersgd,qsgd,onebit,signnorm,topk,adaptive,randomk,accordion")
 flags.DEFINE_integer("rounds", 15, "Times each codec is run; medians are reported.", lower_bound=1)
 
 
@@ -38,34 +38,45 @@ class Case(NamedTuple):
     Attributes:
       program: (gradients, state) -> (updates, state); consumes the state.
       state: to start from.
-      position: GradiVeQ's place in its cycle, to stay in one phase; else None.
+      fixed: state of the codec's by field, to stay in one phase or at one level.
       seconds: to compile the program; None where another case has it too.
     """
 
     program: Any
     state: CompressorState
-    position: int | None
+    fixed: dict[str, Any]
     seconds: float | None
 
 
 def cases(name: str, grads: Any) -> dict[str, Case]:
     """A codec's update on one simulated worker, once for each of its phases, by what to call it."""
-    codec, label = codecs.from_flags(name, seed=0), codecs.label(name)
+    # In no check of accordion's, which is none of its levels.
+    course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
+    codec, label = codecs.from_flags(name, 0, course), codecs.label(name)
     params = jax.tree.map(lambda x: x[0], grads)
     axes = jax.tree.map(lambda spec: 0 if "data" in spec else None, state_specs(codec, params))
     update = jax.vmap(lambda g, s: codec.update(g, s), in_axes=(0, axes), out_axes=(None, axes), axis_name="data")
     began = time.perf_counter()
     program = jax.jit(update, donate_argnums=1).lower(grads, init(codec, params, 1)).compile()
     seconds = time.perf_counter() - began
+    if name == "accordion":
+        levels = {}
+        for level, what in enumerate(("low", "high")):
+            state = init(codec, params, 1)
+            fixed = {"level": dict.fromkeys(state.codec.level, level)}
+            levels[f"{label}, {what}"] = Case(program, state, fixed, None if level else seconds)
+        return levels
     if name != "gradiveq":
-        return {label: Case(program, init(codec, params, 1), None, seconds)}
+        return {label: Case(program, init(codec, params, 1), {}, seconds)}
 
     last = FLAGS.gradiveq_train_steps - 1
 
     def at(position: int, state: CompressorState | None = None) -> Case:
-        return Case(program, with_samples(init(codec, params, 1)) if state is None else state, position, None)
+        state = with_samples(init(codec, params, 1)) if state is None else state
+        return Case(program, state, {"position": position}, None)
 
-    _, fitted = program(grads, at_position(with_samples(init(codec, params, 1)), last))
+    first = at(last)
+    _, fitted = program(grads, held(first.state, first.fixed))
     return {
         f"{label}, training": at(0)._replace(seconds=seconds),
         "... fitting": at(last),
@@ -79,9 +90,9 @@ def with_samples(state: CompressorState) -> CompressorState:
     return state._replace(codec=state.codec._replace(samples=samples))
 
 
-def at_position(state: CompressorState, position: int | None) -> CompressorState:
-    """The state, at a place in GradiVeQ's cycle."""
-    return state if position is None else state._replace(codec=state.codec._replace(position=jnp.int32(position)))
+def held(state: CompressorState, fixed: dict[str, Any]) -> CompressorState:
+    """The state, with some of the codec's as it was told to stay; whole numbers."""
+    return state._replace(codec=state.codec._replace(**jax.tree.map(jnp.int32, fixed))) if fixed else state
 
 
 def main(argv: list[str]) -> None:
@@ -105,7 +116,7 @@ def main(argv: list[str]) -> None:
         passed = jax.block_until_ready(in_place(passed))
         times["in-place pass"].append(time.perf_counter() - began)
         for label, case in timed.items():
-            state = jax.block_until_ready(at_position(states[label], case.position))
+            state = jax.block_until_ready(held(states[label], case.fixed))
             began = time.perf_counter()
             _, states[label] = jax.block_until_ready(case.program(grads, state))
             times[label].append(time.perf_counter() - began)

@@ -5,8 +5,12 @@ The kind of a line is its "kind":
 - run, the first: what was run, see `training.header`;
 - train, every --log_every steps: means over the steps since the line before;
 - test, at every evaluation;
+- levels, after a line "train": what accordion decided, and why, for each leaf, where that has changed;
 - resumed, where a run went on from a checkpoint;
 - end, the last, only in a run that has reached its end.
+
+A line "train" also has "code_bits", of the last step, for codecs whose codes vary in length: see
+`gradcomp_jax.code_bits`.
 
 All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent for the
 gradients by then, and "dense_bytes", what it would have sent by a dense float32 all-reduce. Figures that are not finite
@@ -41,6 +45,7 @@ class Run(NamedTuple):
       train: the lines "train".
       test: the lines "test".
       resumed: the lines "resumed".
+      levels: the lines "levels", whose "decisions" are sentences.
       end: the line "end"; empty in a run that has not reached its end.
     """
 
@@ -48,6 +53,7 @@ class Run(NamedTuple):
     train: list[Record]
     test: list[Record]
     resumed: list[Record]
+    levels: list[Record]
     end: Record
 
     @property
@@ -111,14 +117,15 @@ def of(lines: Iterable[Record]) -> Run:
       RecordsError: the first one is not of the kind "run", or another is of an unknown kind.
     """
     header, *rest = lines or [{}]
-    kinds: dict[str, list[Record]] = {"train": [], "test": [], "resumed": [], "end": []}
+    kinds: dict[str, list[Record]] = {"train": [], "test": [], "resumed": [], "levels": [], "end": []}
     if header.get("kind") != "run":
         raise RecordsError("the first line is not of the kind 'run'")
     for record in rest:
         if record.get("kind") not in kinds:
             raise RecordsError(f"there is a line of kind {record.get('kind')!r}")
         kinds[record["kind"]].append(record)
-    return Run(header, kinds["train"], kinds["test"], kinds["resumed"], kinds["end"][-1] if kinds["end"] else {})
+    end = kinds["end"][-1] if kinds["end"] else {}
+    return Run(header, kinds["train"], kinds["test"], kinds["resumed"], kinds["levels"], end)
 
 
 def read(path: pathlib.Path) -> Run:
@@ -206,6 +213,13 @@ class Recorder:
         means = {"loss": statistics.fmean(losses), "accuracy": statistics.fmean(accuracies)}
         self.state["recent"] = []
         self.write("train", **means, ms=statistics.median(ms), **values)
+
+    def levels(self, decisions: list[str]) -> bool:
+        """Writes a line "levels" if what was decided is not what was written last, and returns whether it did."""
+        written = [line["decisions"] for line in self.state["lines"] if line["kind"] == "levels"]
+        if changed := decisions != (written[-1] if written else []):
+            self.write("levels", decisions=decisions)
+        return changed
 
     def end(self, **values: Any) -> None:
         """Writes the line "end"."""

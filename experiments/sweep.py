@@ -30,14 +30,14 @@ from typing import NamedTuple
 
 from absl import app, flags
 
-from experiments import display, records
+from experiments import codecs, display, records
 from experiments.interrupts import interruptible
 
 FLAGS = flags.FLAGS
 
 KEYS = {"presets": str, "codecs": str, "seeds": int}
-# A codec and flags of its own, which hold nothing that is special in a shell or in a file's name.
-CODEC = re.compile(r"(\w+)( --(no)?\1_\w+(=[\w.+-]+)?)*")
+# A flag which holds nothing that is special in a shell or in a file's name.
+FLAG = re.compile(r"--(?:no)?(\w+?)(=[\w.+-]+)?")
 POLL_SECONDS = 1.0
 
 
@@ -74,6 +74,14 @@ class Cell(NamedTuple):
         ]
 
 
+def is_codec(text: str) -> bool:
+    """Whether this is a codec with flags of its own: accordion's are also those of the codec inside."""
+    name, *given = text.split(" ")
+    prefixes = tuple(f"{prefix}_" for prefix in ([name] if name != "accordion" else codecs.CODECS))
+    flags = [match[1] if (match := FLAG.fullmatch(flag)) else "" for flag in given]
+    return name.isidentifier() and all(flag == "delayed" or flag.startswith(prefixes) for flag in flags)
+
+
 def read(path: pathlib.Path) -> list[Cell]:
     """The runs of a grid's file, in its order.
 
@@ -97,7 +105,7 @@ def read(path: pathlib.Path) -> list[Cell]:
                 raise GridError(f"{path}: {key} must be a list of {kind.__name__}, got {value!r}")
         cells += itertools.starmap(Cell, itertools.product(*(grid[key] for key in KEYS)))
     for cell in cells:
-        if not CODEC.fullmatch(cell.codec):
+        if not is_codec(cell.codec):
             raise GridError(
                 f"{path}: {cell.codec!r} is not a codec with its own settings, such as 'qsgd --qsgd_bits=8'; what all "
                 "codecs share belongs into a preset"

@@ -8,6 +8,7 @@ not: its state, its place in the input, its randomness and its figures are in ea
 import contextlib
 import datetime
 import math
+import os
 import pathlib
 import platform
 import re
@@ -25,12 +26,24 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import checkpoints, codecs, display, optimizers, records
 from experiments.interrupts import interruptible
-from gradcomp_jax import Compressor, init, make_mesh, resize_workers, skipped, state_specs, train_step, wire_bits
+from gradcomp_jax import (
+    accordion_log,
+    code_bits,
+    delayed,
+    init,
+    make_mesh,
+    resize_workers,
+    skipped,
+    state_specs,
+    train_step,
+    wire_bits,
+)
 
 FLAGS = flags.FLAGS
 
 codecs.define_flags()
 flags.adopt_module_key_flags(codecs)  # into --help
+flags.DEFINE_boolean("delayed", False, "Exchange in each step the gradients of the one before, with every codec.")
 flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", lower_bound=2)
 flags.DEFINE_integer("epochs", 10, "Passes over the training split.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Examples a step, over all workers; a multiple of --workers.", lower_bound=1)
@@ -38,7 +51,7 @@ flags.DEFINE_enum(
     "optimizer",
     "sgd",
     optimizers.OPTIMIZERS,
-    "What follows the codec; ef_momentum is PowerSGD's, adam's decay is adamw's.",
+    "What follows the codec; ef_momentum is PowerSGD's, adagrad 1-bit SGD's, adam's decay is adamw's.",
 )
 flags.DEFINE_float("lr", 0.1, "The learning rate before it is scaled.", lower_bound=0)
 flags.DEFINE_float("lr_scale", 1.0, "By which the warm-up raises it; PowerSGD and Accordion take the workers.")
@@ -54,7 +67,7 @@ flags.register_validator(
     lambda epochs: all(re.fullmatch(r"\d+(\.\d+)?", epoch) for epoch in epochs),
     message="must be numbers with commas between them",
 )
-flags.DEFINE_float("momentum", 0.9, "Of sgd and ef_momentum.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float("momentum", 0.9, "Of all optimizers but adam.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, added to the aggregated gradient.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Of the initial parameters, the batches and the codecs.", lower_bound=0)
 flags.DEFINE_integer("eval_every", 100, "Steps from one evaluation on the test split to the next.", lower_bound=1)
@@ -68,6 +81,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_string("tensorboard_dir", None, "Where to write the figures for TensorBoard too.")
 
+NO_REORDERING = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # What a run must have in common with the checkpoint from which it goes on, beside the experiment's own flags.
 SETTINGS = (
     "epochs",
@@ -114,7 +128,31 @@ class InterruptedRunError(Exception):
     """The user asked to stop, and the run has done so; the message says where it is and what is kept."""
 
 
-def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.Console) -> records.Run:
+def codec(name: str, task: Task) -> optax.GradientTransformationExtraArgs:
+    """The codec `name`, as the flags have it.
+
+    Raises:
+      ValueError: the factory refuses a value.
+    """
+    steps_per_epoch = task.examples // FLAGS.batch_size
+    # A cosine falls in every step, by which accordion would compress in none.
+    schedule = learning_rate(steps_per_epoch) if FLAGS.schedule == "step" else None
+    made = codecs.from_flags(name, FLAGS.seed, codecs.Course(steps_per_epoch, schedule))
+    return delayed(made) if FLAGS.delayed else made
+
+
+def label(name: str) -> str:
+    """The codec's name and what is not at its default."""
+    return codecs.label(name) + " delayed" * FLAGS.delayed
+
+
+def train(
+    name: str,
+    codec: optax.GradientTransformationExtraArgs,
+    task: Task,
+    mesh: Mesh,
+    screen: display.Console,
+) -> records.Run:
     """Trains with one codec, from the start or from the newest checkpoint.
 
     Args:
@@ -133,12 +171,13 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
       InterruptedRunError: by Ctrl-C or SIGTERM.
       RecordsError: the records cannot be written.
     """
-    run_name = f"{task.name}-{codecs.label(name).replace(' ', '_')}-seed{FLAGS.seed}"
+    run_name = f"{task.name}-{label(name).replace(' ', '_')}-seed{FLAGS.seed}"
     folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name if FLAGS.checkpoint_dir else None
     board = pathlib.Path(FLAGS.tensorboard_dir) / run_name if FLAGS.tensorboard_dir else None
     steps_per_epoch = task.examples // FLAGS.batch_size
     steps = FLAGS.epochs * steps_per_epoch
     settings = {key: FLAGS[key].value for key in SETTINGS} | task.settings | codecs.settings(name)
+    settings |= {f"{name}_delayed": FLAGS.delayed}  # of the codec, like the others, in a comparison
 
     schedule = learning_rate(steps_per_epoch)
     tx = optimizers.optimizer(FLAGS.optimizer, codec, schedule, FLAGS.momentum, FLAGS.weight_decay)
@@ -181,7 +220,12 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
             status = f"loss {loss:.3f}, {FLAGS.batch_size / seconds:.0f} examples/s, {recorder.sent}"
             progress.update(bar, advance=1, status=status)
             if done % FLAGS.log_every == 0 or done == steps:
-                recorder.train(lr=lr, skipped=int(skipped(opt_state)))
+                recorder.train(lr=lr, skipped=int(skipped(opt_state)), **code_length(opt_state))
+                decisions = accordion_log(opt_state)
+                if recorder.levels(decisions):
+                    low = sum(": low" in decision for decision in decisions)
+                    note = f"{run_name}: step {done}, {low} of {len(decisions)} leaves at low compression"
+                    screen.print(note, soft_wrap=True)
             if done % FLAGS.eval_every == 0 or done == steps:
                 with recorder.timed("evaluate"):
                     judged = task.evaluate(params, model_state)
@@ -205,6 +249,14 @@ def train(name: str, codec: Compressor, task: Task, mesh: Mesh, screen: display.
             kept = f"the same command goes on from {folder}" if folder else "nothing is kept without --checkpoint_dir"
             raise InterruptedRunError(f"{run_name} was interrupted at step {done} of {steps}; {kept}")
     return run
+
+
+def code_length(opt_state: Any) -> dict[str, float]:
+    """The true length of codes that vary in length, as "code_bits"; nothing without such a codec."""
+    try:
+        return {"code_bits": code_bits(opt_state)}
+    except ValueError:
+        return {}
 
 
 def checkpoint(
@@ -246,7 +298,7 @@ def header(name: str, task: Task, settings: dict[str, Any], steps: int, mesh: Me
         "kind": "run",
         "task": task.name,
         "codec": name,
-        "label": codecs.label(name),
+        "label": label(name),
         "seed": FLAGS.seed,
         "workers": mesh.size,
         "emulated": device.platform == "cpu",
@@ -300,6 +352,9 @@ def worker_mesh(workers: int) -> Mesh:
     Raises:
       ValueError: there are fewer, and it is too late, or not in place, to emulate them.
     """
+    # With it, emulated devices may meet in the collectives of a conditional, and in those beside it, in different
+    # orders; accordion's training crashes then. Read when jax first runs.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_REORDERING}"
     if jax.config.values["jax_num_cpu_devices"] < workers:
         # Refused where jax runs already, perhaps with enough devices.
         with contextlib.suppress(RuntimeError):

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import codecs, display, records, training
+from experiments import display, records, training
 from tests import problem
 
 FLAGS = flags.FLAGS
@@ -24,6 +24,14 @@ SETTINGS = {
     "gradiveq": GRADIVEQ,
     "powersgd": ["--powersgd_min_size=0"],
     "qsgd": ["--qsgd_min_size=0", "--qsgd_error_feedback"],
+    "onebit": ["--onebit_second_residual"],
+    "signnorm": [],
+    "topk": ["--topk_fraction=0.1"],
+    "adaptive": ["--adaptive_proportion=8"],
+    "randomk": ["--randomk_fraction=0.1"],
+    "randomblock": ["--randomblock_fraction=0.1"],
+    # Checks after steps 2, 4, ...: some fall between a checkpoint and the end.
+    "accordion": ["--accordion_interval=0.5"],
 }
 
 
@@ -89,7 +97,8 @@ def train(task=None, said=None):
     (name,) = FLAGS.codec
     screen = display.Console(file=said, width=1000) if said else display.console()
     mesh = training.worker_mesh(FLAGS.workers)
-    return training.train(name, codecs.from_flags(name, FLAGS.seed), task or regression(), mesh, screen)
+    task = task or regression()
+    return training.train(name, training.codec(name, task), task, mesh, screen)
 
 
 def only_run(folder):

@@ -7,6 +7,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,24 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments import cifar, codecs, data, display, models, records, training
-from gradcomp_jax import init, make_mesh, powersgd, qsgd, simulate, wire_bits
+from gradcomp_jax import (
+    DelayedState,
+    accordion,
+    gradiveq,
+    init,
+    make_mesh,
+    powersgd,
+    qsgd,
+    randomk,
+    simulate,
+    topk,
+    wire_bits,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 PRESETS = sorted((ROOT / "experiments" / "presets").glob("*.flags"))
 FLAGS = flags.FLAGS
+COURSE = codecs.Course(10, None)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +52,7 @@ def default_flags():
 @pytest.mark.parametrize("name", codecs.CODECS)
 def test_every_plain_keyword_of_a_codec_has_its_flag(name):
     parameters = inspect.signature(codecs.CODECS[name]).parameters
-    without = {"axis_name", "seed", "compress", "stacked"}
+    without = {"axis_name", "seed", "compress", "stacked", "quantizer", "course"}
     for keyword in parameters.keys() - without:
         flag = FLAGS[f"{name}_{keyword}"]
         assert flag.value == parameters[keyword].default, keyword
@@ -61,18 +75,107 @@ def test_flags_reach_the_codec_and_its_label():
     FLAGS(["test", "--qsgd_bits=8", "--powersgd_rank=4", "--gradiveq_ratio=4", "--gradiveq_warmup_steps=0"])
     params = {"w": jnp.zeros((100, 200))}
     for name, codec in (("qsgd", qsgd(bits=8)), ("powersgd", powersgd(rank=4))):
-        assert sent(codecs.from_flags(name, 0), params, 4) == sent(codec, params, 4)
-    assert [codecs.label(name) for name in codecs.CODECS] == [
+        assert sent(codecs.from_flags(name, 0, COURSE), params, 4) == sent(codec, params, 4)
+    assert [codecs.label(name) for name in ("none", "gradiveq", "powersgd", "qsgd", "accordion")] == [
         "none",
         "gradiveq ratio=4.0 warmup_steps=0",
         "powersgd rank=4",
         "qsgd bits=8",
+        "accordion",
     ]
+
+
+def test_flags_that_are_not_given_may_be_none():
+    FLAGS(["test", "--randomk_rank=2", "--nosignnorm_error_feedback", "--adaptive_sample", "--qsgd_capacity=3"])
+    assert (FLAGS.randomk_rank, FLAGS.randomk_fraction) == (2, None)
+    assert (FLAGS.signnorm_error_feedback, FLAGS.onebit_aggregate) == (False, None)
+    assert (FLAGS.adaptive_sample, FLAGS.adaptive_capacity, FLAGS.qsgd_capacity) == (True, None, 3.0)
+
+
+@pytest.mark.parametrize(("name", "inside"), [("powersgd", powersgd), ("gradiveq", gradiveq)])
+def test_a_quantizer_inside_is_given_by_its_bits(name, inside):
+    FLAGS(["test", f"--{name}_quantizer_bits=8", "--gradiveq_warmup_steps=0"])
+    more = {"warmup_steps": 0} if name == "gradiveq" else {}
+    params = {"w": jnp.zeros((3, 3, 100, 20))}
+    expected = sent(inside(quantizer=qsgd(8), **more), params, 4)
+    assert sent(codecs.from_flags(name, 0, COURSE), params, 4) == expected < sent(inside(**more), params, 4)
+    assert "quantizer_bits=8" in codecs.label(name)
+    FLAGS(["test", f"--{name}_quantizer_bits=0"])
+    assert "quantizer" not in codecs.label(name)
+
+
+@pytest.mark.parametrize(
+    ("args", "low", "high"),
+    [
+        ([], powersgd(2), powersgd(1)),
+        (
+            ["--accordion_codec=topk", "--accordion_low=0.1", "--accordion_high=0.01", "--topk_aggregate=gather"],
+            topk(0.1, aggregate="gather"),
+            topk(0.01, aggregate="gather"),
+        ),
+        (["--accordion_codec=qsgd", "--accordion_low=8", "--accordion_high=2"], qsgd(8), qsgd(2)),
+        (["--accordion_codec=randomk", "--accordion_low=2", "--randomk_rank=9"], randomk(rank=2), randomk(rank=1)),
+        (["--accordion_codec=gradiveq", "--accordion_low=8", "--accordion_high=16"], gradiveq(), gradiveq(ratio=16)),
+    ],
+)
+def test_accordion_is_given_a_codec_and_two_strengths_of_it(args, low, high):
+    FLAGS(["test", *args, "--accordion_interval=2", "--accordion_window=0.5"])
+    codec = codecs.from_flags("accordion", 0, COURSE)
+    assert codec.settings == low.settings
+    params = {"w": jnp.zeros((3, 3, 100, 200))}
+    expected = accordion(low, high, interval=20, window=5)
+    assert jax.eval_shape(codec.init, params) == jax.eval_shape(expected.init, params)
+    if "gradiveq" not in str(args):  # whose state tells
+        assert sent(codec, params, 4) == sent(expected, params, 4)
+
+
+def test_labels_and_settings_of_accordion_tell_of_the_codec_inside():
+    FLAGS(["test", "--accordion_codec=topk", "--accordion_low=0.1", "--topk_aggregate=gather", "--topk_fraction=0.5"])
+    assert codecs.label("accordion") == "accordion codec=topk low=0.1 topk_aggregate=gather"
+    settings = codecs.settings("accordion")
+    assert (settings["accordion_low"], settings["accordion_topk_aggregate"]) == (0.1, "gather")
+    assert "accordion_topk_fraction" not in settings
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--accordion_codec=onebit"], "codec 'onebit' in these settings has one strength only"),
+        (["--accordion_codec=accordion"], "--accordion_codec=accordion must be one of none, gradiveq,"),
+        (["--accordion_high=3"], "low has rank=2, which must be above high's rank=3"),
+        (["--accordion_low=2.5"], "rank=2.5 must be a whole number"),
+        (["--powersgd_quantizer_bits=4"], "has one strength only"),
+    ],
+)
+def test_what_accordion_cannot_switch_is_refused(args, message):
+    FLAGS(["test", *args])
+    with pytest.raises(ValueError, match=message):
+        codecs.from_flags("accordion", 0, COURSE)
+
+
+def test_accordion_knows_of_falls_of_the_learning_rate_in_steps_only():
+    task = types.SimpleNamespace(examples=1280)
+    params = {"w": jnp.ones((100, 200))}
+    for schedule, expected in ((["--schedule=step", "--decay_epochs=5"], 0.1), ([], np.nan)):
+        FLAGS(["test", *schedule, "--warmup_epochs=1"])
+        codec = training.codec("accordion", task)
+        step = simulate(lambda params, batch: sum(jnp.sum(x) for x in jax.tree.leaves(params)), codec, 2)
+        _, opt_state, _ = step(params, init(codec, params, 2), jnp.zeros(2))
+        np.testing.assert_allclose(opt_state.codec.learning_rate, expected, rtol=1e-6)
+
+
+def test_delayed_is_for_every_codec_and_told():
+    FLAGS(["test", "--delayed", "--qsgd_bits=8"])
+    state = jax.eval_shape(
+        training.codec("qsgd", types.SimpleNamespace(examples=1280)).init, {"w": jnp.zeros((100, 200))}
+    )
+    assert isinstance(state, DelayedState)
+    assert training.label("qsgd") == "qsgd bits=8 delayed"
 
 
 @pytest.mark.parametrize("given", ["qsgd,zip", ""])
 def test_an_unknown_codec_is_told_which_there_are(given):
-    with pytest.raises(flags.IllegalFlagValueError, match="the codecs are none, gradiveq, powersgd, qsgd"):
+    with pytest.raises(flags.IllegalFlagValueError, match="the codecs are none, gradiveq, powersgd, qsgd, onebit"):
         FLAGS(["test", f"--codec={given}"])
 
 
@@ -91,7 +194,7 @@ def test_presets_parse_and_tell_what_they_reached(preset):
     assert "%" in comments
     assert "MB" in comments
     for name in FLAGS.codec:
-        codecs.from_flags(name, 0)
+        codecs.from_flags(name, 0, COURSE)
 
 
 # The command

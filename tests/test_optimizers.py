@@ -67,6 +67,26 @@ def test_momentum_and_decay_are_those_of_the_recipe(name):
     assert trained(name) == pytest.approx(expected, rel=1e-6)
 
 
+def test_adagrad_divides_by_the_root_of_all_squares_before_momentum():
+    """1-bit SGD, section 3.4: h += g^2, g / (sqrt(h) + eps); decay is apart from it, and of the kernel."""
+    expected = []
+    for decay in (0.2, 0.0):
+        x, m, h = 1.0, 0.0, 0.0
+        for _ in range(3):
+            h += 0.5**2
+            m = 0.9 * m + 0.5 / (h**0.5 + 1e-7) + decay * x
+            x -= 0.1 * m
+        expected.append(x)
+    assert trained("adagrad") == pytest.approx(expected, rel=1e-6)
+
+
+def test_adagrad_takes_gradients_of_zero_and_damps_those_below_eps():
+    tx = optimizers.scale_by_adagrad(eps=1e-3)
+    grads = {"w": jnp.array([0.0, 1e-6, 1.0])}
+    updates, _ = tx.update(grads, tx.init(grads))
+    np.testing.assert_allclose(updates["w"], [0, 1e-6 / (1e-6 + 1e-3), 1 / 1.001], rtol=1e-4)
+
+
 def test_adam_decays_apart_from_the_gradient():
     """A constant gradient makes adam step by the learning rate; decoupled decay takes lr 0.2 x more of the kernel."""
     kernel, bias = trained("adam", steps=1)

@@ -39,7 +39,10 @@ ROOT = pathlib.Path(__file__).parent.parent
         ("none", ["--optimizer=adam"]),
         ("gradiveq", []),
         ("powersgd", ["--optimizer=ef_momentum", "--schedule=step", "--lr_scale=4", "--decay_epochs=2"]),
-        ("qsgd", []),
+        ("qsgd", ["--qsgd_norm=l2", "--qsgd_code=elias", "--qsgd_bucket_size=64"]),
+        ("onebit", ["--optimizer=adagrad"]),
+        ("adaptive", ["--delayed"]),
+        ("accordion", []),
     ],
 )
 def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path):
