@@ -165,11 +165,14 @@ def exchange(
     n = collectives.workers(axis_name)
     key = jax.random.key(0) if key is None else key
     chosen = aggregate or choose(coder_of, tensors, n)
+    coder = coder_of(tensors, 1 if chosen == "gather" else n)
+    # Called in several places, traced once.
+    coder = coder._replace(encode=jax.jit(coder.encode), decode=jax.jit(coder.decode))
     if chosen == "gather":
-        return _gather(tensors, coder_of(tensors, 1), axis_name, key)
+        return _gather(tensors, coder, axis_name, key)
     if chosen == "shuffle":
-        return _shuffle(tensors, coder_of(tensors, n), axis_name, key, second)
-    return _ring(tensors, coder_of(tensors, n), axis_name, key)
+        return _shuffle(tensors, coder, axis_name, key, second)
+    return _ring(tensors, coder, axis_name, key)
 
 
 def choose(coder_of: CoderOf, tensors: Tensors, n: int) -> str:

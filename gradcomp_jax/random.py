@@ -5,6 +5,7 @@ differ (stochastic rounding), and not where they must agree (a random start). Ke
 jax's default, as other generators draw other numbers under vmap.
 """
 
+import functools
 import math
 
 import jax
@@ -63,6 +64,7 @@ def threefry2x32(key: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Arra
     return x0, x1
 
 
+@functools.partial(jax.jit, static_argnames=("n", "k"))  # so that leaves of one shape are traced once
 def distinct(key: jax.Array, n: int, k: int) -> jax.Array:
     """Whole numbers below n, k different ones, drawn without shuffling n of them.
 

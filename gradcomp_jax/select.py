@@ -5,6 +5,7 @@ then a binary search in the running count of bits, and five halvings of a word. 
 anything that is as long as the vector.
 """
 
+import functools
 import math
 
 import jax
@@ -17,9 +18,9 @@ from gradcomp_jax.wire.packing import pack
 STRIDE = 61
 SIGMAS = 6
 
-# Magnitudes are compared as integers, whose order is theirs; all NaN are one, above infinity.
-NAN_KEY = 0x7F800001
-NO_KEY = -1
+# Up to this size a sort costs less than to compile anything better.
+SMALL = 2**16
+NONE = -1  # below every magnitude
 
 
 def bit_words(mask: jax.Array, axis: int = -1) -> jax.Array:
@@ -48,8 +49,7 @@ def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     if not words.size:
         return jnp.zeros_like(ranks), jnp.zeros_like(ranks)
-    # jnp.cumsum takes twice the time.
-    ends = lax.associative_scan(jnp.add, lax.population_count(words).astype(jnp.int32))
+    ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
     index = jnp.searchsorted(ends, ranks, side="right").astype(jnp.int32)
     word = words[jnp.minimum(index, words.size - 1)]
     rank = ranks - jnp.where(index > 0, ends[jnp.maximum(index - 1, 0)], 0)
@@ -70,26 +70,25 @@ def positions(mask: jax.Array, size: int) -> jax.Array:
     return jnp.where(index < -(-mask.size // 32), 32 * index + bit, mask.size)
 
 
-def largest(x: jax.Array, k: int, ordered: bool = False) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="k")  # so that leaves of one shape are traced once
+def largest(x: jax.Array, k: int) -> jax.Array:
     """Where the k largest magnitudes are, exactly; of equal ones the first.
 
-    A NaN is larger than all else, infinity is next. The rank of a threshold among every 61st element tells
-    of one that between k and a little over k elements pass, with room for six standard deviations on either
-    side; the elements that pass are listed in one pass over `x`, and the k largest found among them. Where
-    the sample misleads (elements of one kind, 61 apart) or would not pay (k near n), the threshold is
-    searched bit by bit over all of `x`, in 31 passes. Elements are ordered by magnitude and then by place,
-    so that many equal ones, zeros among them, do not mislead it.
+    A NaN counts as infinity. In large vectors the rank of a threshold among every 61st element tells of one that
+    between k and a little over k elements pass, with room for six standard deviations on either side; the elements
+    that pass are listed in one pass over `x`, and the k largest found among them. Elements are ordered by magnitude
+    and then by place, so that many equal ones, zeros among them, do not mislead it. Where the sample does mislead
+    (elements of one kind, 61 apart), all are sorted; where it would not pay (k near n), the threshold is searched bit
+    by bit over all of `x`, in 31 passes.
 
-    Under vmap both ways are computed, as for every `lax.cond`.
+    Under vmap the list and the sort are both computed, as for every `lax.cond`.
 
     Args:
       x: float32 [n], n below 2^31.
       k: how many, 0 to n.
-      ordered: by falling magnitude, the first of equal ones first, so that k' < k of them are the result
-        for k'; else by place, rising. Costs a sort of k numbers.
 
     Returns:
-      int32 [k].
+      int32 [k], in no particular order.
 
     Raises:
       ValueError: `k` out of range.
@@ -97,29 +96,22 @@ def largest(x: jax.Array, k: int, ordered: bool = False) -> jax.Array:
     n = x.size
     if not 0 <= k <= n:
         raise ValueError(f"k={k} must be from 0 to {n}, the size of x")
-    if k == 0:
-        return jnp.zeros(0, jnp.int32)
+    magnitude = jnp.where(jnp.isnan(x), jnp.inf, jnp.abs(x))
+    if n <= SMALL:
+        return lax.top_k(magnitude, k)[1]
     rank, capacity = _bracket(k)
     if 4 * capacity > n:
-        places = _search(_keys(x), k)
-    else:
-        key, place = _kth(_keys(x[::STRIDE]), rank)
-        candidates = positions(_passes(_keys(x), key, STRIDE * place), capacity + 1)
-        enough = (candidates[k - 1] < n) & (candidates[capacity] == n)
+        return _search(magnitude, k)
+    reached, place = (found[-1] for found in lax.top_k(magnitude[::STRIDE], rank))
+    candidates = positions(_passes(magnitude, reached, STRIDE * place), capacity + 1)
 
-        def among_candidates(x: jax.Array, candidates: jax.Array) -> jax.Array:
-            there = candidates < n
-            keys = jnp.where(there, _keys(x[jnp.where(there, candidates, 0)]), NO_KEY)
-            return candidates[_search(keys, k)]
+    def among_candidates() -> jax.Array:
+        there = candidates < n
+        found = jnp.where(there, magnitude[jnp.where(there, candidates, 0)], NONE)
+        return candidates[lax.top_k(found, k)[1]]
 
-        def among_all(x: jax.Array, candidates: jax.Array) -> jax.Array:
-            del candidates
-            return _search(_keys(x), k)
-
-        places = lax.cond(enough, among_candidates, among_all, x, candidates)
-    if ordered:
-        places = places[jnp.argsort(_keys(x[places]), descending=True, stable=True)]
-    return places
+    enough = (candidates[k - 1] < n) & (candidates[capacity] == n)
+    return lax.cond(enough, among_candidates, lambda: lax.top_k(magnitude, k)[1])
 
 
 def _bracket(k: int) -> tuple[int, int]:
@@ -129,25 +121,16 @@ def _bracket(k: int) -> tuple[int, int]:
     return rank, math.ceil(STRIDE * (rank + SIGMAS * math.sqrt(rank) + SIGMAS))
 
 
-def _keys(x: jax.Array) -> jax.Array:
-    """int32 of the order of |x|."""
-    return jnp.minimum(lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF, NAN_KEY)
+def _passes(magnitude: jax.Array, reached: jax.Array, place: jax.Array) -> jax.Array:
+    """Which come no later than (reached, place), when ordered by falling magnitude and then by place."""
+    return (magnitude > reached) | ((magnitude == reached) & (lax.iota(jnp.int32, magnitude.size) <= place))
 
 
-def _search(keys: jax.Array, k: int) -> jax.Array:
-    """The places of the k largest keys, by place."""
-    return positions(_passes(keys, *_kth(keys, k)), k)
-
-
-def _passes(keys: jax.Array, key: jax.Array, place: jax.Array) -> jax.Array:
-    """Which come no later than (key, place), when ordered by falling key and then by place."""
-    after = lax.iota(jnp.int32, keys.size) > place
-    return keys >= key + after.astype(jnp.int32)
-
-
-def _kth(keys: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """The key and the place of the k-th, when ordered by falling key and then by place."""
-    rows = jnp.pad(keys, (0, -keys.size % 1024), constant_values=NO_KEY).reshape(-1, 32)
+def _search(magnitude: jax.Array, k: int) -> jax.Array:
+    """The places of the k largest, by place, from a search for the bits of the k-th."""
+    # The order of floats that are not negative is that of their bits.
+    keys = lax.bitcast_convert_type(magnitude, jnp.int32)
+    rows = jnp.pad(keys, (0, -keys.size % 1024), constant_values=NONE).reshape(-1, 32)
 
     def count(mask: jax.Array) -> jax.Array:
         # Step by step: XLA's CPU backend adds up a long row of integers ten times slower.
@@ -161,4 +144,4 @@ def _kth(keys: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     # Zero, of a type that varies over the mesh where keys do.
     key = lax.fori_loop(0, 31, refine, keys[0] & 0)
     index, bit = set_bits(bit_words(keys == key), k - 1 - count(rows > key))
-    return key, 32 * index + bit
+    return positions(_passes(keys, key, 32 * index + bit), k)

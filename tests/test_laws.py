@@ -471,8 +471,12 @@ def operands_on_resnet18(id):
     """Their shapes, those of Recorder's branches with them; with the workers' axis."""
     grads = trees.zeros(trees.resnet18())
     state = jax.eval_shape(TX[id].init, grads)
-    worker = jax.vmap(Recorder().trace(TX[id].update), in_axes=None, axis_size=4, axis_name="data")
-    _, operands = jax.eval_shape(worker, grads, state)
+    # Each worker has gradients of its own: what all share, vmap would not batch, and jax's all_to_all then miscounts.
+    axes = contexts.map_state(lambda _: 0, lambda _: None, state)
+    of_four = lambda x: jax.ShapeDtypeStruct((4, *x.shape), x.dtype)  # noqa: E731
+    state = contexts.map_state(of_four, lambda x: x, state)
+    worker = jax.vmap(Recorder().trace(TX[id].update), in_axes=(0, axes), axis_name="data")
+    _, operands = jax.eval_shape(worker, jax.tree.map(of_four, grads), state)
     return operands
 
 

@@ -12,22 +12,16 @@ import gradcomp_jax as gc
 from gradcomp_jax import select
 from tests.contexts import every_context
 
-N = 60_000  # k = 100 of these goes by the sample
+N = 80_000  # so many go by the sample for k = 1 and 1000, for k = N - 1 by the search
+assert N > select.SMALL
 
 positions = jax.jit(select.positions, static_argnums=1)
-largest = jax.jit(select.largest, static_argnums=(1, 2))
 
 
-def expected(x, k):
-    """By falling magnitude, NaN first, then by place."""
+def check(x, k, got=None):
     key = np.where(np.isnan(x), np.inf, np.abs(x.astype(np.float64)))
-    return np.lexsort((np.arange(x.size), -key, ~np.isnan(x)))[:k]
-
-
-def check(x, k):
-    order = expected(x, k)
-    np.testing.assert_array_equal(largest(x, k), np.sort(order))
-    np.testing.assert_array_equal(largest(x, k, True), order)
+    expected = np.lexsort((np.arange(x.size), -key))[:k]
+    np.testing.assert_array_equal(np.sort(select.largest(x, k) if got is None else got), np.sort(expected))
 
 
 @hypothesis.given(n=st.sampled_from([32, 200]), fraction=st.sampled_from([0, 0.1, 1]), size=st.sampled_from([0, 250]))
@@ -84,10 +78,8 @@ def vectors():
 
 @pytest.mark.parametrize("name", vectors())
 def test_largest_are_numpys(name):
-    x = vectors()[name].astype(np.float32)
-    check(x, 1000)
-    for k in (1, N - 1):
-        np.testing.assert_array_equal(largest(x, k), np.sort(expected(x, k)))
+    for k in (1, 1000, N - 1):
+        check(vectors()[name].astype(np.float32), k)
 
 
 @hypothesis.given(
@@ -100,14 +92,9 @@ def test_largest_of_few_values(sizes, levels, seed):
 
 def test_the_sample_suffices_but_where_it_misleads(monkeypatch):
     monkeypatch.setattr(select.lax, "cond", lambda enough, *rest: enough)
-    enough = jax.jit(lambda x: select.largest(x, 1000))
+    enough = jax.jit(lambda x: select.largest.__wrapped__(x, 1000))  # traced anew
     misled = {name for name, x in vectors().items() if not enough(x.astype(np.float32))}
     assert misled == {"periodic", "hidden"}
-
-
-def test_a_prefix_of_an_ordered_result_is_the_result_for_less():
-    x = vectors()["ties"].astype(np.float32)
-    np.testing.assert_array_equal(largest(x, 1000, True)[:100], largest(x, 100, True))
 
 
 def test_refusals():
@@ -120,7 +107,7 @@ def test_refusals():
 @every_context
 def test_every_context_gives_the_same(context):
     names = ("normal", "periodic", "not finite", "zeros")  # both branches at once
-    x = np.stack([vectors()[name] for name in names]).astype(np.float32)[:, :20_000]
+    x = np.stack([vectors()[name] for name in names]).astype(np.float32)
     run = {
         "vmap": lambda f: jax.vmap(f),
         "pmap": lambda f: jax.pmap(f, devices=jax.devices()[:4]),
@@ -130,6 +117,6 @@ def test_every_context_gives_the_same(context):
             mesh=gc.make_mesh(4), in_specs=P("data"), out_specs=P("data"), check_vma=context == "checked",
         )
     )  # fmt: skip
-    got = jax.jit(run(lambda x: select.largest(x, 60, True)))(x)
+    got = jax.jit(run(lambda x: select.largest(x, 60)))(x)
     for row, out in zip(x, got, strict=True):
-        np.testing.assert_array_equal(out, expected(row, 60))
+        check(row, 60, out)
