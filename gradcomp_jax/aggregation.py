@@ -176,7 +176,12 @@ def exchange(
 
 
 def choose(coder_of: CoderOf, tensors: Tensors, n: int) -> str:
-    """Whichever of "gather" and "shuffle" has each of n workers send less; "gather", which encodes once, if equal."""
+    """Whichever of "gather" and "shuffle" has each of n workers send less; "gather", which encodes once, if equal.
+
+    So it is for two workers, where only rounding makes a difference.
+    """
+    if n <= 2:
+        return "gather"
     gathered, shuffled = (payload_bytes(coder_of(tensors, shards), tensors) for shards in (1, n))
     return "gather" if (n - 1) * gathered <= 2 * (n - 1) * shuffled else "shuffle"
 
@@ -242,7 +247,9 @@ def _shuffle(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array
     length = None
     if first_length is not None and second_length is not None:
         length = functools.reduce(sum_bits, [*first_length, second_length])
-    return Aggregated(coder.join(mean), coder.join(own), sum_bits(scatter_bits, gather_bits), second, length)
+    static = isinstance(scatter_bits, int) and isinstance(gather_bits, int)
+    bits = scatter_bits + gather_bits if static else sum_bits(scatter_bits, gather_bits)
+    return Aggregated(coder.join(mean), coder.join(own), bits, second, length)
 
 
 def _ring(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array) -> Aggregated:

@@ -1,0 +1,127 @@
+"""Ways to aggregate: every legal pair on awkward trees, the choice between two, memory, large counts, nodes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gradcomp_jax as gc
+from tests import problem, trees
+from tests.contexts import run, sharded
+from tests.exchanges import declared
+
+# Sizes that nothing divides: one column, fewer elements than workers; three types.
+AWKWARD = {"column": (71, 1), "kernel": (67, 3), "few": (3,), "conv": (3, 3, 8, 5), "scalar": ()}
+TYPES = {"kernel": jnp.bfloat16, "conv": jnp.float16}
+
+CODECS = {
+    "onebit": (gc.onebit, ("gather", "shuffle")),
+    "signnorm": (gc.signnorm, ("gather", "shuffle")),
+    "topk": (lambda **kwargs: gc.topk(0.1, **kwargs), ("gather", "shuffle")),
+    "adaptive": (lambda **kwargs: gc.adaptive(8, **kwargs), ("gather", "shuffle")),
+    "qsgd": (lambda **kwargs: gc.qsgd(bucket_size=32, min_size=0, **kwargs), ("gather", "shuffle", "ring")),
+    "qsgd-shared": (
+        lambda **kwargs: gc.qsgd(bucket_size=32, min_size=0, shared_scale=True, **kwargs),
+        ("psum", "ring"),
+    ),
+    "randomk": (lambda **kwargs: gc.randomk(0.1, **kwargs), ("psum", "ring")),
+    "randomblock": (lambda **kwargs: gc.randomblock(0.1, **kwargs), ("psum", "ring")),
+    "powersgd": (lambda **kwargs: gc.powersgd(1, **kwargs), ("psum", "ring")),
+}
+PAIRS = [(name, aggregate) for name, (_, legal) in CODECS.items() for aggregate in legal]
+every_pair = pytest.mark.parametrize(("name", "aggregate"), PAIRS)
+
+
+def make(name, aggregate, **kwargs):
+    return CODECS[name][0](aggregate=aggregate, error_feedback=True, **kwargs)
+
+
+def awkward(workers, steps):
+    grads = trees.noise(AWKWARD, 0, (steps, workers))
+    return {path: x.astype(TYPES.get(path, np.float32)) for path, x in grads.items()}
+
+
+@every_pair
+def test_awkward_sizes_and_mixed_types(name, aggregate):
+    """Five workers: all apply the same, in the gradients' types, and nothing is lost."""
+    grads = awkward(5, 3)
+    got = run(make(name, aggregate), grads, "vmap")
+    residual = got.states.residual.value
+    for path, x in got.updates.items():
+        assert x.dtype == grads[path].dtype
+        np.testing.assert_array_equal(x, np.broadcast_to(x[:, :1], x.shape))
+        owed = residual[path][-1].mean(0) if path in residual else 0
+        given = grads[path].astype(np.float64).mean(1).sum(0)
+        dense_rounding = 0 if path in residual else 8e-3  # of bfloat16, which dense leaves do not owe
+        np.testing.assert_allclose(x[:, 0].astype(np.float64).sum(0) + owed, given, atol=1e-5 + dense_rounding)
+    assert residual
+    assert all(x.dtype == np.float32 for x in residual.values())
+
+
+@pytest.mark.parametrize("name", [name for name, (_, legal) in CODECS.items() if legal[:2] == ("gather", "shuffle")])
+def test_by_default_what_sends_less(name):
+    """By what each declares; of two workers, who send as much either way, "gather"."""
+    shapes = {"column": (71, 1), "conv": (3, 3, 8, 5)}
+    for workers in (2, 8):
+        gathered, shuffled, default = (
+            declared(make(name, way), shapes, workers) for way in ("gather", "shuffle", None)
+        )
+        assert default == (gathered if workers == 2 else shuffled)
+        assert (gathered > shuffled) == (workers == 8) or name == "topk"  # whose k is rounded down in each shard
+
+
+def temporary_bytes(tx, size, workers):
+    """What the compiled step needs beside its arguments and results, on each of the workers."""
+    grads = {"w": np.zeros((workers, size // 64, 64), np.float32)}
+    state = jax.device_get(gc.init(tx, {"w": jnp.zeros((size // 64, 64))}, workers))
+    function, mesh, specs = sharded(tx, grads, state, check_vma=True)
+    del mesh, specs
+    return jax.jit(function).lower(grads, state).compile().memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("name", ["onebit", "qsgd"])
+def test_gather_decodes_one_worker_after_another(name):
+    """Memory of eight workers is that of two, and six payloads more: not six decoded gradients."""
+    size, tx = 2**18, make(name, "gather")
+    payload = declared(tx, {"w": (size // 64, 64)}, 2) // 8
+    two, eight = (temporary_bytes(tx, size, workers) for workers in (2, 8))
+    assert eight - two <= 2 * 6 * payload + 4096 < 6 * 4 * size / 3
+
+
+@pytest.mark.parametrize(
+    ("tx", "payload"),
+    [
+        (gc.signnorm(aggregate="gather"), 2**30 + 32),
+        (gc.topk(1 / 64, aggregate="gather"), (32 + 30) * 2**24),
+        (gc.qsgd(2, bucket_size=128, aggregate="gather", error_feedback=True), 2**31 + 32 * 2**23),
+        (gc.adaptive(32, aggregate="gather", sample=False), 32 * (3 * 2**10 + 1) + 32 * 2**25),
+    ],
+    ids=lambda x: getattr(getattr(x, "codec", None), "name", ""),
+)
+def test_bits_beyond_32_are_counted(tx, payload):
+    """A leaf of 2^30 elements among 64 workers."""
+    assert declared(tx, {"w": (2**20, 2**10)}, 64) == 63 * payload > 2**35
+
+
+def test_nodes_of_workers_are_as_one_worker_each():
+    """Exact inside a node of four, compressed between two nodes; under `delayed` too."""
+    mesh, params = gc.make_mesh({"node": 2, "local": 4}), problem.params()
+
+    def trained(step, tx, where, params):
+        state = gc.init(tx, params, where)
+        for batch in problem.batches(3):
+            params, state, _ = step(params, state, batch)
+        return jax.device_get(params), gc.wire_bits(state)
+
+    alone, inside = (optax.chain(gc.delayed(gc.signnorm(axis_name=axis)), optax.sgd(0.05)) for axis in ("data", "node"))
+    nodes = optax.chain(gc.average("local"), inside)
+    on_all = jax.device_put(params, NamedSharding(mesh, P()))
+    got = trained(gc.train_step(problem.loss_fn, nodes, mesh), nodes, mesh, on_all)
+    expected = trained(gc.simulate(problem.loss_fn, alone, 2), alone, 2, params)
+    chex.assert_trees_all_close(got[0], expected[0], atol=1e-5, rtol=0)
+    assert got[1] == expected[1]
+    assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (got[0], params)), strict=True))
