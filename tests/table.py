@@ -359,6 +359,16 @@ def size_onebit(shapes, shards):
     return sum(-(-m // shards) * (-(-n // 8) + 8) for n, m in map(matrix, shapes))
 
 
+def onebit_row(id: str, aggregate: str, **settings: Any) -> Row:
+    row = coded_row(id, onebit, decoders.onebit, size_onebit, aggregate, **settings)
+
+    def payload(shapes, step):
+        short = [shape for shape in shapes if matrix(shape)[0] < 64]  # dense
+        return row.payload([shape for shape in shapes if shape not in short], step) + payload_dense(short, step)
+
+    return row._replace(payload=payload)
+
+
 def size_signnorm(shapes, shards):
     return 4 * len(shapes) + -(-sum(-(-elements(shape) // shards) for shape in shapes) // 8)
 
@@ -529,9 +539,9 @@ ROWS = [
     gradiveq_row("gradiveq-holdout", Cycle(0, 5, 2), 64, select="holdout", max_loss=0.9),
     gradiveq_row("gradiveq-ring", Cycle(0, 2, 3), 16, 16, aggregate="ring"),
     quantized_gradiveq_row("gradiveq-qsgd", Cycle(1, 3, 3), 16, 8, 4, 32),
-    coded_row("onebit", onebit, decoders.onebit, size_onebit, "gather"),
-    coded_row("onebit-shuffle", onebit, decoders.onebit, size_onebit, "shuffle"),
-    coded_row("onebit-mean", onebit, decoders.onebit, size_onebit, "shuffle", threshold="mean", second_residual=True),
+    onebit_row("onebit", "gather"),
+    onebit_row("onebit-shuffle", "shuffle"),
+    onebit_row("onebit-mean", "shuffle", threshold="mean", second_residual=True),
     adaptive_row("adaptive", "gather"),
     adaptive_row("adaptive-shuffle", "shuffle", sample=True),
     adaptive_row("adaptive-column", "shuffle", threshold_scope="column"),

@@ -450,7 +450,7 @@ def exchanges(id):
     grads = trees.noise(TWO, 1, (STEPS, WORKERS))
 
     def worker(tensors, state):
-        mean, own, state, _ = codec.exchange(tensors, state, "data")
+        mean, own, state, _ = codec.exchange(tensors, state, "data", feedback=TX[id].settings.error_feedback)
         return mean, own, state
 
     state = jax.device_get(jax.jit(codec.init)(trees.zeros(TWO)))

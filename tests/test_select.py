@@ -94,7 +94,8 @@ def test_the_sample_suffices_but_where_it_misleads(monkeypatch):
     monkeypatch.setattr(select.lax, "cond", lambda enough, *rest: enough)
     enough = jax.jit(lambda x: select.largest.__wrapped__(x, 1000))  # traced anew
     misled = {name for name, x in vectors().items() if not enough(x.astype(np.float32))}
-    assert misled == {"periodic", "hidden"}
+    # Numbers below the smallest normal one may compare as zeros.
+    assert misled == {"periodic", "hidden", "subnormal"}
 
 
 def test_refusals():
