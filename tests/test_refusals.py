@@ -58,9 +58,113 @@ class TestArguments:
         with refuses("aggregate='scatter'", "'qsgd'", "use 'gather'"):
             gc.qsgd(aggregate="scatter")
 
-    def test_illegal_pairing(self):
-        with refuses("'qsgd' is not linear", "aggregate='psum' would add packed codes", "use 'gather'"):
-            gc.qsgd(aggregate="psum")
+    @pytest.mark.parametrize("codec", [gc.qsgd, gc.onebit, gc.signnorm, gc.topk, gc.adaptive])
+    def test_a_sum_of_codes(self, codec):
+        name = codec.__name__
+        with refuses(f"'{name}' is not linear", "aggregate='psum' would add packed codes", "use 'gather', 'shuffle'"):
+            codec(aggregate="psum")
+
+    @pytest.mark.parametrize("codec", [gc.onebit, gc.signnorm, gc.topk, gc.adaptive])
+    def test_a_ring_of_codes_of_large_error(self, codec):
+        with refuses(
+            f"codec '{codec.__name__}' loses too much", "aggregate='ring' would encode", "use 'gather', 'shuffle'"
+        ):
+            codec(aggregate="ring")
+
+    @pytest.mark.parametrize("aggregate", ["gather", "shuffle"])
+    @pytest.mark.parametrize("codec", [gc.powersgd, gc.gradiveq, gc.randomk, gc.randomblock])
+    def test_a_linear_codec_gathered(self, codec, aggregate):
+        words = (
+            f"codec '{codec.__name__}' is linear: aggregate='{aggregate}' would send each payload",
+            "use 'psum', 'ring'",
+        )
+        with refuses(*words):
+            codec(aggregate=aggregate)
+        with refuses("codec 'qsgd' is linear", "use 'psum', 'ring'"):
+            gc.qsgd(shared_scale=True, aggregate=aggregate)
+
+    @pytest.mark.parametrize("fraction", [0, -0.1, 1.5, float("nan")])
+    @pytest.mark.parametrize("codec", [gc.topk, gc.randomk, gc.randomblock])
+    def test_fraction(self, codec, fraction):
+        with refuses(f"fraction={fraction} must be above 0 and at most 1"):
+            codec(fraction)
+
+    @pytest.mark.parametrize("codec", [gc.randomk, gc.randomblock])
+    def test_fraction_or_rank(self, codec):
+        with refuses("fraction=0.1 and rank=2 both say how much", f"'{codec.__name__}'", "give one of them"):
+            codec(0.1, rank=2)
+        with refuses("rank=0 must be a whole number of at least 1"):
+            codec(rank=0)
+
+    @pytest.mark.parametrize(
+        ("codec", "given", "words"),
+        [
+            (gc.adaptive, {"proportion": 1}, "proportion=1 must be above 1"),
+            (gc.adaptive, {"proportion": float("nan")}, "proportion=nan must be above 1"),
+            (gc.adaptive, {"threshold_scope": "row"}, "threshold_scope='row' must be one of 'matrix', 'column'"),
+            (gc.adaptive, {"capacity": 0}, "capacity=0 must be above 0"),
+            (gc.onebit, {"threshold": "median"}, "threshold='median' must be one of 'zero', 'mean'"),
+            (gc.onebit, {"second_residual": True, "aggregate": "gather"}, "second_residual=True keeps what the second"),
+            (gc.onebit, {"second_residual": True, "error_feedback": False}, "got aggregate=None, error_feedback=False"),
+            (gc.signnorm, {"majority": True, "error_feedback": True}, "votes have no magnitude"),
+            (gc.qsgd, {"code": "huffman"}, "code='huffman' must be 'packed' or 'elias'"),
+            (gc.qsgd, {"code": "elias", "aggregate": "ring"}, "code='elias' is for aggregate='gather' and 'shuffle'"),
+            (gc.qsgd, {"code": "elias", "shared_scale": True}, "integers of a shared scale are summed as they are"),
+            (gc.qsgd, {"code": "elias", "capacity": -1}, "capacity=-1 must be above 0, bits an element"),
+            (gc.qsgd, {"capacity": 2}, "capacity=2 is that of Elias' code, which is not used here: pass code='elias'"),
+        ],
+        ids=lambda x: str(x) if isinstance(x, dict) else "",
+    )
+    def test_new_codecs(self, codec, given, words):
+        with refuses(words):
+            codec(**given)
+
+    def test_columns_along_an_axis_that_is_not_there(self):
+        with refuses("axis=2 is not an axis of leaf 'w' of shape (80, 80)", "leave it out by compress="):
+            gc.onebit(axis=2).init({"w": jnp.zeros((80, 80))})
+
+    @pytest.mark.parametrize("codec", [gc.powersgd, gc.gradiveq])
+    def test_quantizers(self, codec):
+        name = codec.__name__
+        for quantizer, shown in (
+            (gc.onebit(), "'onebit'"),
+            (optax.sgd(0.1), "GradientTransformation"),
+            ("qsgd", "'qsgd'"),
+        ):
+            with refuses("quantizer=", shown, f"codec '{name}' must be a qsgd(...), which rounds without bias"):
+                codec(quantizer=quantizer)
+        with refuses("quantizer=qsgd(error_feedback=True)", f"codec '{name}'", "residuals of its own", "leave it out"):
+            codec(quantizer=gc.qsgd(error_feedback=True))
+        with refuses("aggregate='ring' beside a quantizer", "as in qsgd(aggregate='ring')"):
+            codec(quantizer=gc.qsgd(), aggregate="ring")
+        with refuses("select='energy' goes without a quantizer"):
+            gc.gradiveq(quantizer=gc.qsgd(), select="energy")
+
+    @pytest.mark.parametrize(
+        ("low", "high", "given", "words"),
+        [
+            (gc.powersgd(4), gc.powersgd(1), {"interval": 0}, "interval=0 must be a whole number"),
+            (gc.powersgd(4), gc.powersgd(1), {"window": 0}, "window=0 must be a whole number"),
+            (gc.powersgd(4), gc.powersgd(1), {"window": 9}, "window=9 must be at most interval=8"),
+            (gc.powersgd(4), gc.powersgd(1), {"threshold": 0}, "threshold=0 must be above 0"),
+            (gc.powersgd(4), gc.powersgd(1), {"norm_source": "all"}, "must be one of 'mean', 'first_worker'"),
+            (gc.powersgd(1), gc.powersgd(4), {}, "low has rank=1, which must be above high's rank=4"),
+            (gc.powersgd(2), gc.powersgd(2), {}, "low has rank=2, which must be above high's rank=2"),
+            (gc.adaptive(64), gc.adaptive(16), {}, "low has proportion=64, which must be below high's proportion=16"),
+            (gc.powersgd(4), gc.topk(0.1), {}, "low is powersgd by rank, high is topk by fraction"),
+            (gc.randomk(rank=4), gc.randomk(0.1), {}, "low is randomk by rank, high is randomk by fraction"),
+            (gc.powersgd(4, seed=1), gc.powersgd(1), {}, "low has seed=1, high has seed=0: they must agree in all but"),
+            (gc.topk(0.5), gc.topk(0.1, error_feedback=False), {}, "low has error_feedback=True, high has"),
+            (gc.onebit(), gc.onebit(), {}, "low: codec 'onebit' in these settings has one strength only"),
+            (gc.powersgd(4), gc.powersgd(1, quantizer=gc.qsgd()), {}, "high: codec 'powersgd' in these settings has"),
+            (gc.qsgd(8, shared_scale=True), gc.qsgd(2), {}, "low: codec 'qsgd' in these settings has one strength"),
+            (gc.powersgd(4), optax.sgd(0.1), {}, "must be a codec such as powersgd(rank=2)"),
+        ],
+        ids=lambda x: x if isinstance(x, str) else "",
+    )
+    def test_accordion(self, low, high, given, words):
+        with refuses(words):
+            gc.accordion(low, high, **{"interval": 8, **given})
 
     @pytest.mark.parametrize(
         ("given", "words"),
@@ -128,9 +232,9 @@ class TestTrees:
 
     def test_predicate_gets_path_and_leaf(self):
         seen = {}
-        tx = gc.powersgd(1, compress=lambda path, leaf: seen.setdefault(path, leaf.shape) == (20, 16))
+        tx = gc.powersgd(1, compress=lambda path, leaf: seen.setdefault(path, leaf.shape) == (64, 64))
         state = tx.init(problem.params())
-        assert seen["layer1/bias"] == (16,)
+        assert seen["layer1/bias"] == (64,)
         assert list(state.codec.q) == ["layer1/kernel"]
 
     @pytest.mark.parametrize("codec", [gc.powersgd(2), gc.qsgd(min_size=0, bucket_size=64, error_feedback=True)])
@@ -138,8 +242,8 @@ class TestTrees:
         grads = jax.tree.map(jnp.ones_like, problem.params())
         states = {
             "missing": codec.init({"layer1": grads["layer1"]}),
-            "17]": codec.init({**grads, "layer1": {"kernel": jnp.ones((20, 17))}}),
-            "[4, 20, 16]": gc.init(codec, grads, 4),
+            "63]": codec.init({**grads, "layer1": {"kernel": jnp.ones((64, 63))}}),
+            "[4, 64, 64]": gc.init(codec, grads, 4),
         }
         for word, state in states.items():
             with refuses("the state of codec", word, "init(tx, params, mesh)"):
@@ -197,7 +301,7 @@ class TestReduction:
         tx = gc.powersgd(2)
         params = problem.params()
         state = gc.init(tx, params, 4)
-        with refuses("residual", "(4, 20, 16)", "state_specs(tx, params)"):
+        with refuses("residual", "(4, 64, 64)", "state_specs(tx, params)"):
             shard(gc.local_state, state)
 
 
@@ -214,7 +318,7 @@ class TestStep:
                 gc.simulate(loss_fn, tx, 4)(params, gc.init(tx, params, 4), batch)
 
     def test_batch_that_does_not_divide(self):
-        self.refused(["batch leaf \"['x']\" of shape (30, 20)", "4 workers"], batch=next(problem.batches(1, 30)))
+        self.refused(["batch leaf \"['x']\" of shape (30, 64)", "4 workers"], batch=next(problem.batches(1, 30)))
 
     def test_scalar_in_the_batch(self):
         self.refused(["of shape ()", "4 workers"], batch={**next(problem.batches(1)), "z": jnp.float32(1)})
@@ -254,3 +358,8 @@ class TestStep:
 def test_bits_of_a_state_without_a_codec():
     with refuses("holds no codec's state"):
         gc.wire_bits(optax.sgd(0.1).init(problem.params()))
+
+
+def test_length_of_codes_that_have_one_length():
+    with refuses("holds no code of variable length"):
+        gc.code_bits(gc.topk(0.1).init({"w": jnp.zeros((8, 8))}))
