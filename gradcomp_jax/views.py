@@ -65,6 +65,20 @@ def from_buckets(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return rows.reshape(-1)[: math.prod(shape)].reshape(shape)
 
 
+def max_norm(v: jax.Array) -> jax.Array:
+    """The largest magnitude of each row, [rows, d] -> [rows, 1]; not finite if any element is not."""
+    # The order of non-negative floats is that of their bits, NaN above all; jnp.max may drop a NaN.
+    largest = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(v), jnp.int32), axis=1, keepdims=True)
+    return jax.lax.bitcast_convert_type(largest, jnp.float32)
+
+
+def l2_norm(v: jax.Array) -> jax.Array:
+    """The 2-norm of each row, [rows, d] -> [rows, 1]; not finite if any element is not."""
+    largest = max_norm(v)
+    unit = v / jnp.where(largest > 0, largest, 1)  # whose squares neither overflow nor vanish
+    return largest * jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
+
+
 def shards_of(flat: jax.Array, shards: int) -> jax.Array:
     """[size, ...] -> [shards, ceil(size / shards), ...], filled up with zeros."""
     size = -(-len(flat) // shards) if len(flat) else 1

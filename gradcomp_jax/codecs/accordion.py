@@ -44,6 +44,7 @@ from gradcomp_jax.compressor import (
 )
 from gradcomp_jax.metrics import Bits, bit_pair, sum_bits
 from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.views import l2_norm
 
 LOW, HIGH = 0, 1
 NORM_SOURCES = ("mean", "first_worker")
@@ -62,7 +63,7 @@ class AccordionState(NamedTuple):
       step: int32, exchanges done.
       checked: int32, exchanges that were done at the last check; 0 before it.
       dropped: int32, exchanges that were done when the learning rate last fell; -1 before that.
-      learning_rate: of the last step, float32; NaN before the first, and without a learning rate.
+      learning_rate: of the last step, float32; 0 before the first, and without a learning rate.
     """
 
     codec: Any
@@ -157,18 +158,18 @@ def accordion(
             step=jnp.int32(0),
             checked=jnp.int32(0),
             dropped=jnp.int32(-1),
-            learning_rate=jnp.float32(jnp.nan),
+            learning_rate=jnp.float32(0),
         )
 
     def norms(sums: Tensors, axis_name: AxisName) -> tuple[dict[str, jax.Array], Bits]:
         """|D| of each leaf, the same on all workers."""
-        own = jnp.stack([jnp.sqrt(jnp.sum(x * x)) for x in sums.values()])
+        own = jnp.stack([l2_norm(x.reshape(1, -1))[0, 0] for x in sums.values()])
         if norm_source == "mean":
             agreed, bits = collectives.mean(own, axis_name)
         else:
             agreed, bits = collectives.from_first(own, axis_name)
         if not per_layer:
-            agreed = jnp.broadcast_to(jnp.sqrt(jnp.sum(agreed * agreed)), agreed.shape)
+            agreed = jnp.broadcast_to(l2_norm(agreed[None])[0], agreed.shape)
         return dict(zip(sums, agreed, strict=True)), bits
 
     def exchange(
@@ -183,7 +184,7 @@ def accordion(
         if not tensors:
             return Exchanged({}, {}, state, 0)
         if learning_rate is None:
-            learning_rate = jnp.nan if schedule is None else schedule(state.step)
+            learning_rate = 0.0 if schedule is None else schedule(state.step)
         rate = jnp.asarray(learning_rate, jnp.float32)
         fell = rate < state.learning_rate
         level = {path: jnp.where(fell, LOW, x) for path, x in state.level.items()}

@@ -55,7 +55,7 @@ from gradcomp_jax.levels import at_levels
 from gradcomp_jax.metrics import CodeLength, no_length
 from gradcomp_jax.random import uniform16, worker_key
 from gradcomp_jax.sharding import PerWorker
-from gradcomp_jax.views import buckets, from_buckets, from_shards, shards_of
+from gradcomp_jax.views import buckets, from_buckets, from_shards, l2_norm, max_norm, shards_of
 from gradcomp_jax.wire import elias
 from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
 
@@ -70,20 +70,6 @@ class QSGDState(NamedTuple):
 
     step: jax.Array
     length: PerWorker | tuple[()]
-
-
-def max_norm(v: jax.Array) -> jax.Array:
-    """The largest magnitude of each row, [rows, d] -> [rows, 1]; not finite if any element is not."""
-    # The order of non-negative floats is that of their bits, NaN above all; jnp.max may drop a NaN.
-    largest = jnp.max(jax.lax.bitcast_convert_type(jnp.abs(v), jnp.int32), axis=1, keepdims=True)
-    return jax.lax.bitcast_convert_type(largest, jnp.float32)
-
-
-def l2_norm(v: jax.Array) -> jax.Array:
-    """The 2-norm of each row, [rows, d] -> [rows, 1]; not finite if any element is not."""
-    largest = max_norm(v)
-    unit = v / jnp.where(largest > 0, largest, 1)  # whose squares neither overflow nor vanish
-    return largest * jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
 
 
 # Room for Elias' code, as a multiple of what normal values take: equal magnitudes take a fourth more.
