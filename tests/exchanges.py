@@ -42,7 +42,7 @@ def declared(tx: gc.Compressor, shapes: Any, workers: int) -> int:
 
     Of a codec under error feedback, whose residual tells what it compresses.
     """
-    params = jax.eval_shape(lambda: trees.zeros(shapes))
+    params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=trees.is_shape)
     leaves, _ = flatten(params)
     compressed = jax.eval_shape(tx.init, params).residual.value
     dense = sum(x.size for path, x in leaves.items() if path not in compressed)

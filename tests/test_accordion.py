@@ -50,7 +50,7 @@ def bits(got):
 class TestRule:
     """Agarwal et al., MLSys 2021, Algorithm 1."""
 
-    @pytest.mark.parametrize(("interval", "window"), [(1, None), (3, 2), (2, None)])
+    @pytest.mark.parametrize(("interval", "window"), [(1, None), (3, 2)])
     def test_scripted_norms(self, interval, window):
         """Of each worker's own sums, by the mean of their norms; sums outside the window do not count."""
         tx = blocks(interval=interval, window=window)
