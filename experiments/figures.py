@@ -25,8 +25,9 @@ from matplotlib.transforms import Bbox
 
 from experiments.records import Run
 
-# Okabe and Ito's, told apart by all kinds of color vision; without their yellow, too pale for a line.
-HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+# Okabe and Ito's, told apart by all kinds of color vision; without their yellow, too pale for a line, and with
+# three more for many codecs, whose markers tell them apart too.
+HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3e1d", "#8f8f8f", "#6a3d9a")
 MARKERS = "osD^vPX<>p"
 MEGABYTES = "MB sent by one worker (10⁶ bytes, log scale)"
 # Tol's, which are none of the codecs'.
@@ -195,6 +196,7 @@ def accuracy(runs: Sequence[Run], title: str, path: pathlib.Path) -> None:
         line.set_label(f"{run.header['codec']} ({run.test[-1]['bytes'] / 1e6:.3g} MB in all)")
         _line(by_bytes, run.test, "accuracy", "bytes", looks[run.name], thin=False)
     for axes, against in ((by_step, "step"), (by_bytes, "bytes")):
+        _cut(axes)
         _scales(axes, "accuracy", against)
     by_bytes.set_ylabel("")
     figure.legend(loc="outside lower center", ncols=min(4, len(runs)))

@@ -75,7 +75,7 @@ def regression(stop_at=None):
     """A task; with `stop_at` the user presses Ctrl-C while batch number `stop_at` is made."""
 
     def loss_fn(params, state, batch):
-        loss = problem.loss_fn(with_kernel(params, (20, 16)), batch)
+        loss = problem.loss_fn(with_kernel(params, (64, 64)), batch)
         return loss, ({"seen": state["seen"] + 1}, loss)
 
     def batches(done):
@@ -88,7 +88,7 @@ def regression(stop_at=None):
     def evaluate(params, state):
         return {"loss": float(sum(jnp.sum(x**2) for x in jax.tree.leaves(params))), "accuracy": 0.5}
 
-    params, state = with_kernel(problem.params(), (2, 2, 5, 16)), {"seen": jnp.zeros((), jnp.int32)}
+    params, state = with_kernel(problem.params(), (2, 2, 16, 64)), {"seen": jnp.zeros((), jnp.int32)}
     return training.Task("regression", {}, params, state, loss_fn, batches, 32 * STEPS_PER_EPOCH, evaluate)
 
 

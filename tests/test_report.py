@@ -242,6 +242,14 @@ def test_a_run_that_went_on_with_fewer_workers_is_warned_of():
     assert only([records.of(content)]).warnings == ["none (seed 0) went on with 4 workers after step 20."]
 
 
+def test_decisions_of_accordion_are_read_and_change_nothing():
+    content = lines("accordion")
+    content.insert(3, {"kind": "levels", "step": 20, "bytes": 1, "dense_bytes": 1, "decisions": ["a: low, as ..."]})
+    read = records.of(content)
+    assert read.levels[0]["decisions"] == ["a: low, as ..."]
+    assert only([read]) == only([run("accordion")])._replace(runs={"accordion": [read]})
+
+
 def test_an_unfinished_run_is_named_and_in_no_row(without_figures):
     section = only([*NONE, run("qsgd", finished=False)])
     assert section.unfinished == ["qsgd (seed 0): at step 20 of 40."]

@@ -170,6 +170,19 @@ def test_a_file_that_is_no_grid_is_refused(before, after, message, grid, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("codec", "accepted"),
+    [
+        ("powersgd --powersgd_quantizer_bits=8 --delayed", True),
+        ("accordion --accordion_codec=topk --accordion_low=0.1 --topk_aggregate=gather", True),
+        ("powersgd --qsgd_bits=8", False),
+        ("accordion --batch_size=8", False),
+    ],
+)
+def test_a_codec_has_flags_of_its_own_and_accordion_those_of_what_it_switches(codec, accepted):
+    assert sweep.is_codec(codec) == accepted
+
+
 def test_the_grid_of_the_results_is_one():
     cells = sweep.read(ROOT / "experiments" / "sweeps" / "cifar10.toml")
     assert len(cells) == 11

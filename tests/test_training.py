@@ -1,8 +1,10 @@
 """The training loop: one that is stopped or killed ends as one that was not, records and all."""
 
 import io
+import itertools
 import os
 import pathlib
+import re
 import signal
 import struct
 import subprocess
@@ -56,6 +58,30 @@ def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path)
         train(regression(stop_at=8))
     assert [line["step"] for line in train().resumed] == [9]
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("codec", ["signnorm", "topk", "randomk", "randomblock"])
+def test_the_other_codecs_train_too(codec, tmp_path):
+    given(tmp_path, "--epochs=1", "--warmup_epochs=0", "--checkpoint_every=100", codec=codec)
+    run = train()
+    assert run.end["compressed_steps"] == 4
+    assert run.train[-1]["loss"] < run.train[0]["loss"]
+
+
+def test_records_tell_true_code_lengths_and_what_accordion_decided(tmp_path):
+    given(tmp_path / "adaptive", codec="adaptive")
+    run = train()
+    assert all(line["code_bits"] > 0 for line in run.train)
+    assert not run.levels
+    given(tmp_path / "accordion", codec="accordion")
+    said = io.StringIO()
+    run = train(said=said)
+    assert "code_bits" not in run.train[0]
+    decisions = [line["decisions"] for line in run.levels]
+    assert all(before != after for before, after in itertools.pairwise(decisions))
+    assert re.fullmatch(r"layer1/kernel: (low|high) from step 12 on, as the norm changed .*", decisions[-1][0])
+    low = sum(": low" in decision for decision in decisions[-1])
+    assert f"step 12, {low} of {len(decisions[-1])} leaves at low compression" in said.getvalue()
 
 
 def test_a_training_that_is_done_is_not_done_again(tmp_path):

@@ -1,0 +1,46 @@
+"""The table of what a worker sends is what the codecs send."""
+
+import jax.numpy as jnp
+import pytest
+
+from experiments import wire
+from gradcomp_jax import gradiveq, init, onebit, powersgd, qsgd, simulate, wire_bits
+
+SHAPES = {"a": (3, 3, 16, 32), "b": (32,)}
+
+
+def sent(codec, workers):
+    """MB, by a step that runs; of GradiVeQ, one that compresses."""
+    step = simulate(lambda params, batch: sum(jnp.sum(x) for x in params.values()), codec, workers)
+    params = {path: jnp.zeros(shape) for path, shape in SHAPES.items()}
+    opt_state = init(codec, params, workers)
+    for _ in range(3 if codec.codec.name == "gradiveq" else 1):
+        params, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
+    return wire_bits(opt_state).last / 8e6
+
+
+@pytest.mark.parametrize(
+    "codec",
+    [
+        powersgd(2),
+        onebit(),
+        qsgd(min_size=0, aggregate="shuffle"),
+        gradiveq(8, train_steps=2, compress_steps=5, warmup_steps=0),
+    ],
+    ids=lambda codec: codec.codec.name,
+)
+def test_what_is_traced_is_what_a_step_sends(codec):
+    assert wire.sent(codec, SHAPES, 4) == sent(codec, 4)
+
+
+def test_the_star_is_at_what_the_codec_chooses(monkeypatch):
+    chosen = {name: wire.CODECS[name] for name in ("none", "onebit")}
+    monkeypatch.setattr(wire, "CODECS", chosen)
+    dense, gather, shuffle = wire.rows(SHAPES, (2, 8))
+    assert dense[:2] == ["none", "psum"]
+    assert "*" not in "".join(dense)
+    assert [cell.endswith("*") for cell in gather[2:]] == [True, False]
+    assert [cell.endswith("*") for cell in shuffle[2:]] == [False, True]
+    for workers, cells in zip((2, 8), zip(gather[2:], shuffle[2:], strict=True), strict=True):
+        (best,) = [float(cell[:-2]) for cell in cells if cell.endswith("*")]
+        assert best == pytest.approx(wire.sent(onebit(), SHAPES, workers), abs=0.006)
