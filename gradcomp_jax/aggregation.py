@@ -222,9 +222,9 @@ def _shuffle(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array
     def encode(shard_index_key):
         return coder.encode(*shard_index_key)
 
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(n, dtype=jnp.int32))
     # One after another: a shard's choice between branches stays a choice.
-    messages = lax.map(encode, (shards, jnp.arange(n), keys))
+    messages = lax.map(encode, (shards, jnp.arange(n, dtype=jnp.int32), keys))
     own = jax.vmap(coder.decode)(messages)
     average = functools.partial(_mean_of_decoded, coder)
 
@@ -254,7 +254,7 @@ def _shuffle(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array
 
 def _ring(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array) -> Aggregated:
     n = collectives.workers(axis_name)
-    shards = (coder.cut(tensors), jnp.arange(n))
+    shards = (coder.cut(tensors), jnp.arange(n, dtype=jnp.int32))
 
     def first(part):
         shard, index = part

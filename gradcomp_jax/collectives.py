@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
@@ -158,11 +159,13 @@ def total(tree: T, axis_name: AxisName, *, ring: bool = False) -> tuple[T, int]:
         return lax.psum(tree, axis_name), _all_reduce_bits(tree, n)
     if n == 1 or not jax.tree.leaves(tree):
         return lax.psum(tree, axis_name), 0  # for its type
-    flat, restore = ravel_pytree(tree)
+    wide = np.result_type(*(x.dtype for x in jax.tree.leaves(tree)))
+    flat, restore = ravel_pytree(jax.tree.map(lambda x: x.astype(wide), tree))
     parts = jnp.pad(flat, (0, -flat.size % n)).reshape(n, -1)
     mine, _, passing = around_ring(parts, lambda part: (part, ()), lambda x, part: (x + part, ()), axis_name)
     sums, gathering = gather(mine, axis_name)
-    return restore(of_ring(sums).reshape(-1)[: flat.size]), passing + gathering
+    restored = restore(of_ring(sums).reshape(-1)[: flat.size])
+    return jax.tree.map(lambda x, like: x.astype(like.dtype), restored, tree), passing + gathering
 
 
 def around_ring(
@@ -184,7 +187,7 @@ def around_ring(
     """
     n = workers(axis_name)
     # Part (w - i) mod n is the i-th here; the map is its own inverse.
-    order = (worker_index(axis_name) - jnp.arange(n)) % n
+    order = (worker_index(axis_name) - jnp.arange(n, dtype=jnp.int32)) % n
     ordered = jax.tree.map(lambda x: x[order], parts)
     message, output = first(jax.tree.map(lambda x: x[0], ordered))
     to_next = [(worker, (worker + 1) % n) for worker in range(n)]

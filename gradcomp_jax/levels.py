@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gradcomp_jax import collectives
@@ -40,7 +41,7 @@ def mean_of_fronts(
     Returns:
       Vectors of the same sizes, of no meaning beyond what was to be sent; and the bits this worker sent, as a pair.
     """
-    wide = functools.reduce(jnp.promote_types, (x.dtype for x in pieces.values()))
+    wide = np.result_type(*(x.dtype for x in pieces.values()))
     used = [jnp.array(lengths[path], jnp.int32)[level[path]] for path in pieces]
     least, most = (sum(end(each) for each in lengths.values()) for end in (min, max))
     average = functools.partial(collectives.mean, axis_name=axis_name, ring=ring)

@@ -49,7 +49,7 @@ def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     if not words.size:
         return jnp.zeros_like(ranks), jnp.zeros_like(ranks)
-    ends = jnp.cumsum(lax.population_count(words).astype(jnp.int32))
+    ends = jnp.cumsum(lax.population_count(words), dtype=jnp.int32)
     index = jnp.searchsorted(ends, ranks, side="right").astype(jnp.int32)
     word = words[jnp.minimum(index, words.size - 1)]
     rank = ranks - jnp.where(index > 0, ends[jnp.maximum(index - 1, 0)], 0)

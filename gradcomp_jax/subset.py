@@ -93,7 +93,7 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
                 drawn = draw(jax.random.fold_in(key, place), x.size, max(counts[path]))
                 sent = jnp.array(counts[path], jnp.int32)[0 if level is None else level[path]]
                 # Where fewer are sent, the others lie outside and are dropped.
-                indices[path] = jnp.where(jnp.arange(drawn.size) < sent, drawn, x.size)
+                indices[path] = jnp.where(jnp.arange(drawn.size, dtype=jnp.int32) < sent, drawn, x.size)
                 # Unbiased where nothing that is left out comes back.
                 gains[path] = jnp.ones((), x.dtype) if feedback else (x.size / sent).astype(x.dtype)
             values = {p: x.reshape(-1).at[indices[p]].get(mode="fill", fill_value=0) for p, x in tensors.items()}

@@ -515,7 +515,7 @@ ROWS = [
     powersgd_row("powersgd-1", 1),
     powersgd_row("powersgd-4", 4),
     powersgd_row("powersgd-2-plain", 2, error_feedback=False),
-    powersgd_row("powersgd-2-ring", 2, "ring"),
+    powersgd_row("powersgd-1-ring", 1, "ring"),
     quantized_powersgd_row("powersgd-2-qsgd", 2, 8, 16),
     qsgd_row("qsgd-4", 4, 64),
     qsgd_row("qsgd-2", 2, 32),

@@ -245,6 +245,17 @@ class TestStateIsStable:
         scan, _, _ = contexts.sharded(TX[row.id], GRADS, state, check_vma=True, scan=True)
         jax.eval_shape(scan, GRADS, state)
 
+    @every_row
+    def test_types_are_those_of_64_bits_too(self, row):
+        """With jax_enable_x64, whole numbers and zeros that nobody gave a type would have 64 bits."""
+        with jax.enable_x64(True):
+            grads = trees.noise(trees.MIXED, 13, (WORKERS,), np.float64)
+            state = contexts.first_state(TX[row.id], grads)
+            axes = contexts.map_state(lambda _: 0, lambda _: None, state)
+            update = jax.vmap(TX[row.id].update, in_axes=(0, axes), out_axes=(0, axes), axis_name="data")
+            updates, after = jax.eval_shape(update, grads, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (grads, state))
+
     @each_codec
     def test_an_empty_tree(self, row):
         tx = TX[row.id]

@@ -318,7 +318,7 @@ def gradiveq(
                 else:
                     total = jnp.sum(variance)
                     lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.where(total > 0, total, 1), 1)
-                return basis, lost[jnp.array(widths) - 1]
+                return basis, lost[jnp.array(widths, jnp.int32) - 1]
 
             # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
             basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
@@ -369,8 +369,8 @@ def gradiveq(
                 kept = ((c - state.projected[path]) / scale) ** 2
                 lost = jnp.sum(((rows - state.mu[path]) / scale) ** 2)
                 if ladder:
-                    widths = jnp.array([*cuts[path].widths, 0])
-                    kept = jnp.where(jnp.arange(c.shape[-1]) < widths[rung[path]], kept, 0)
+                    widths = jnp.array([*cuts[path].widths, 0], jnp.int32)
+                    kept = jnp.where(jnp.arange(c.shape[-1], dtype=jnp.int32) < widths[rung[path]], kept, 0)
                     lost = jnp.where(rung[path] < len(cuts[path].widths), lost, 0)
                 relative = jnp.maximum(lost - jnp.sum(kept), 0) / jnp.sum((rows / scale) ** 2)
                 # Where mu is larger by far, or a gradient not finite, which its mean will show.

@@ -180,7 +180,9 @@ def powersgd(
                 assert level is not None
                 ranks_of = {p: [sizes(p, tensors[p], rank)[3] for rank in ranks] for p in factors}
                 in_use = {
-                    p: (jnp.arange(x.shape[1]) < jnp.array(ranks_of[p])[level[p]])[None, :, None]
+                    p: (jnp.arange(x.shape[1], dtype=jnp.int32) < jnp.array(ranks_of[p], jnp.int32)[level[p]])[
+                        None, :, None
+                    ]
                     for p, x in factors.items()
                 }
                 own = {p: jnp.where(in_use[p], x, 0) for p, x in factors.items()}

@@ -236,7 +236,7 @@ def qsgd(
             signed = unpack(message["codes"], bits).astype(jnp.int32) - s
             data, lengths = elias.encode(signed, room, form)
             # Up to the first sum that is too large, none has wrapped.
-            fits = jnp.all(jnp.cumsum(lengths.astype(jnp.uint32)) <= 8 * room) & jnp.all(lengths < 1 << width)
+            fits = jnp.all(jnp.cumsum(lengths, dtype=jnp.uint32) <= 8 * room) & jnp.all(lengths < 1 << width)
             fields = pack_fields(lengths.astype(jnp.uint32), width)
             length = (32 + width) * len(lengths) + jnp.sum(lengths, dtype=jnp.uint32)
             payload = jnp.concatenate([to_bytes(message["scale"]), fields, data])

@@ -81,7 +81,7 @@ def signnorm(
             for path, x in shard.items():
                 count = elements_in(index, shards, like[path].shape)
                 # Where a shard is filled up, what was decoded has signs too.
-                magnitudes = jnp.where(jnp.arange(x.size) < count, jnp.abs(x), 0)
+                magnitudes = jnp.where(jnp.arange(x.size, dtype=jnp.int32) < count, jnp.abs(x), 0)
                 norms.append(jnp.sum(magnitudes) / jnp.maximum(count, 1).astype(jnp.float32))
             norm = jnp.stack(norms)
             if majority:

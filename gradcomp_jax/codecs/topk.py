@@ -94,7 +94,8 @@ def topk(
             for path, part in message.items():
                 n, k, width = sizes(like[path], fraction, shards)
                 chosen = unpack_fields(part["indices"], k, width).astype(jnp.int32)
-                shard[path] = jnp.zeros(n).at[chosen].set(part["values"], mode="drop", unique_indices=True)
+                zeros = jnp.zeros(n, jnp.float32)
+                shard[path] = zeros.at[chosen].set(part["values"], mode="drop", unique_indices=True)
             return shard
 
         return Coder(cut, join, encode, decode)

@@ -85,7 +85,7 @@ def encode(selected: jax.Array, positive: jax.Array, plus: jax.Array, minus: jax
     m = selected.shape[1]
     head, dtype = _layout(selected.shape)
     words = _column_words(selected)
-    ends = head + jnp.minimum(jnp.cumsum(_column_counts(words)), capacity).astype(jnp.uint32)
+    ends = head + jnp.minimum(jnp.cumsum(_column_counts(words), dtype=jnp.int32), capacity).astype(jnp.uint32)
     starts = jnp.concatenate([jnp.full(1, head, jnp.uint32), ends])
     values = (lax.bitcast_convert_type(value, jnp.uint32) for value in (plus, minus))
     header = jnp.concatenate([jnp.stack([starts[:-1], *values], axis=1).reshape(-1), starts[-1:]])
@@ -127,7 +127,7 @@ def decode(data: jax.Array, shape: tuple[int, int], capacity: int) -> jax.Array:
     # The column of an entry: how many starts are not beyond it, less one. Starts before the header's end
     # wrap round to beyond the buffer, and are dropped with those that are there.
     begun = jnp.zeros(capacity, jnp.int32).at[starts - head].add(1, mode="drop")
-    column = jnp.cumsum(begun) - 1
+    column = jnp.cumsum(begun, dtype=jnp.int32) - 1
     claimed = (column >= 0) & (lax.iota(jnp.uint32, capacity) + head < total)
     column = jnp.where(claimed, column, m)
     row = (entries >> 1).astype(jnp.int32)

@@ -84,14 +84,14 @@ def lengths(levels: jax.Array, form: str, *, sign_for_zeros: bool = False) -> ja
     if form == "dense":
         magnitude = jnp.abs(levels.astype(jnp.int32)).astype(jnp.uint32)
         _, bits = omega(magnitude + 1)
-        return jnp.sum(jnp.where(magnitude > 0, bits.astype(jnp.int32) + 1, zero_bits), axis=1)
+        return jnp.sum(jnp.where(magnitude > 0, bits.astype(jnp.int32) + 1, zero_bits), axis=1, dtype=jnp.int32)
 
     def add(total: jax.Array, found: jax.Array, zeros: jax.Array, level: jax.Array) -> jax.Array:
         _, bits, skipped = _code(zeros, level, zero_bits)
         return total + jnp.where(found, skipped + bits, 0)
 
     # Not jnp.zeros: the loop's carry must have the type of what is added to it, under shard_map that of the levels.
-    none = jnp.sum(levels.astype(jnp.int32) * 0, axis=1)
+    none = jnp.sum(levels.astype(jnp.int32) * 0, axis=1, dtype=jnp.int32)
     return _walk(levels, none, add, none)
 
 
@@ -212,7 +212,7 @@ def decode(
         return offset, jnp.where(active, done, state[1]), good & (fine | ~active), levels
 
     none = start * 0  # of the type of what the loop makes of it, as in `lengths`
-    levels = jnp.zeros(rows * d, jnp.int32) + jnp.sum(none)
+    levels = jnp.zeros(rows * d, jnp.int32) + jnp.sum(none, dtype=jnp.int32)
     state = (start, none, none == 0, levels)
     _, done, good, levels = lax.while_loop(lambda state: jnp.any(state[0] < end), step, state)
     whole = jnp.all(good & (done == d)) if zero_bits else jnp.all(good)
