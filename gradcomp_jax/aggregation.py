@@ -46,23 +46,29 @@ def require_aggregate(codec: str, aggregate: str | None, legal: Sequence[str]) -
     raise ValueError(f"{reason}; use {known}")
 
 
-def linear(codec: str, aggregate: str, quantizer: Compressor | None = None) -> Codec:
+def linear(codec: str, aggregate: str, quantizer: Compressor | None = None, axis_name: AxisName | None = None) -> Codec:
     """The codec through which a linear codec sends its payload: the exact mean, or a quantiser, which composes the two.
 
     Args:
       codec: the linear codec's name.
       aggregate: "psum" or "ring".
       quantizer: an unbiased one, whose codec replaces the sum. The linear codec's `own` must be made of its `own`.
+      axis_name: the linear codec's, where there is a quantizer.
 
     Raises:
-      ValueError: another way to aggregate; a quantizer that is not `qsgd`, keeps residuals of its own, or is given
-        beside aggregate="ring".
+      ValueError: another way to aggregate; a quantizer that is not `qsgd`, is on another axis, keeps residuals of its
+        own, or is given beside aggregate="ring".
     """
     require_aggregate(codec, aggregate, LINEAR)
     if quantizer is not None:
         if not isinstance(quantizer, Compressor) or quantizer.codec.name != "qsgd":
             name = quantizer.codec.name if isinstance(quantizer, Compressor) else quantizer
             raise ValueError(f"quantizer={name!r} of codec {codec!r} must be a qsgd(...), which rounds without bias")
+        if quantizer.settings.axis_name != axis_name:
+            raise ValueError(
+                f"quantizer=qsgd(axis_name={quantizer.settings.axis_name!r}) is on another axis than codec {codec!r}, "
+                f"axis_name={axis_name!r}: give both the same"
+            )
         if quantizer.settings.error_feedback:
             raise ValueError(
                 f"quantizer=qsgd(error_feedback=True) of codec {codec!r} would keep residuals of its own: leave it out "

@@ -9,6 +9,7 @@ import optax
 from gradcomp_jax import collectives
 from gradcomp_jax.compressor import Compressor, CompressorState, flatten
 from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.views import narrow
 
 
 class DelayedState(NamedTuple):
@@ -16,7 +17,7 @@ class DelayedState(NamedTuple):
 
     Attributes:
       codec: the state of the codec's transformation.
-      pending: this worker's gradients of the last step, which the next one exchanges; of their shapes and types.
+      pending: this worker's gradients of the last step, which the next one exchanges; of the parameters' types.
     """
 
     codec: CompressorState
@@ -61,6 +62,9 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
         collectives.require_local(list(leaves.items()), axis_name)
         collectives.require_same_elsewhere(list(leaves.items()), axis_name)
         applied, codec = tx.update(state.pending.value, state.codec, params, **extra_args)
-        return applied, DelayedState(codec, PerWorker(updates, axis_name))
+        # The state keeps its types, those of the parameters, where gradients have others.
+        applied = jax.tree.map(lambda a, g: narrow(a, g.dtype), applied, updates)
+        pending = jax.tree.map(lambda g, p: narrow(g, p.dtype), updates, state.pending.value)
+        return applied, DelayedState(codec, PerWorker(pending, axis_name))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

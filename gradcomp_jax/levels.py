@@ -27,8 +27,9 @@ def mean_of_fronts(
     level: dict[str, jax.Array],
     axis_name: AxisName,
     *,
+    beside: jax.Array | None = None,
     ring: bool = False,
-) -> tuple[dict[str, jax.Array], jax.Array]:
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     """All-reduces the front of each of some vectors to their mean, in one collective.
 
     Args:
@@ -36,19 +37,24 @@ def mean_of_fronts(
       lengths: of each, how much is to be sent at each level; at least 1.
       level: int32 for each, the same on all workers.
       axis_name: the axis of the workers.
+      beside: a further vector, to be sent whole, before all others.
       ring: as in `collectives.mean`.
 
     Returns:
-      Vectors of the same sizes, of no meaning beyond what was to be sent; and the bits this worker sent, as a pair.
+      Vectors of the same sizes, of no meaning beyond what was to be sent; the mean of `beside`; and the bits this
+      worker sent, as a pair.
     """
     wide = np.result_type(*(x.dtype for x in pieces.values()))
+    extra = jnp.zeros(0, wide) if beside is None else beside.astype(wide)
     used = [jnp.array(lengths[path], jnp.int32)[level[path]] for path in pieces]
-    least, most = (sum(end(each) for each in lengths.values()) for end in (min, max))
+    least, most = (extra.size + sum(end(each) for each in lengths.values()) for end in (min, max))
     average = functools.partial(collectives.mean, axis_name=axis_name, ring=ring)
-    buffer = pack_front([x.astype(wide) for x in pieces.values()], used)
-    received, bits = collectives.front(average, buffer, functools.reduce(jnp.add, used), least, most)
-    means = unpack_front(received, used, [x.size for x in pieces.values()])
-    return {path: x.astype(pieces[path].dtype) for path, x in zip(pieces, means, strict=True)}, bits
+    buffer = jnp.concatenate([extra, pack_front([x.astype(wide) for x in pieces.values()], used)])
+    length = functools.reduce(jnp.add, used) + extra.size
+    received, bits = collectives.front(average, buffer, length, least, most)
+    means = unpack_front(received[extra.size :], used, [x.size for x in pieces.values()])
+    by_path = {path: x.astype(pieces[path].dtype) for path, x in zip(pieces, means, strict=True)}
+    return by_path, received[: extra.size], bits
 
 
 def at_levels(coders_of: Sequence[CoderOf], level: dict[str, jax.Array]) -> CoderOf:

@@ -104,9 +104,10 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
                 if level is None:
                     (means, marked), bits = collectives.mean((values, mark), axis_name, ring=aggregate == "ring")
                     return means, marked, bits
-                pieces, levels = {"": mark[None], **values}, {"": jnp.int32(0), **level}
-                means, pair = mean_of_fronts(pieces, {"": [1], **counts}, levels, axis_name, ring=aggregate == "ring")
-                return means, means[""][0], pair
+                means, marked, pair = mean_of_fronts(
+                    values, counts, level, axis_name, beside=mark[None], ring=aggregate == "ring"
+                )
+                return means, marked[0], pair
 
             means, marked, bits = mean()
 

@@ -561,36 +561,5 @@ ROWS = [
     accordion_gradiveq_row("accordion-gradiveq", Cycle(0, 3, 5), 32, 16, 32),
 ]
 BY_ID = {row.id: row for row in ROWS}
-# What real processes train with: each collective and each way to choose what is sent, as launching costs most.
-AMONG_PROCESSES = [
-    BY_ID[id]
-    for id in (
-        "none-ring",
-        "powersgd-4",
-        "qsgd-4",
-        "qsgd-shared",
-        "qsgd-elias-shuffle",
-        "gradiveq-ef",
-        "topk-shuffle",
-        "accordion-powersgd",
-    )
-]
-# One row of each algorithm, where a law does not depend on the settings.
-EACH = [
-    BY_ID[id]
-    for id in (
-        "none",
-        "powersgd-4",
-        "qsgd-4",
-        "qsgd-4-ef",
-        "qsgd-elias-shuffle",
-        "gradiveq",
-        "gradiveq-ef",
-        "onebit-mean",
-        "adaptive-shuffle",
-        "topk-shuffle",
-        "randomk",
-        "signnorm",
-        "accordion-powersgd",
-    )
-]
+# Where a law does not depend on the settings, and for what costs a program of its own for each codec.
+EACH = [BY_ID[id] for id in ("none", "powersgd-4", "qsgd-4", "qsgd-4-ef", "gradiveq", "gradiveq-ef")]

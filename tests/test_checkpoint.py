@@ -159,7 +159,7 @@ def test_the_layout_is_readable_without_the_library(tmp_path):
             expected[f"opt_state 1 0 trace {layer} {leaf}"] = state["opt_state"][1][0].trace[layer][leaf]
     counts = {name: leaves.pop(f"opt_state 0 wire {name}") for name in ("last", "total")}
     chex.assert_trees_all_equal(leaves, jax.device_get(expected))
-    assert leaves["opt_state 0 residual value layer1/kernel"].shape == (4, 20, 16)
+    assert leaves["opt_state 0 residual value layer1/kernel"].shape == (4, 64, 64)
     assert leaves["opt_state 0 residual value layer1/kernel"].dtype == np.float32
     for name, (high, low) in counts.items():
         assert int(high) << 32 | int(low) == getattr(gc.wire_bits(state["opt_state"]), name) > 0

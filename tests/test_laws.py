@@ -256,6 +256,16 @@ class TestStateIsStable:
             updates, after = jax.eval_shape(update, grads, state)
         chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (grads, state))
 
+    @pytest.mark.parametrize("id", ["randomblock", "powersgd-4", "accordion-randomblock"])
+    def test_a_bare_array(self, id):
+        """Whose path is no name."""
+        tx = {
+            "accordion-randomblock": gc.accordion(gc.randomblock(0.5), gc.randomblock(0.25), interval=2),
+            **TX,
+        }[id]
+        grads = trees.noise((16, 24), 14, (4, 2))
+        assert_conserved(grads, run(tx, grads, "vmap"), 1e-5)
+
     @each_codec
     def test_an_empty_tree(self, row):
         tx = TX[row.id]
@@ -339,7 +349,7 @@ class TestNothingPoisons:
             assert_conserved(grads, got, 1e-5)
         one = jax.tree.map(lambda x: x[0, 0], grads)
         dense = [path for path, x in one.items() if not (tx.codec.default(path, x) and tx.codec.shrinks(path, x))]
-        assert {"scalar", "one", "dot"} <= {*dense}
+        assert row.id == "none" or {"scalar", "one", "dot"} <= {*dense}
         for path in dense:
             np.testing.assert_allclose(got.updates[path][:, 0], grads[path].mean(1), atol=1e-6)
 

@@ -45,7 +45,7 @@ def test_aux_and_model_state_are_averaged(kind):
     tx = problem.optimizer(gc.powersgd(2))
     step, where = steps(with_everything, tx, has_aux=True, has_state=True)[kind]
     params = problem.params()
-    stats = {"mean": jnp.zeros(20), "count": jnp.int32(0)}
+    stats = {"mean": jnp.zeros(64), "count": jnp.int32(0)}
     (batch,) = problem.batches(1)
     _, _, stats, loss, aux = step(params, gc.init(tx, params, where), stats, batch)
     np.testing.assert_allclose(stats["mean"], 0.5 * np.mean(batch["x"], 0), atol=1e-6)
@@ -98,7 +98,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counts(row, kind):
     """Among them all of momentum's, accumulation's and Adam's state; the others go on as if they had not been."""
     tx = optax.chain(row.make(), optax.trace(0.9), optax.MultiSteps(optax.adam(0.1), 2))
     step, where = steps(poisoned, tx, has_aux=True, has_state=True)[kind]
-    params, stats = on_all((problem.params(), {"mean": jnp.zeros(20), "count": jnp.int32(0)}), where)
+    params, stats = on_all((problem.params(), {"mean": jnp.zeros(64), "count": jnp.int32(0)}), where)
     now = undisturbed = params, gc.init(tx, params, where), stats
     for i, batch in enumerate(problem.batches(8)):
         *after, loss, _ = step(*now, {**batch, "poison": POISONS[i % 4]})
@@ -151,8 +151,8 @@ def test_state_is_sharded_over_the_workers():
     params = problem.params()
     state = gc.init(tx, params, mesh)
     residual = state[0].residual.value["layer1/kernel"]
-    assert residual.shape == (N, 20, 16)
-    assert residual.sharding.shard_shape(residual.shape) == (1, 20, 16)
+    assert residual.shape == (N, 64, 64)
+    assert residual.sharding.shard_shape(residual.shape) == (1, 64, 64)
     assert state[0].codec.q["layer1/kernel"].is_fully_replicated
     (batch,) = problem.batches(1)
     _, after, _ = gc.train_step(problem.loss_fn, tx, mesh)(params, state, batch)

@@ -110,7 +110,7 @@ def test_uncompressed_is_plain_training_on_the_whole_batch():
 class LinenModel(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(8, name="layer2")(jnp.tanh(nn.Dense(16, name="layer1")(x)))
+        return nn.Dense(8, name="layer2")(jnp.tanh(nn.Dense(64, name="layer1")(x)))
 
 
 @every_codec
@@ -140,8 +140,8 @@ def test_linen_train_state(codec):
 
 class NNXModel(nnx.Module):
     def __init__(self, rngs):
-        self.layer1 = nnx.Linear(20, 16, rngs=rngs)
-        self.layer2 = nnx.Linear(16, 8, rngs=rngs)
+        self.layer1 = nnx.Linear(64, 64, rngs=rngs)
+        self.layer2 = nnx.Linear(64, 8, rngs=rngs)
 
     def __call__(self, x):
         return self.layer2(jnp.tanh(self.layer1(x)))

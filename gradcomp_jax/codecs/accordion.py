@@ -200,7 +200,8 @@ def accordion(
 
         def check():
             norm, bits = norms(sums, axis_name)
-            decided = {path: next_level(state.norm[path], norm[path], threshold) for path in norm}
+            by_norm = {path: next_level(state.norm[path], norm[path], threshold) for path in norm}
+            decided = {path: jnp.where(fell, LOW, x) for path, x in by_norm.items()}
             return decided, state.norm, norm, state.step + 1, bit_pair(bits)
 
         kept = level, state.previous, state.norm, state.checked, bit_pair(0)
@@ -246,7 +247,7 @@ def _first(x: Any) -> Any:
 
 
 def _reason(state: AccordionState, path: str) -> str:
-    if state.dropped >= state.checked:
+    if state.dropped >= state.checked or (state.checked and state.dropped == state.checked - 1):
         return f"low from step {state.dropped} on, as the learning rate fell to {state.learning_rate:.3g}"
     previous, norm = state.previous[path], state.norm[path]
     if not state.checked or not previous:
@@ -267,8 +268,9 @@ def _require_strengths(low: Compressor, high: Compressor) -> tuple[Levels, Level
         if given.codec.levels is None:
             raise ValueError(
                 f"{name}: codec {given.codec.name!r} in these settings has one strength only; accordion switches the "
-                "rank of powersgd, the fraction of topk, randomk and randomblock, the bits of qsgd, the proportion of "
-                "adaptive, the ratio of gradiveq, without a quantizer inside"
+                "rank of powersgd, the fraction of topk, randomk and randomblock, the bits of qsgd (code='packed', "
+                "without levels= and shared_scale), the proportion of adaptive, the ratio of gradiveq "
+                "(select='ratio'), without a quantizer inside"
             )
         strengths.append(given.codec.levels)
     weak, strong = strengths

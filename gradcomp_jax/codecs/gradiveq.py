@@ -256,7 +256,7 @@ def gradiveq(
     if not 0 < max_loss < 1:
         raise ValueError(f"max_loss={max_loss} must be above 0 and below 1")
     fitted = train_steps - train_steps // 5 if select == "holdout" else train_steps
-    reduce = linear("gradiveq", aggregate, quantizer)
+    reduce = linear("gradiveq", aggregate, quantizer, axis_name)
 
     def is_convolution(path: str, leaf: Any) -> bool:
         del path
@@ -411,15 +411,10 @@ def gradiveq(
                 }
                 wide = np.result_type(*(x.dtype for x in tensors.values()))
                 losses = jnp.stack([x.astype(wide) for x in loss.values()])
-                # Under a key that is no path, before all others.
-                means, bits = mean_of_fronts(
-                    {"": losses, **pieces},
-                    {"": [losses.size], **lengths},
-                    {"": jnp.int32(0), **rung},
-                    axis_name,
-                    ring=aggregate == "ring",
+                means, mean_loss, bits = mean_of_fronts(
+                    pieces, lengths, rung, axis_name, beside=losses, ring=aggregate == "ring"
                 )
-                mean_losses = {path: means[""][i].astype(x.dtype) for i, (path, x) in enumerate(loss.items())}
+                mean_losses = {path: mean_loss[i].astype(x.dtype) for i, (path, x) in enumerate(loss.items())}
                 mean, own = ({path: leaf(path, x[path]) for path in tensors} for x in (means, pieces))
                 return mean, own, mean_losses, bits
 

@@ -149,7 +149,7 @@ def onebit(
             raise ValueError(
                 f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out by compress="
             )
-        return leaf.size >= SHORTEST * columns_in(leaf.shape) if leaf.ndim else False
+        return leaf.size > 0 and leaf.ndim > 0 and leaf.size >= SHORTEST * columns_in(leaf.shape)
 
     def init(tensors: Tensors) -> OneBitState:
         zeros = jax.tree.map(jnp.zeros_like, tensors)

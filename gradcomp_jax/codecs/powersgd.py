@@ -97,7 +97,8 @@ def powersgd(
       stacked: (path, leaf) -> whether the leaf's first axis counts layers, as under a scan over layers:
         each layer is then a matrix of its own.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
-      quantizer: a compressor, such as `qsgd(8)`, through whose codec P and Q travel; not linear then.
+      quantizer: a compressor, such as `qsgd(8)`, through whose codec P and Q travel; not linear then. On the same
+        axis_name; what it would compress does not matter here.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; without them the part that is not of low rank is lost.
       seed: of the first Q and of the columns of P drawn at random.
@@ -120,7 +121,7 @@ def powersgd(
     if min_rate <= 0:
         raise ValueError(f"min_rate={min_rate} must be positive")
 
-    reduce = linear("powersgd", aggregate, quantizer)
+    reduce = linear("powersgd", aggregate, quantizer, axis_name)
 
     def is_stacked(path: str, leaf: Any) -> bool:
         return stacked is not None and bool(stacked(path, leaf))
@@ -190,7 +191,7 @@ def powersgd(
                 front = {p: x.swapaxes(0, 1) for p, x in own.items()}
                 lengths = {p: [r * x.shape[1] * x.shape[2] for r in ranks_of[p]] for p, x in front.items()}
                 flat = {p: x.reshape(-1) for p, x in front.items()}
-                reduced, bits = mean_of_fronts(flat, lengths, level, axis_name, ring=aggregate == "ring")
+                reduced, _, bits = mean_of_fronts(flat, lengths, level, axis_name, ring=aggregate == "ring")
                 reduced = {p: x.reshape(front[p].shape).swapaxes(0, 1) for p, x in reduced.items()}
                 return {p: jnp.where(in_use[p], x, 0) for p, x in reduced.items()}, own, bits
 

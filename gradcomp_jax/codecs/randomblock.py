@@ -6,7 +6,7 @@ share:
 
     S = start, ..., start + k - 1 modulo n     mean_S <- mean of D_S     mean elsewhere 0     own_S = D_S
 
-Cheaper than random K, as memory is read in order; neighbours are sent together, which correlated gradients resent.
+Neighbours are sent together, which correlated gradients resent.
 Linear; scaled by n / k without error feedback only.
 """
 
