@@ -52,7 +52,7 @@ def damage(folder, kind):
     """Damages a checkpoint."""
     files = sorted((path for path in (folder / "state").rglob("*") if path.is_file()), key=lambda p: p.stat().st_size)
     if kind == "truncated":
-        files[-1].write_bytes(files[-1].read_bytes()[:-10])
+        files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
     elif kind == "missing":
         files[-1].unlink()
     elif kind == "zeros":
