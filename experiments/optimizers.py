@@ -42,7 +42,7 @@ def optimizer(
 def scale_by_adagrad(eps: float = 1e-7) -> optax.GradientTransformation:
     """AdaGrad: h <- h + g^2, then g / (sqrt(h) + eps), from h = 0.
 
-    1-bit SGD (Seide et al., Interspeech 2014, section 3.4) has it after the aggregation and before momentum. optax's
+    1-bit SGD (Seide et al., Interspeech 2014) has it after the aggregation and before momentum. optax's
     scale_by_rss has eps in the root, which for gradients below it is another step.
     """
 

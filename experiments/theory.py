@@ -4,9 +4,10 @@
 
 QSGD with the 2-norm rounds normal values by the codec's own functions. Its variance, its nonzeros and the lengths of
 its codes stand beside the bounds of Lemma 3.1, Theorem 3.2 and Corollary 3.3 of the paper (Alistarh et al., NeurIPS
-2017) and of the authors' slides. Two of these do not hold: the slides' s² + √n nonzeros, for s > 1, and the 2.8 bits a
-coordinate at s = √n, which the dense code with a sign for each coordinate does not reach. An o(1) in a bound is
-taken as 0. Bits do not count the norm. Points are measured; the lines through them are `elias.expected_bits`.
+2017) and of the authors' slides. The slides' s² + √n nonzeros do not hold for s > 1. The 2.8 bits a coordinate at
+s = √n the sparse code reaches; the dense code, which they are about as we read it (the paper's appendix was not at
+hand), does not. An o(1) in a bound is taken as 0. Bits do not count the norm.
+Points are measured; the lines through them are `elias.expected_bits`.
 
 Best rank r and top-k contract: |x - C(x)|² <= (1 - r / min(n, m)) |x|² and (1 - k / n) |x|². How much further they do
 depends on the matrix; here it is one of noise, one of singular values 1 / i, and a gradient: of the hidden layer of a

@@ -15,6 +15,7 @@ and `exchange` does the rest. What a second encoding loses is the loss of the wo
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ from gradcomp_jax.metrics import Bits, bit_pair, sum_bits
 from gradcomp_jax.wire.packing import from_bytes, to_bytes
 
 LINEAR = ("psum", "ring")
+logger = logging.getLogger(__name__)
 
 
 def require_aggregate(codec: str, aggregate: str | None, legal: Sequence[str]) -> None:
@@ -39,9 +41,9 @@ def require_aggregate(codec: str, aggregate: str | None, legal: Sequence[str]) -
     reasons = {
         "psum": f"codec {codec!r} is not linear: aggregate='psum' would add packed codes",
         "gather": f"codec {codec!r} is linear: aggregate='gather' would send each payload to all, where a sum will do",
+        "shuffle": f"codec {codec!r} is linear: aggregate='shuffle' would decode before the sum, for nothing",
         "ring": f"codec {codec!r} loses too much at once: aggregate='ring' would encode the sum anew at each hop",
     }
-    reasons["shuffle"] = reasons["gather"].replace("gather", "shuffle")
     reason = reasons.get(aggregate, f"aggregate={aggregate!r} is not known for codec {codec!r}")
     raise ValueError(f"{reason}; use {known}")
 
@@ -184,12 +186,16 @@ def exchange(
 def choose(coder_of: CoderOf, tensors: Tensors, n: int) -> str:
     """Whichever of "gather" and "shuffle" has each of n workers send less; "gather", which encodes once, if equal.
 
-    So it is for two workers, where only rounding makes a difference.
+    So it is for two workers, where only rounding makes a difference. What is chosen among more is logged, at level
+    INFO, whenever a program is traced.
     """
     if n <= 2:
         return "gather"
     gathered, shuffled = (payload_bytes(coder_of(tensors, shards), tensors) for shards in (1, n))
-    return "gather" if (n - 1) * gathered <= 2 * (n - 1) * shuffled else "shuffle"
+    sent = {"gather": (n - 1) * gathered, "shuffle": 2 * (n - 1) * shuffled}
+    chosen = min(sent, key=lambda way: sent[way])
+    logger.info("aggregate=%r among %d workers: a worker sends %s bytes in a step", chosen, n, sent)
+    return chosen
 
 
 def payload_bytes(coder: Coder, tensors: Tensors) -> int:
@@ -286,11 +292,12 @@ def _ring(tensors: Tensors, coder: Coder, axis_name: AxisName, key: jax.Array) -
 def _mean_of_decoded(coder: Coder, received: jax.Array, unpack: Callable[[jax.Array], Any]) -> Any:
     """The mean of what payloads [n, p] decode to."""
 
-    # One after another: memory holds one decoded copy however many workers there are.
-    def add(total, payload):
-        return jax.tree.map(jnp.add, total, coder.decode(unpack(payload))), None
+    # One after another: memory holds one decoded copy however many workers there are. By index, as a scan would copy
+    # the payloads.
+    def add(worker: jax.Array, total: Any) -> Any:
+        return jax.tree.map(jnp.add, total, coder.decode(unpack(received[worker])))
 
-    total, _ = lax.scan(add, coder.decode(unpack(received[0])), received[1:])
+    total = lax.fori_loop(1, len(received), add, coder.decode(unpack(received[0])))
     return jax.tree.map(lambda x: x / len(received), total)
 
 

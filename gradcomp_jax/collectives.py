@@ -245,7 +245,7 @@ def front(
         padding = [(0, 0)] * (received.ndim - 1) + [(0, buffer.shape[-1] - size)]
         return jnp.pad(received, padding), bit_pair(bits)
 
-    smallest = jnp.searchsorted(jnp.array(sizes, jnp.int32), length)
+    smallest = jnp.sum(jnp.array(sizes, jnp.int32) < length, dtype=jnp.int32)
     return lax.switch(smallest, [functools.partial(send, size) for size in sizes])
 
 

@@ -43,7 +43,7 @@ class Exchanged(NamedTuple):
     Attributes:
       mean: what every worker will apply; bit-identical on all workers.
       own: what this worker added to the mean, times the number of workers: pmean(own) == mean.
-      state: the codec's next state, the same on all workers.
+      state: the codec's next state; the same on all workers, but for leaves in `PerWorker`.
       bits: wire bits this worker sent; the same number on all workers.
     """
 
@@ -79,13 +79,15 @@ class Codec(NamedTuple):
     Attributes:
       name: the factory's name, for messages.
       init: tensors -> state. Looks at shapes and types only.
-      exchange: (tensors, state, axis_name, **extra_args) -> Exchanged. The extra arguments are those of the
-        transformation's update, and two of `compressor`'s: `gradients`, the tensors before the residual was
-        added, and `feedback`, whether what is left out comes back. Pass them on to a codec inside.
+      exchange: (tensors, state, axis_name, **extra_args) -> Exchanged, of one tensor at least. The extra
+        arguments are those of the transformation's update, and two of `compressor`'s: `gradients`, the tensors
+        before the residual was added, and `feedback`, whether what is left out comes back. Pass them on to a
+        codec inside.
       default: (path, leaf) -> whether the paper compresses such a leaf.
       shrinks: (path, leaf) -> whether this codec can send such a leaf in fewer bytes than it has.
       linear: whether the compressed form of a sum is the sum of the compressed forms.
       levels: how to switch its strength; None where it has only one.
+      flushed: state -> the state once the residual has been sent, for codecs whose state repeats a part of it.
     """
 
     name: str
@@ -95,13 +97,14 @@ class Codec(NamedTuple):
     shrinks: Predicate
     linear: bool = False
     levels: Levels | None = None
+    flushed: Callable[[Any], Any] = lambda state: state
 
 
 class CompressorState(NamedTuple):
     """The state of every codec's transformation.
 
     Attributes:
-      codec: the codec's own state, such as a warm start; the same on all workers.
+      codec: the codec's own state, such as a warm start; the same on all workers, but for leaves in `PerWorker`.
       residual: what error feedback still owes, for each compressed leaf by path; empty without it.
       wire: bits sent, see `wire_bits`.
       skipped: int32, steps in which some worker's gradient was not finite. Such a step yields zeros and
@@ -141,15 +144,36 @@ class Compressor(optax.GradientTransformationExtraArgs):
         return self
 
 
-def require_whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError for an argument that is not a whole number of at least `least`."""
+def require_static(name: str, value: Any) -> None:
+    """Raises ValueError for an argument that jax traces."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(
             f"{name} is a value that jax traces, but a codec's settings are fixed when it is made: under "
             f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
         )
+
+
+def require_whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError for an argument that is not a whole number of at least `least`."""
+    require_static(name, value)
     if not isinstance(value, numbers.Integral) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def require_fraction(fraction: Any) -> None:
+    """Raises ValueError for a share of a leaf's elements that is not above 0 and at most 1."""
+    require_static("fraction", fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
+
+
+def require_indexable(codec: str, path: str, leaf: Any) -> None:
+    """Raises ValueError for a leaf whose elements an int32 cannot number."""
+    if leaf.size >= 2**31:
+        raise ValueError(
+            f"leaf {path!r} of shape {leaf.shape} has 2^31 elements or more, which codec {codec!r} cannot number: "
+            "leave it out by compress=, or split it"
+        )
 
 
 def is_matrix(path: str, leaf: Any) -> bool:
@@ -175,8 +199,9 @@ def compressor(
       error_feedback: whether to keep a residual, float32, for each compressed leaf.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress the leaf, such as
-        `lambda path, leaf: "embed" not in path`; None leaves it to the codec. Leaves that would not
-        shrink, and those below min_size, are sent dense whatever it says.
+        `lambda path, leaf: "embed" not in path`; None leaves it to the codec. Leaves whose payload would not
+        be smaller than they are, and those below min_size, are sent dense whatever it says. (Of small leaves
+        cut among many workers, the shards' payloads may still add up to more.)
       allow_dense: accept a tree of which no leaf is compressed.
 
     Returns:
@@ -234,7 +259,9 @@ def compressor(
             tensors = {path: x + state.residual.value[path] for path, x in tensors.items()}
         if flush:
             mean, bits = collectives.mean(tensors, axis_name)
-            exchanged = Exchanged(mean, tensors, state.codec, bits)
+            exchanged = Exchanged(mean, tensors, codec.flushed(state.codec), bits)
+        elif not tensors:
+            exchanged = Exchanged({}, {}, state.codec, 0)
         else:
             extra_args = {**extra_args, "gradients": gradients, "feedback": error_feedback}
             exchanged = codec.exchange(tensors, state.codec, axis_name, **extra_args)

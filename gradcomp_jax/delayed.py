@@ -27,14 +27,16 @@ class DelayedState(NamedTuple):
 def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
     """Exchanges in each step the gradients of the step before, and keeps those of this step for the next.
 
-    Double buffering of 1-bit SGD (Seide et al., Interspeech 2014, section 3.3), which QSGD's experiments use too. The
-    exchange does not wait for this step's gradients, so that a runtime with asynchronous collectives (GPU, TPU; not
-    XLA's CPU) can run it while they are computed. Gradients are applied one step late, to parameters one step newer
-    than those they were computed at.
+    Double buffering of 1-bit SGD (Seide et al., Interspeech 2014), which QSGD's experiments use too. The exchange
+    does not wait for this step's gradients, so that a runtime with asynchronous collectives (GPU, TPU; not XLA's CPU)
+    can run it while they are computed. Gradients are applied one step late, to parameters one step newer than those
+    they were computed at.
 
-    The first update is zero. Over any steps, what was applied, the mean of the residuals and the mean of the pending
-    gradients make up the sum of the mean gradients. A gradient that is not finite is skipped in the step that would
-    apply it. `flush` sends what is pending. State: the codec's, and each worker's gradients.
+    The first update is zero: zeros are exchanged, which is a step like others for a codec that counts or samples them
+    (GradiVeQ without a warm-up, Accordion's first window). Over any steps, what was applied, the mean of the
+    residuals and the mean of the pending gradients make up the sum of the mean gradients. A gradient that is not
+    finite is skipped in the step that would apply it. `flush` sends what is pending. State: the codec's, and each
+    worker's gradients.
 
     Args:
       tx: a codec, such as `powersgd(rank=2)`.

@@ -79,6 +79,12 @@ def at_levels(coders_of: Sequence[CoderOf], level: dict[str, jax.Array]) -> Code
             path: [sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(m)) for m in each]
             for path, each in messages.items()
         }
+        if (largest := sum(max(each) for each in sizes.values())) >= 2**31:
+            path = max(sizes, key=lambda path: max(sizes[path]))
+            raise ValueError(
+                f"leaves at two levels share one buffer, here of up to {largest} bytes, which an int32 cannot count: "
+                f"leave the largest, {path!r}, out by compress=, or send less of it at the low level"
+            )
         lengths = {path: jnp.array(each, jnp.int32)[level[path]] for path, each in sizes.items()}
 
         def cut(tensors: Tensors) -> Any:

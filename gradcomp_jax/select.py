@@ -50,7 +50,7 @@ def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
     if not words.size:
         return jnp.zeros_like(ranks), jnp.zeros_like(ranks)
     ends = jnp.cumsum(lax.population_count(words), dtype=jnp.int32)
-    index = jnp.searchsorted(ends, ranks, side="right").astype(jnp.int32)
+    index = _count_reached(ends, ranks)
     word = words[jnp.minimum(index, words.size - 1)]
     rank = ranks - jnp.where(index > 0, ends[jnp.maximum(index - 1, 0)], 0)
     bit = jnp.zeros_like(rank)
@@ -62,6 +62,20 @@ def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
         word = jnp.where(beyond, word >> half, low)
         bit = jnp.where(beyond, bit + half, bit)
     return index, bit
+
+
+def _count_reached(ends: jax.Array, ranks: jax.Array) -> jax.Array:
+    """How many of some rising numbers each rank reaches, by bisection.
+
+    That is jnp.searchsorted(ends, ranks, side="right"), which jax 0.10 cannot trace in a shard_map that leaves a
+    further axis to the compiler.
+    """
+    count = jnp.zeros_like(ranks)
+    for step in (1 << i for i in reversed(range(ends.size.bit_length()))):
+        further = count + step
+        reached = ends[jnp.minimum(further, ends.size) - 1] <= ranks
+        count = jnp.where((further <= ends.size) & reached, further, count)
+    return count
 
 
 def positions(mask: jax.Array, size: int) -> jax.Array:

@@ -13,11 +13,19 @@ import jax.numpy as jnp
 from gradcomp_jax import collectives
 from gradcomp_jax.aggregation import LINEAR, require_aggregate
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Exchanged, Levels, Tensors, require_whole
+from gradcomp_jax.compressor import (
+    Codec,
+    Exchanged,
+    Levels,
+    Tensors,
+    require_fraction,
+    require_indexable,
+    require_whole,
+)
 from gradcomp_jax.levels import mean_of_fronts
 from gradcomp_jax.metrics import Bits
 from gradcomp_jax.random import step_key
-from gradcomp_jax.views import matrix_shape
+from gradcomp_jax.views import matrix_shape, share
 
 Draw = Callable[[jax.Array, int, int], jax.Array]
 """(key, n, k) -> k distinct indices below n, int32; of fewer than k indices it gives the first."""
@@ -56,18 +64,18 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
         )
     if rank is not None:
         require_whole("rank", rank, 1)
-    elif fraction is not None and not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
+    elif fraction is not None:
+        require_fraction(fraction)
     strength: float = rank or fraction or FRACTION
 
     def count(leaf: Any, strength: float) -> int:
         if rank is None:
-            return max(1, int(strength * leaf.size))
+            return share(leaf.size, strength)
         _, n, m = matrix_shape(leaf.shape) if leaf.ndim > 1 else (1, leaf.size, 1)
         return min(int(strength) * (n + m), leaf.size)
 
     def shrinks(path: str, leaf: Any) -> bool:
-        del path
+        require_indexable(name, path, leaf)
         return count(leaf, strength) < leaf.size
 
     def build(strengths: tuple[float, ...]) -> Codec:
@@ -84,8 +92,6 @@ def subset(name: str, draw: Draw, fraction: float | None, rank: int | None, aggr
         ) -> Exchanged:
             del extra_args
             next_state = SubsetState(state.step + 1)
-            if not tensors:
-                return Exchanged({}, {}, next_state, 0)
             key = step_key(seed, state.step)
             counts = {path: [count(x, strength) for strength in strengths] for path, x in tensors.items()}
             indices, gains = {}, {}

@@ -27,6 +27,11 @@ def narrow(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x).astype(dtype)
 
 
+def share(n: int, fraction: float) -> int:
+    """Fraction * n rounded down, but at least 1; 0.29 of 100 is 29, though as floats their product is less."""
+    return max(1, math.floor(fraction * n + 1e-9))
+
+
 def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int, int]:
     """(layers, rows, columns) of a tensor as a stack of matrices.
 
@@ -96,6 +101,16 @@ def elements_in(index: jax.Array, shards: int, shape: tuple[int, ...]) -> jax.Ar
     size = math.prod(shape)
     each = -(-size // shards)
     return jnp.clip(size - index * each, 0, each)
+
+
+def flat_shards(tensors: dict[str, jax.Array], shards: int) -> dict[str, jax.Array]:
+    """Each tensor flat and cut into shards, float32 [shards, elements of one]; see `shards_of`."""
+    return {path: shards_of(x.reshape(-1).astype(jnp.float32), shards) for path, x in tensors.items()}
+
+
+def from_flat_shards(parts: dict[str, jax.Array], like: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The inverse of `flat_shards`, in the shapes and types of `like`."""
+    return {path: from_shards(parts[path], x.size).reshape(x.shape).astype(x.dtype) for path, x in like.items()}
 
 
 def stripes(tensors: dict[str, jax.Array], axis: int, shards: int) -> dict[str, jax.Array]:

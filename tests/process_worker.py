@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from tests import problem
-from tests.table import EACH
+from tests.table import AMONG_PROCESSES
 
 # Enough for a codec whose steps differ to go through all their kinds.
 STEPS = 10
@@ -131,7 +131,7 @@ def main(file, rank, processes, port):
     mesh = gc.make_mesh()
     assert mesh.size == int(processes)
     results = {}
-    for row in EACH:
+    for row in AMONG_PROCESSES:
         results[row.id] = {"steps": train(problem.optimizer(row.make()), mesh, int(rank))}
         if mesh.size > 2 and kernel_counts_bytes():
             results[row.id].update(traffic(row.make(), mesh, int(rank), int(port)))

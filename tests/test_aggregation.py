@@ -1,5 +1,7 @@
 """Ways to aggregate: awkward trees, the choice between two, memory, large counts, nodes."""
 
+import logging
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -81,11 +83,14 @@ def temporary_bytes(tx, size, workers):
 
 @pytest.mark.parametrize("name", ["onebit", "qsgd"])
 def test_gather_decodes_one_worker_after_another(name):
-    """Memory of eight workers is that of two, and three buffers of six payloads: not six decoded gradients."""
+    """Memory of eight workers is that of four, and four payloads more, held twice: not four decoded gradients.
+
+    (Of two, XLA may need less, as what is added to the first is not a loop.)
+    """
     size, tx = 2**18, make(name, "gather")
     payload = declared(tx, {"w": (size // 64, 64)}, 2) // 8
-    two, eight = (temporary_bytes(tx, size, workers) for workers in (2, 8))
-    assert eight - two <= 3 * 6 * payload + 4096 < 6 * 4 * size / 2
+    four, eight = (temporary_bytes(tx, size, workers) for workers in (4, 8))
+    assert eight - four <= 2 * 4 * payload + 4096 < 4 * 4 * size / 3
 
 
 @pytest.mark.parametrize(
@@ -121,3 +126,9 @@ def test_nodes_of_workers_are_as_one_worker_each():
     chex.assert_trees_all_close(got[0], expected[0], atol=1e-5, rtol=0)
     assert got[1] == expected[1]
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (got[0], params)), strict=True))
+
+
+def test_the_choice_is_logged(caplog):
+    with caplog.at_level(logging.INFO, "gradcomp_jax.aggregation"):
+        declared(gc.signnorm(), {"w": (64, 64)}, 4)
+    assert "aggregate='shuffle' among 4 workers: a worker sends {'gather': 1548, 'shuffle': 792} bytes" in caplog.text

@@ -1,6 +1,7 @@
 """Every refusal: what is wrong, where, and the way out."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ class TestArguments:
     @pytest.mark.parametrize("codec", [gc.powersgd, gc.gradiveq, gc.randomk, gc.randomblock])
     def test_a_linear_codec_gathered(self, codec, aggregate):
         words = (
-            f"codec '{codec.__name__}' is linear: aggregate='{aggregate}' would send each payload",
+            f"codec '{codec.__name__}' is linear: aggregate='{aggregate}' would",
             "use 'psum', 'ring'",
         )
         with refuses(*words):
@@ -363,3 +364,30 @@ def test_bits_of_a_state_without_a_codec():
 def test_length_of_codes_that_have_one_length():
     with refuses("holds no code of variable length"):
         gc.code_bits(gc.topk(0.1).init({"w": jnp.zeros((8, 8))}))
+
+
+class TestTooLarge:
+    """Refused by name, where counting would wrap."""
+
+    HUGE = types.SimpleNamespace(shape=(2**16, 2**15), ndim=2, size=2**31, dtype=jnp.dtype(jnp.float32))
+
+    @pytest.mark.parametrize("codec", [gc.topk(), gc.signnorm(), gc.randomk(), gc.randomblock(), gc.adaptive()])
+    def test_leaves_of_more_elements_than_an_int32_numbers(self, codec):
+        with refuses("'big'", "2^31 elements or more", repr(codec.codec.name), "compress="):
+            codec.codec.shrinks("big", self.HUGE)
+
+    def test_leaves_at_two_levels_that_share_a_buffer(self):
+        tx = gc.accordion(gc.topk(0.9), gc.topk(0.1), interval=10)
+        with refuses("an int32 cannot count", "'big'"):
+            traced(tx, {"big": (600, 10**6)})
+
+    def test_eliass_code_beyond_what_it_can_address(self):
+        with refuses("'qsgd'", "Elias' code of 1300000256 elements", "code='packed'"):
+            traced(gc.qsgd(norm="l2", code="elias", aggregate="gather"), {"big": (1300, 10**6)})
+        traced(gc.qsgd(norm="l2", aggregate="gather"), {"big": (1300, 10**6)})  # by itself it sends packed codes
+
+
+def traced(tx, shapes):
+    """An exchange among three workers, of which none is there."""
+    grads = {path: jax.ShapeDtypeStruct((3, *shape), jnp.float32) for path, shape in shapes.items()}
+    jax.eval_shape(jax.vmap(lambda g: tx.update(g, tx.init(g))[0], axis_name="data"), grads)

@@ -167,3 +167,22 @@ class TestMajority:
     def test_keeps_no_residual(self):
         assert gc.signnorm(majority=True).init(trees.zeros(trees.MIXED)).residual.value == {}
         assert gc.signnorm().init(trees.zeros(trees.MIXED)).residual.value
+
+
+@pytest.mark.parametrize("aggregate", ["gather", "shuffle"])
+def test_a_tensor_of_ties_alone_is_not_voted_on(aggregate):
+    grads = {"tied": np.stack([np.ones(8), -np.ones(8)])[None].astype(np.float32)}
+    got = run(gc.signnorm(majority=True, aggregate=aggregate), grads, "vmap")
+    assert not got.updates["tied"].any()
+
+
+def test_flush_settles_the_second_residual_too():
+    tx, params = gc.onebit(second_residual=True), {"w": jnp.zeros((64, 8))}
+    state = gc.init(tx, params, 3)
+    step = gc.simulate(lambda params, batch: jnp.sum(params["w"] * batch["w"][0]), tx, 3)
+    for _ in range(3):
+        params, state, _ = step(params, state, trees.noise({"w": (64, 8)}, 7, (3,)))
+    assert jnp.any(state.codec.second.value["w"] != 0)
+    _, state = gc.flush(tx, params, state, 3)
+    assert not jnp.any(state.codec.second.value["w"] != 0)
+    assert not jnp.any(state.residual.value["w"] != 0)

@@ -40,6 +40,7 @@ from gradcomp_jax.compressor import (
     Tensors,
     compressor,
     compressor_states,
+    require_static,
     require_whole,
 )
 from gradcomp_jax.metrics import Bits, bit_pair, sum_bits
@@ -103,7 +104,8 @@ def accordion(
     compressed leaves on each worker. A check sends one float a leaf.
 
     Args:
-      low: the codec at weak compression, such as `powersgd(rank=4)`.
+      low: the codec at weak compression, such as `powersgd(rank=4)`. High decides which leaves are compressed; at low
+        they may be sent in more bytes than they have, as by `topk(0.99)`, the authors' own.
       high: the same at strong compression, such as `powersgd(rank=1)`.
       interval: steps from check to check. In the authors' code ten epochs.
       window: the steps at the begin of each interval over which gradients are summed, after which is the check; by
@@ -134,6 +136,7 @@ def accordion(
     require_whole("window", window, 1)
     if window > interval:
         raise ValueError(f"window={window} must be at most interval={interval}, of which it is the beginning")
+    require_static("threshold", threshold)
     if not threshold > 0:
         raise ValueError(f"threshold={threshold} must be above 0, it is a relative change")
     if norm_source not in NORM_SOURCES:
@@ -181,8 +184,6 @@ def accordion(
         learning_rate: jax.Array | float | None = None,
         **extra_args: Any,
     ) -> Exchanged:
-        if not tensors:
-            return Exchanged({}, {}, state, 0)
         if learning_rate is None:
             learning_rate = 0.0 if schedule is None else schedule(state.step)
         rate = jnp.asarray(learning_rate, jnp.float32)
@@ -220,7 +221,10 @@ def accordion(
         )
         return Exchanged(got.mean, got.own, next_state, sum_bits(got.bits, bits))
 
-    codec = Codec("accordion", init, exchange, low.codec.default, high.codec.shrinks, inner.linear)
+    def flushed(state: AccordionState) -> AccordionState:
+        return state._replace(codec=inner.flushed(state.codec))
+
+    codec = Codec("accordion", init, exchange, low.codec.default, high.codec.shrinks, inner.linear, flushed=flushed)
     return compressor(codec, **low.settings._asdict())
 
 
@@ -284,7 +288,10 @@ def _require_strengths(low: Compressor, high: Compressor) -> tuple[Levels, Level
         *zip(low.settings._fields, low.settings, high.settings, strict=True),
     ]:
         if a != b:
-            raise ValueError(f"low has {name}={a!r}, high has {name}={b!r}: they must agree in all but {weak.setting}")
+            raise ValueError(
+                f"low has {name}={a!r}, high has {name}={b!r}: they must agree in all but {weak.setting} (pass one "
+                "function object to both)"
+            )
     if (weak.value > strong.value) != weak.more_sends_more or weak.value == strong.value:
         order = "above" if weak.more_sends_more else "below"
         raise ValueError(

@@ -1,8 +1,9 @@
 """Adaptive quantisation: the largest elements of a matrix, as one positive and one negative value for each column.
 
 Dryden, Moon, Jacobs, Van Essen, "Communication Quantization for Data-Parallel Training of Deep Neural Networks", MLHPC
-2016, in the form of the authors' poster and of their LBANN library of 2017 (threshold_scope="matrix"); that of 2016 is
-threshold_scope="column". With v = g + e, the gradient plus the residual, an n x m matrix, and pi the proportion:
+2016, in the form of the authors' poster and of their LBANN library of 2017 (threshold_scope="matrix"); that of the
+library of 2016 is threshold_scope="column". (The paper's own text was not at hand.) With v = g + e, the gradient plus
+the residual, an n x m matrix, and pi the proportion:
 
     t <- the magnitude that about n m / pi elements reach
     tau+ <- the smallest v > 0 with |v| >= t     tau- <- the largest v < 0 with |v| >= t; if none, minus the other
@@ -30,7 +31,18 @@ from jax import lax
 from gradcomp_jax import aggregation
 from gradcomp_jax.aggregation import Coder, require_aggregate
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Levels, Predicate, Tensors, compressor, is_matrix
+from gradcomp_jax.compressor import (
+    Codec,
+    Compressor,
+    Exchanged,
+    Levels,
+    Predicate,
+    Tensors,
+    compressor,
+    is_matrix,
+    require_indexable,
+    require_static,
+)
 from gradcomp_jax.levels import at_levels
 from gradcomp_jax.metrics import CodeLength, no_length, sum_bits
 from gradcomp_jax.random import worker_key
@@ -39,8 +51,9 @@ from gradcomp_jax.views import columns, stripes, unstriped
 from gradcomp_jax.wire import columns as sparse
 
 SCOPES = ("matrix", "column")
-# Sampling: elements for the thresholds of a matrix, rows for those of its columns; and above which size to sample.
-ENTRIES, ROWS, LARGE = 1024, 128, 2**16
+# Sampling: elements for the thresholds of a matrix, rows for those of its columns; how many of either must be beyond
+# the thresholds, for which large proportions take more; and above which size to sample.
+ENTRIES, ROWS, BEYOND, LARGE = 1024, 128, 16, 2**16
 
 
 class AdaptiveState(NamedTuple):
@@ -117,8 +130,8 @@ def adaptive(
     Args:
       proportion: pi, above 1: about one element in pi is sent.
       threshold_scope: "matrix" or "column".
-      sample: find thresholds on a random sample (1024 elements of a matrix, or 128 rows by "column"); by default for
-        leaves of more than 65,536 elements.
+      sample: find thresholds on a random sample (1024 elements of a matrix, or 128 rows by "column"; 16 pi, or 32 pi
+        rows, where those are more); by default for leaves of more than 65,536 elements.
       capacity: the buffer's room, as a multiple of what the proportion asks for. By default 1 where thresholds are
         exact, and 2 where they are sampled; the authors' is 4.
       aggregate: "gather" or "shuffle"; by default the one that sends less, "gather" for two workers.
@@ -139,6 +152,7 @@ def adaptive(
     >>> from gradcomp_jax import adaptive
     >>> tx = optax.chain(adaptive(proportion=64), optax.sgd(0.1))
     """
+    require_static("proportion", proportion)
     if not proportion > 1:
         raise ValueError(f"proportion={proportion} must be above 1: one element in so many is sent")
     if threshold_scope not in SCOPES:
@@ -161,9 +175,12 @@ def adaptive(
         """Which elements of v [n, m] are sent, on which side, and the two values of each column."""
         entries = v
         if sampled(v.shape) and threshold_scope == "matrix":
-            entries = v.reshape(-1)[jax.random.randint(key, (ENTRIES,), 0, v.size)]
+            count = min(v.size, max(ENTRIES, math.ceil(BEYOND * proportion)))
+            entries = v.reshape(-1)[jax.random.randint(key, (count,), 0, v.size)]
         elif sampled(v.shape):
-            entries = v[jax.random.randint(key, (ROWS,), 0, len(v))]
+            # Half of them, more or less, are of each sign.
+            count = min(len(v), max(ROWS, math.ceil(2 * BEYOND * proportion)))
+            entries = v[jax.random.randint(key, (count,), 0, len(v))]
         above, below = (x[None] for x in thresholds(entries, proportion, threshold_scope))
         positive = (v >= above) & (v > 0)
         selected = sparse.keep_first(positive | ((v <= below) & (v < 0)), room(v.shape, proportion))
@@ -200,7 +217,7 @@ def adaptive(
         return Coder(cut, functools.partial(unstriped, like=like, axis=-1), encode, decode, length=length)
 
     def shrinks(path: str, leaf: Any) -> bool:
-        del path
+        require_indexable("adaptive", path, leaf)
         if not leaf.size:
             return False
         shape = jax.eval_shape(lambda x: columns(x, -1), leaf).shape
@@ -223,8 +240,6 @@ def adaptive(
             **extra_args: Any,
         ) -> Exchanged:
             del extra_args
-            if not tensors:
-                return Exchanged({}, {}, AdaptiveState(state.step + 1, state.length), 0)
             coder = coders[0] if level is None else at_levels(coders, level)
             key = worker_key(seed, state.step, axis_name)
             got = aggregation.exchange(tensors, coder, aggregate, axis_name, key)

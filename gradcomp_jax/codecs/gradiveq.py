@@ -36,7 +36,17 @@ from jax import lax
 from gradcomp_jax import collectives
 from gradcomp_jax.aggregation import linear
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Levels, Predicate, Tensors, compressor, require_whole
+from gradcomp_jax.compressor import (
+    Codec,
+    Compressor,
+    Exchanged,
+    Levels,
+    Predicate,
+    Tensors,
+    compressor,
+    require_static,
+    require_whole,
+)
 from gradcomp_jax.levels import mean_of_fronts
 from gradcomp_jax.metrics import bit_pair, sum_bits
 from gradcomp_jax.views import buckets, from_buckets
@@ -238,6 +248,7 @@ def gradiveq(
     del seed
     if k is not None:
         require_whole("k", k, 1)
+    require_static("ratio", ratio)
     if not ratio > 1:
         raise ValueError(f"ratio={ratio} must be above 1, it is the K / d of a slice")
     if select not in SELECT:
@@ -333,8 +344,6 @@ def gradiveq(
             level: dict[str, jax.Array] | None = None,
             **extra_args: Any,
         ) -> Exchanged:
-            if not tensors:
-                return Exchanged({}, {}, state, 0)
             cuts = {path: layout(path, x) for path, x in tensors.items()}
             position = state.position
             # The place of a leaf's d among its widths, which ascend while ratios, hence levels, fall.

@@ -7,13 +7,13 @@ of Speech DNNs", Interspeech 2014. With v = g + e, the gradient plus the residua
     Q(v)_ij = mean over i of the v_ij with that bit      the two that minimise |v - Q(v)|^2
     e <- v - Q(v)
 
-Two stages (section 2.2; "shuffle"): each worker is given its stripe of all columns by all others, quantised; averages
-it; quantises the average, by means of its own; sends that to all. What the second stage loses is kept by the worker who
-lost it, in the one residual, n-fold, as it is that worker's share of a mean; with `second_residual` it is set apart as
-in the paper, and comes back at the second stage.
+Two stages ("shuffle"): each worker is given its stripe of all columns by all others, quantised; averages it; quantises
+the average, by means of its own; sends that to all. What the second stage loses is kept by the worker who lost it, in
+the one residual, n-fold, as it is that worker's share of a mean; with `second_residual` it is set apart as in the
+paper, and comes back at the second stage.
 
 Where sources differ: the printed formula of the residual leaves out the carried term e, without which error feedback
-does not work; the paper's later text and the authors' code have it. A worker quantises its own stripe too, though it
+does not work; the authors' code (CNTK) has it. A worker quantises its own stripe too, though it
 need not: the authors' code adds that one as it is. A column is an output unit's fan-in, hence the elements along all
 axes but the last in Flax's layout. With threshold="mean" the bits tell on which side of the column's mean m an element
 lies, and stand for m - dev and m + dev, with dev the mean of |v - m| (an option of the authors' code).
@@ -43,7 +43,8 @@ class OneBitState(NamedTuple):
 
     Attributes:
       second: with second_residual, what the second stage owes on this worker's stripe, by leaf path, of the leaves'
-        shapes and zero elsewhere; it is part of the residual too, n-fold. Else empty.
+        shapes and zero elsewhere (but in the first step on another number of workers); it is part of the residual
+        too, n-fold. Else empty.
     """
 
     second: PerWorker | tuple[()]
@@ -97,7 +98,7 @@ def onebit(
       second_residual: keep the second stage's error apart, as the paper does; for "shuffle".
       aggregate: "gather" or "shuffle"; by default the one that sends less, "gather" for two workers.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep residuals; without them training diverges (section 2.1).
+      error_feedback: whether to keep residuals; without them training diverges, as the paper reports.
       seed: without effect.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
@@ -157,15 +158,16 @@ def onebit(
 
     def exchange(tensors: Tensors, state: OneBitState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
         del extra_args
-        if not tensors:
-            return Exchanged({}, {}, state, 0)
         second = state.second.value if isinstance(state.second, PerWorker) else None
         got = aggregation.exchange(tensors, coder_of, aggregate, axis_name, second=second)
         kept = () if got.second is None else PerWorker(got.second, axis_name)
         return Exchanged(got.mean, got.own, OneBitState(kept), got.bits)
 
+    def flushed(state: OneBitState) -> OneBitState:
+        return jax.tree.map(jnp.zeros_like, state)
+
     return compressor(
-        Codec("onebit", init, exchange, is_matrix, shrinks),
+        Codec("onebit", init, exchange, is_matrix, shrinks, flushed=flushed),
         axis_name=axis_name,
         error_feedback=error_feedback,
         min_size=min_size,

@@ -197,8 +197,6 @@ def powersgd(
 
             def mean(factors: Tensors, inner: Any) -> tuple[Tensors, Tensors, Any, Bits]:
                 """The mean over the workers, own, the quantiser's next state, and the bits."""
-                if not factors:
-                    return factors, factors, inner, 0
                 if level is not None:
                     reduced, own, bits = mean_of_active(factors)
                     return reduced, own, inner, bits

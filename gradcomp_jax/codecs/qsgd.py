@@ -11,7 +11,7 @@ paper's experiments (norm="max"), or its 2-norm, as in its theory (norm="l2"); f
     E |Q(v) - v|_2^2 <= omega |v|_2^2     omega = min(d / s^2, sqrt(d) / s)
 
 On the wire: the integers l sgn(v_i) + s in `bits` bits each, and one float32 |v| a bucket; or, as with the 2-norm most
-levels are small, Elias' code of them (sections 3.2 and appendix), in a buffer of fixed size: where it does not fit for
+levels are small, Elias' code of them (section 3.2), in a buffer of fixed size: where it does not fit for
 some worker, all send the packed form in that step. The codes of different
 workers cannot be added, so they are gathered and decoded, as in the paper's Algorithm 1, or exchanged in two stages.
 
@@ -140,10 +140,10 @@ def qsgd(
       norm: the scale of a bucket, "max" or "l2".
       levels: s, at most and by default 2^(bits - 1) - 1.
       code: "packed", or "elias", whose true length `code_bits` tells; by default "elias" for norm="l2" where it is
-        shorter, in its buffer, for normal values.
+        shorter, in its buffer, for normal values (and the tree is not too large for it).
       capacity: of the buffer for Elias' code, in bits an element; by default 1.25 times what normal values take.
       shared_scale: all workers use one scale for a bucket, and sum their integers: 8 bits an element up to
-        127 / s workers, 16 up to 32767 / s. Linear then.
+        127 / s workers, 16 up to 32767 / s, 32 beyond.
       aggregate: "gather", "shuffle" or "ring"; by default the one of the first two that sends less, which is
         "gather" for two workers. With shared_scale "psum" (default) or "ring".
       axis_name: the mesh axis, or axes, of the workers.
@@ -192,10 +192,10 @@ def qsgd(
         )
     if capacity is not None and not capacity > 0:
         raise ValueError(f"capacity={capacity} must be above 0, bits an element")
-    if code is None and norm == "l2" and not shared_scale and aggregate != "ring":
-        room = capacity or HEADROOM * expected_elias(d, levels or 2 ** (bits - 1) - 1)
-        code = "elias" if room + length_width(d, bits) / d < bits else "packed"
     elias_coded = code == "elias"
+    if code is None and norm == "l2" and not shared_scale and aggregate != "ring":
+        taken = capacity or HEADROOM * expected_elias(d, levels or 2 ** (bits - 1) - 1)
+        elias_coded = taken + length_width(d, bits) / d < bits
     if capacity is not None and not elias_coded:
         raise ValueError(f"capacity={capacity} is that of Elias' code, which is not used here: pass code='elias'")
 
@@ -221,6 +221,14 @@ def qsgd(
     def coder_of(bits: int, feedback: bool, like: Tensors, shards: int) -> Coder:
         s = levels_of(bits)
         rows = sum(-(-x.size // d) for x in like.values())
+        each = -(-rows // shards)
+        form, width = elias.shorter_form(d, s), length_width(d, bits)
+        room = math.ceil(each * d * (capacity or HEADROOM * expected_elias(d, s)) / 8) if elias_coded else 0
+        if code == "elias" and room > elias.MOST_BYTES:
+            raise ValueError(
+                f"codec 'qsgd': Elias' code of {rows * d} elements in {shards} parts takes {room} bytes, above the "
+                f"{elias.MOST_BYTES} that it can address: use code='packed', aggregate='shuffle', or compress= less"
+            )
 
         def encode(v: jax.Array, index: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
             del index
@@ -250,12 +258,8 @@ def qsgd(
             # A code that is none must not become a gradient.
             return {"codes": pack((signed + s).astype(jnp.uint8), bits), "scale": jnp.where(intact, scale, jnp.nan)}
 
-        if elias_coded:
-            each = -(-rows // shards)
-            form, width = elias.shorter_form(d, s), length_width(d, bits)
-            room = math.ceil(each * d * (capacity or HEADROOM * expected_elias(d, s)) / 8)
         return Coder(
-            compact=Compact(shorten, lengthen) if elias_coded else None,
+            compact=Compact(shorten, lengthen) if 0 < room <= elias.MOST_BYTES else None,
             cut=lambda tensors: shards_of(cut(tensors), shards),
             join=lambda parts: joined(from_shards(parts, rows), like),
             encode=encode,
@@ -272,10 +276,10 @@ def qsgd(
         largest, scale_bits = collectives.largest(order, axis_name)
         scale = jax.lax.bitcast_convert_type(largest, jnp.float32)
         mine = quantize(v, scale, s, key).astype(sum_type(s, n))
-        sums, sum_bits = collectives.total(mine, axis_name, ring=aggregate == "ring")
+        sums, summing = collectives.total(mine, axis_name, ring=aggregate == "ring")
         unit = scale / s * gain(s, n * d, feedback)
         mean, own = sums.astype(jnp.float32) * (unit / n), mine.astype(jnp.float32) * unit
-        return Aggregated(joined(mean, tensors), joined(own, tensors), scale_bits + sum_bits)
+        return Aggregated(joined(mean, tensors), joined(own, tensors), scale_bits + summing)
 
     def shrinks(path: str, leaf: Any) -> bool:
         del path
@@ -300,8 +304,6 @@ def qsgd(
         ) -> Exchanged:
             del extra_args
             next_state = QSGDState(state.step + 1, state.length)
-            if not tensors:
-                return Exchanged({}, {}, next_state, 0)
             key = worker_key(seed, state.step, axis_name)
             if shared_scale:
                 got = exchange_shared(tensors, key, axis_name, feedback)

@@ -10,11 +10,12 @@ which is a contraction: |C(D) - D|^2 = |D|^2 - |D|_1^2 / n. On the wire: the sig
 float32 a tensor. By "shuffle" a worker's shard of each tensor has a norm of its own.
 
 With `majority` it is Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant",
-ICLR 2019, arXiv 1810.05291, Algorithm 1 without its momentum: the update is the sign of the sum of the workers' signs,
-+1 on a tie. It has no magnitude, so error feedback does not go with it. A worker for whom a tensor is all zeros does
-not vote on it; where nobody votes the update is zero.
+ICLR 2019, arXiv 1810.05291, without momentum: the update is the sign of the sum of the workers' signs. It has no
+magnitude, so error feedback does not go with it. Ours are: ties give +1, but zeros where all elements of a tensor tie;
+and a worker for whom a tensor is all zeros does not vote on it. By "shuffle" both are said of a shard.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -23,8 +24,8 @@ import jax.numpy as jnp
 from gradcomp_jax import aggregation
 from gradcomp_jax.aggregation import Coder, require_aggregate
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor
-from gradcomp_jax.views import elements_in, from_shards, shards_of
+from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, require_indexable
+from gradcomp_jax.views import elements_in, flat_shards, from_flat_shards
 from gradcomp_jax.wire.packing import pack, unpack
 
 
@@ -97,22 +98,15 @@ def signnorm(
                 start += size
             return shard
 
-        def cut(tensors: Tensors) -> Tensors:
-            return {path: shards_of(x.reshape(-1).astype(jnp.float32), shards) for path, x in tensors.items()}
-
-        def join(parts: Tensors) -> Tensors:
-            return {p: from_shards(parts[p], x.size).reshape(x.shape).astype(x.dtype) for p, x in like.items()}
-
+        cut, join = functools.partial(flat_shards, shards=shards), functools.partial(from_flat_shards, like=like)
         return Coder(cut, join, encode, decode, vote=majority)
 
     def shrinks(path: str, leaf: Any) -> bool:
-        del path
+        require_indexable("signnorm", path, leaf)
         return 4 - (-leaf.size // 8) < 4 * leaf.size
 
     def exchange(tensors: Tensors, state: Any, axis_name: AxisName, **extra_args: Any) -> Exchanged:
         del extra_args
-        if not tensors:
-            return Exchanged({}, {}, state, 0)
         got = aggregation.exchange(tensors, coder_of, aggregate, axis_name)
         return Exchanged(got.mean, got.own, state, got.bits)
 

@@ -11,6 +11,7 @@ float32, and k indices of ceil(log2 n) bits. By "shuffle" a worker averages its 
 same fraction of that on. The paper counts 32 bits an index, so its budget c of floats is a fraction k / n = c / 2.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,10 +20,20 @@ import jax.numpy as jnp
 from gradcomp_jax import aggregation
 from gradcomp_jax.aggregation import Coder, require_aggregate
 from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Levels, Predicate, Tensors, compressor
+from gradcomp_jax.compressor import (
+    Codec,
+    Compressor,
+    Exchanged,
+    Levels,
+    Predicate,
+    Tensors,
+    compressor,
+    require_fraction,
+    require_indexable,
+)
 from gradcomp_jax.levels import at_levels
 from gradcomp_jax.select import largest
-from gradcomp_jax.views import from_shards, shards_of
+from gradcomp_jax.views import flat_shards, from_flat_shards, share
 from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
 
 
@@ -64,22 +75,15 @@ def topk(
     >>> tx = optax.chain(topk(fraction=0.01), optax.sgd(0.1))
     """
     del seed
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
+    require_fraction(fraction)
     require_aggregate("topk", aggregate, ("gather", "shuffle"))
 
     def sizes(leaf: Any, fraction: float, shards: int) -> tuple[int, int, int]:
         """n, k, and the bits of an index, in a shard of a leaf."""
         n = max(1, -(-leaf.size // shards))
-        return n, max(1, int(fraction * n)), (n - 1).bit_length()
+        return n, share(n, fraction), (n - 1).bit_length()
 
     def coder_of(fraction: float, like: Tensors, shards: int) -> Coder:
-        def cut(tensors: Tensors) -> Tensors:
-            return {path: shards_of(x.reshape(-1).astype(jnp.float32), shards) for path, x in tensors.items()}
-
-        def join(parts: Tensors) -> Tensors:
-            return {p: from_shards(parts[p], x.size).reshape(x.shape).astype(x.dtype) for p, x in like.items()}
-
         def encode(shard: Tensors, index: jax.Array, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
             del index, key
             message = {}
@@ -98,10 +102,11 @@ def topk(
                 shard[path] = zeros.at[chosen].set(part["values"], mode="drop", unique_indices=True)
             return shard
 
+        cut, join = functools.partial(flat_shards, shards=shards), functools.partial(from_flat_shards, like=like)
         return Coder(cut, join, encode, decode)
 
     def shrinks(path: str, leaf: Any) -> bool:
-        del path
+        require_indexable("topk", path, leaf)
         _, k, width = sizes(leaf, fraction, 1)
         return 4 * k + fields_bytes(k, width) < 4 * leaf.size
 
@@ -118,8 +123,6 @@ def topk(
             **extra_args: Any,
         ) -> Exchanged:
             del extra_args
-            if not tensors:
-                return Exchanged({}, {}, state, 0)
             coder = coders[0] if level is None else at_levels(coders, level)
             got = aggregation.exchange(tensors, coder, aggregate, axis_name)
             return Exchanged(got.mean, got.own, state, got.bits)

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradcomp_jax.metrics import sum_bits
 from gradcomp_jax.select import bit_words, set_bits
 from gradcomp_jax.wire.packing import from_bytes, to_bytes
 
@@ -28,18 +27,8 @@ def encoded_bytes(shape: tuple[int, int], capacity: int) -> int:
     return 4 * (3 * shape[1] + 1) + capacity * _entry_bytes(shape)
 
 
-def length_bits(selected: jax.Array) -> jax.Array:
-    """The length of the format itself, without unused room: bool [n, m] -> bits, a uint32 (high, low) pair.
-
-    For what was selected beyond `capacity`, hand over `keep_first(selected, capacity)`.
-    """
-    count = jnp.sum(_column_counts(_column_words(selected)), dtype=jnp.int32).astype(jnp.uint32)
-    shift = {2: 4, 4: 5}[_entry_bytes(selected.shape)]
-    return sum_bits(jnp.stack([count >> (32 - shift), count << shift]), 32 * (3 * selected.shape[1] + 1))
-
-
 def sent_bits(data: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """`length_bits` of what bytes of `encode` hold, from their header, as a pair."""
+    """The length of the format itself, without unused room, from the header of bytes of `encode`: bits, as a pair."""
     end = 4 * (3 * shape[1] + 1)
     total = from_bytes(data[end - 4 : end], (), jnp.uint32)
     shift = {2: 4, 4: 5}[_entry_bytes(shape)]

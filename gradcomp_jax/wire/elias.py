@@ -4,12 +4,13 @@ Elias, "Universal codeword sets and representations of the integers", IEEE Trans
 k >= 1 starts as "0"; while k > 1, bin(k) is put before it, and k becomes the length of bin(k) minus one. Small
 numbers take few bits: 1 takes 1, 2 and 3 take 3, 4 to 7 take 6, 8 to 15 take 7.
 
-Alistarh et al., "QSGD", NeurIPS 2017, section 3.2 and appendix, code a bucket of d levels in two ways:
+Alistarh et al., "QSGD", NeurIPS 2017, section 3.2, code a bucket of d levels in two ways, as we read it (the
+appendix that defines them was not at hand):
 
 - "sparse", Code_s: of each nonzero, omega(its distance from the one before), a sign bit, omega(|level|). The first
   distance counts from just before the bucket, so it is the position, from 1.
 - "dense", Code'_s: of each level, omega(|level| + 1), then a sign bit. The sign of a zero says nothing and is left
-  out here, unless `sign_for_zeros`, which is the paper's form; there it is 0.
+  out here, unless `sign_for_zeros`, which we take for the paper's form; there it is 0.
 
 A sign bit of 1 is a minus. Codes of many buckets follow each other without a gap in one buffer of bytes, first bit
 highest; beside it travels the length of each, in bits. The lengths tell where each bucket begins, so that all are
@@ -33,6 +34,7 @@ from jax import lax
 
 FORMS = ("sparse", "dense")
 LARGEST = 2**20 - 1  # of which omega takes 31 bits, so that two of them and a sign fit two words
+MOST_BYTES = 2**28 - 1  # of a buffer, whose bits an int32 counts
 BLOCK = 32  # coordinates whose being zero or not fills a word
 
 
@@ -234,8 +236,8 @@ def _require_dimension(d: int) -> None:
 
 
 def _require_capacity(capacity: int) -> None:
-    if not 1 <= capacity < 2**28:
-        raise ValueError(f"a buffer of {capacity} bytes: it must be of 1 to {2**28 - 1}, whose bits an int32 counts")
+    if not 1 <= capacity <= MOST_BYTES:
+        raise ValueError(f"a buffer of {capacity} bytes: it must be of 1 to {MOST_BYTES}, whose bits an int32 counts")
 
 
 def _code(zeros: jax.Array, level: jax.Array, zero_bits: int) -> tuple[list[jax.Array], jax.Array, jax.Array]:
