@@ -182,7 +182,9 @@ class Recorder:
             partial.replace(path)
         with _named(board or path):
             # What TensorBoard was told of later steps, it forgets.
-            self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=self.state["step"] + 1)
+            # Its files are named by the second: the step keeps one that goes on at once from its own.
+            first = self.state["step"] + 1
+            self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=first, filename_suffix=f".{first}")
 
     @property
     def sent(self) -> str:

@@ -36,6 +36,7 @@ def bit_words(mask: jax.Array, axis: int = -1) -> jax.Array:
     return lax.bitcast_convert_type(octets.reshape(*before, *after, -1, 4), jnp.uint32)
 
 
+@jax.jit  # so that what has one shape is traced once
 def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Where the set bits of a row of words are.
 

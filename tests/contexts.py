@@ -148,6 +148,12 @@ def _program(tx, grads, state, context, x64):
     return step.lower(grads, state).compile()
 
 
+def forget() -> None:
+    """Lets go of the compiled steps."""
+    _program.cache_clear()
+    _state_of_one.cache_clear()
+
+
 def is_spec(x: Any) -> bool:
     """Whether `x` is a PartitionSpec."""
     return isinstance(x, P)

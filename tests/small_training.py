@@ -37,8 +37,12 @@ SETTINGS = {
 
 @pytest.fixture(autouse=True)
 def default_flags():
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    # A training that goes on compiles what the one before it did.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     with flagsaver.flagsaver():
         yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 @pytest.fixture(autouse=True)

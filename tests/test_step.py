@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import gradcomp_jax as gc
 from gradcomp_jax.compressor import is_compressor_state
 from tests import problem
-from tests.table import EACH
+from tests.table import BY_ID, EACH
 
 N = problem.WORKERS
 each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
@@ -91,8 +91,11 @@ def poisoned(params, stats, batch):
 POISONS = [jnp.zeros(32).at[: 1 if one else 32].set(value) for value in (np.nan, np.inf) for one in (True, False)]
 
 
-@pytest.mark.parametrize("kind", [0, 1, 2], ids=["checked", "unchecked", "simulated"])
-@each_codec
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [*((row, 0) for row in EACH), *((BY_ID[id], kind) for id in ("powersgd-4", "gradiveq-ef") for kind in (1, 2))],
+    ids=lambda x: getattr(x, "id", ("checked", "unchecked", "simulated")[x] if isinstance(x, int) else None),
+)
 @jax.numpy_dtype_promotion("standard")  # which optax needs
 def test_steps_that_are_not_finite_change_nothing_but_the_counts(row, kind):
     """Among them all of momentum's, accumulation's and Adam's state; the others go on as if they had not been."""
@@ -126,7 +129,7 @@ def test_steps_that_are_not_finite_change_nothing_but_the_counts(row, kind):
 def test_in_a_bare_chain_the_zeros_of_a_skipped_step_reach_what_follows(row):
     """Momentum decays and Adam counts a step; the codec is as it was."""
     tx = optax.chain(row.make(), optax.trace(0.9), optax.scale_by_adam())
-    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((24, 16)), jnp.float32)}
+    params = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((64, 16)), jnp.float32)}
     mesh, specs = gc.make_mesh(2), gc.state_specs(tx, params)
 
     def worker(grads, state):

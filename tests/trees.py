@@ -12,10 +12,17 @@ MIXED = {"dense": {"kernel": (40, 24), "bias": (24,)}, "conv": (3, 3, 8, 16), "g
 # Columns of 64 elements at least, which 1-bit SGD compresses.
 MATRICES = {"a": (64, 24), "b": (64, 16)}
 ONE = {"only": (64, 8)}
+# One leaf that is compressed, and two that travel dense.
+SMALL = {"conv": (3, 3, 8, 16), "bias": (16,), "gain": ()}
 
 
 # To make the network takes longer than to trace a codec on it.
 resnet18 = functools.cache(resnet18_shapes)
+
+
+def resnet18_shapes_once():
+    """Each shape that ResNet-18 has."""
+    return {str(shape): shape for shape in dict.fromkeys(jax.tree.leaves(resnet18(), is_leaf=is_shape))}
 
 
 def is_shape(x):

@@ -4,6 +4,8 @@ Code j of an axis shares its byte with codes j + c, j + 2c, ..., where c is the 
 slices are shifted and joined, and nothing is interleaved. The lowest bits hold the first slice.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -29,6 +31,7 @@ def fields_bytes(k: int, width: int) -> int:
     return sum(-(-k * bits // 8) for _, bits in _parts(width))
 
 
+@functools.partial(jax.jit, static_argnames="width")  # so that leaves of one shape are traced once
 def pack_fields(values: jax.Array, width: int) -> jax.Array:
     """Whole numbers of any width, such as the ceil(log2 n) bits of an index below n, to bytes.
 
@@ -54,6 +57,7 @@ def pack_fields(values: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate(planes, axis=-1)
 
 
+@functools.partial(jax.jit, static_argnames=("k", "width"))
 def unpack_fields(data: jax.Array, k: int, width: int) -> jax.Array:
     """The inverse of `pack_fields`: uint8 [..., fields_bytes(k, width)] to uint32 [..., k], each below 2^width."""
     values = jnp.zeros((*data.shape[:-1], k), jnp.uint32)
