@@ -3,7 +3,7 @@
     python -m experiments.overhead
     python -m experiments.overhead --codec=powersgd --powersgd_rank=4
 
-For ResNet-18's gradient (11,173,962 parameters, 62 tensors) on one simulated worker: encode, decode and error
+For ResNet-18's gradient (11,173,962 parameters, 62 tensors) on one worker: encode, decode and error
 feedback, with collectives that move nothing. The codecs run in turn, round after round, and each is reported
 by its median and as a multiple of an in-place pass over the same memory, which is the least that any step
 over the gradient can cost. GradiVeQ is reported in each of its phases, accordion at each of its levels.
@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
+from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
 from experiments import codecs
 from experiments.models import resnet18_shapes
-from gradcomp_jax import CompressorState, init, state_specs
+from gradcomp_jax import CompressorState, global_state, init, local_state, make_mesh, state_specs
 
 FLAGS = flags.FLAGS
 
@@ -49,13 +50,19 @@ class Case(NamedTuple):
 
 
 def cases(name: str, grads: Any) -> dict[str, Case]:
-    """A codec's update on one simulated worker, once for each of its phases, by what to call it."""
+    """A codec's update on one worker, once for each of its phases, by what to call it."""
     # In no check of accordion's, which is none of its levels.
     course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
     codec, label = codecs.from_flags(name, 0, course), codecs.label(name)
     params = jax.tree.map(lambda x: x[0], grads)
-    axes = jax.tree.map(lambda spec: 0 if "data" in spec else None, state_specs(codec, params))
-    update = jax.vmap(lambda g, s: codec.update(g, s), in_axes=(0, axes), out_axes=(None, axes), axis_name="data")
+    specs = state_specs(codec, params)
+
+    def worker(grads: Any, state: CompressorState) -> tuple[Any, CompressorState]:
+        updates, state = codec.update(jax.tree.map(lambda x: x[0], grads), local_state(state))
+        return updates, global_state(state)
+
+    # Not `simulate`, in whose vmap both branches of a conditional are computed.
+    update = jax.shard_map(worker, mesh=make_mesh(1), in_specs=(P("data"), specs), out_specs=(P(), specs))
     began = time.perf_counter()
     program = jax.jit(update, donate_argnums=1).lower(grads, init(codec, params, 1)).compile()
     seconds = time.perf_counter() - began

@@ -238,7 +238,7 @@ class TestStateIsStable:
     def test_types_are_those_of_64_bits_too(self, row):
         """With jax_enable_x64, whole numbers and zeros that nobody gave a type would have 64 bits."""
         with jax.enable_x64(True):
-            grads = trees.noise(trees.MIXED, 13, (WORKERS,), np.float64)
+            grads = trees.noise(trees.SMALL, 13, (WORKERS,), np.float64)
             state = contexts.first_state(TX[row.id], grads)
             axes = contexts.map_state(lambda _: 0, lambda _: None, state)
             update = jax.vmap(TX[row.id].update, in_axes=(0, axes), out_axes=(0, axes), axis_name="data")
