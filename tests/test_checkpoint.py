@@ -23,7 +23,7 @@ SAVED, STEPS = 3, 8
 OPTIMIZERS = {"adam": lambda: optax.adam(0.01), "momentum": lambda: optax.sgd(0.05, momentum=0.9)}
 # Every codec on four workers; and on other numbers of them one that sums and one that gathers, with residuals.
 RUNS = [(row, 4, "adam") for row in EACH]
-RUNS += [(BY_ID[id], workers, "momentum") for id in ("powersgd-4", "qsgd-4-ef") for workers in (8, 2, 1)]
+RUNS += [(BY_ID[id], workers, "momentum") for id, workers in (("powersgd-4", 8), ("qsgd-4-ef", 2), ("powersgd-4", 1))]
 
 
 def chain(row, optimizer):
