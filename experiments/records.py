@@ -181,8 +181,8 @@ class Recorder:
             partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
             partial.replace(path)
         with _named(board or path):
-            # What TensorBoard was told of later steps, it forgets.
-            # Its files are named by the second: the step keeps one that goes on at once from its own.
+            # TensorBoard forgets what it was told of later steps. Its files are named by the second: with the step,
+            # a run that goes on within it does not write over its own.
             first = self.state["step"] + 1
             self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=first, filename_suffix=f".{first}")
 

@@ -18,7 +18,7 @@ from gradcomp_jax.compressor import flatten
 from tests import contexts, trees
 from tests.contexts import CONTEXTS, every_context, run
 from tests.recorder import Recorder, sent
-from tests.table import EACH, ROWS
+from tests.table import BY_ID, EACH, ROWS
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
@@ -192,10 +192,10 @@ def possible_bytes(collectives, prefix=()):
 class TestBitsAreTrue:
     """Law 5."""
 
-    @pytest.mark.parametrize("workers", [2, 8])
+    @pytest.mark.parametrize("workers", [2, WORKERS, 8])
     @every_row
     def test_declared_bits_are_those_of_the_compiled_collectives(self, row, workers):
-        grads = noise_of(workers)
+        grads = GRADS if workers == WORKERS else noise_of(workers)  # two matrices, or one
         compiled, _ = contexts.program(TX[row.id], grads, "checked")
         possible = {8 * sent for sent in possible_bytes(gc.collective_bytes(compiled))}
         states = run(TX[row.id], grads, "checked").states.wire
@@ -400,7 +400,8 @@ def exchanges(id):
 @functools.cache
 def operands_on_resnet18(id):
     """Shapes of gradients, and of what collectives are given, Recorder's branches with them; with the workers' axis."""
-    grads = trees.zeros(trees.resnet18_shapes_once())
+    # All leaves once for each algorithm: to trace a codec on them takes some seconds.
+    grads = trees.zeros(trees.resnet18() if BY_ID[id] in EACH else trees.resnet18_shapes_once())
     state = jax.eval_shape(TX[id].init, grads)
     # Each worker has gradients of its own: what all share, vmap would not batch, and jax's all_to_all then miscounts.
     axes = contexts.map_state(lambda _: 0, lambda _: None, state)
@@ -431,7 +432,6 @@ class TestOnlyTheWireSpeaks:
 
     @every_phase
     def test_no_more_than_the_papers_formula_on_resnet18(self, row, step):
-        """On each of its shapes once; what the papers say of all its leaves is counted in the files of each."""
         shapes, operands = operands_on_resnet18(row.id)
         vectors = [shape for shape in shapes if len(shape) < 2]
         matrices = [shape for shape in shapes if len(shape) >= 2]

@@ -127,8 +127,9 @@ class TestFlush:
         given = jax.tree.map(lambda x: -6 * x.mean(0), grads)
         chex.assert_trees_all_close(jax.device_get(flushed), given, atol=1e-4)
         assert not any(jnp.any(x != 0) for x in jax.tree.leaves(after[0].residual))
-        # Of the codec's state, what repeats a part of the residual goes with it; the rest stays.
-        chex.assert_trees_all_equal(after[0].codec, row.make().codec.flushed(state[0].codec))
+        # The second residual of 1-bit SGD is a part of the first.
+        codec = jax.tree.map(jnp.zeros_like, state[0].codec) if row.id == "onebit-mean" else state[0].codec
+        chex.assert_trees_all_equal(after[0].codec, codec)
 
         dense = 32 * sum(x.size for x in jax.tree.leaves(params)) * 2 * (workers - 1) // workers
         bits = gc.wire_bits(after)

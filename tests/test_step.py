@@ -93,8 +93,11 @@ POISONS = [jnp.zeros(32).at[: 1 if one else 32].set(value) for value in (np.nan,
 
 @pytest.mark.parametrize(
     ("row", "kind"),
-    [*((row, 0) for row in EACH), *((BY_ID[id], kind) for id in ("powersgd-4", "gradiveq-ef") for kind in (1, 2))],
-    ids=lambda x: getattr(x, "id", ("checked", "unchecked", "simulated")[x] if isinstance(x, int) else None),
+    [
+        *(pytest.param(row, 0, id=f"{row.id}-checked") for row in EACH),
+        *(pytest.param(BY_ID[id], 1, id=f"{id}-unchecked") for id in ("powersgd-4", "gradiveq-ef")),
+        *(pytest.param(BY_ID[id], 2, id=f"{id}-simulated") for id in ("powersgd-4", "gradiveq-ef")),
+    ],
 )
 @jax.numpy_dtype_promotion("standard")  # which optax needs
 def test_steps_that_are_not_finite_change_nothing_but_the_counts(row, kind):

@@ -155,6 +155,8 @@ def test_tensorboard_shows_the_records_of_a_run_that_was_stopped(tmp_path):
     with pytest.raises(training.InterruptedRunError):
         train(regression(stop_at=8))
     run = train()
+    # By the second alone, the names of the two could be one.
+    assert sorted(path.suffix for path in (tmp_path / "board").rglob("events.out.tfevents.*")) == [".1", ".10"]
     shown = scalars(tmp_path / "board")
     for line in (*run.train, *run.test, run.end):
         for key in line.keys() - {"kind", "step", "seconds"}:

@@ -16,14 +16,17 @@ ONE = {"only": (64, 8)}
 SMALL = {"conv": (3, 3, 8, 16), "bias": (16,), "gain": ()}
 
 
-def is_shape(x):
-    return isinstance(x, tuple)
+# To make the network takes longer than to trace a codec on it.
+resnet18 = functools.cache(resnet18_shapes)
 
 
-@functools.cache  # to make the network takes longer than to trace a codec on it
 def resnet18_shapes_once():
     """Each shape that ResNet-18 has."""
-    return {str(shape): shape for shape in dict.fromkeys(jax.tree.leaves(resnet18_shapes(), is_leaf=is_shape))}
+    return {str(shape): shape for shape in dict.fromkeys(jax.tree.leaves(resnet18(), is_leaf=is_shape))}
+
+
+def is_shape(x):
+    return isinstance(x, tuple)
 
 
 def zeros(shapes, dtype=np.float32):
