@@ -12,20 +12,22 @@ from gradcomp_jax.codecs.none import average, none
 from gradcomp_jax.codecs.onebit import OneBitState, onebit
 from gradcomp_jax.codecs.powersgd import PowerSGDState, powersgd
 from gradcomp_jax.codecs.qsgd import QSGDState, qsgd
-from gradcomp_jax.codecs.randomblock import randomblock
-from gradcomp_jax.codecs.randomk import randomk
+from gradcomp_jax.codecs.randomk import SubsetState, randomblock, randomk
 from gradcomp_jax.codecs.signnorm import signnorm
 from gradcomp_jax.codecs.topk import topk
-from gradcomp_jax.collectives import vary
+from gradcomp_jax.coder import CodeLength
 from gradcomp_jax.compressor import Compressor, CompressorState, skipped
 from gradcomp_jax.delayed import DelayedState, delayed
-from gradcomp_jax.metrics import CodeLength, Collective, WireBits, WireCount, code_bits, collective_bytes, wire_bits
+from gradcomp_jax.exchange.bits import WireBits, WireCount, code_bits, wire_bits
+from gradcomp_jax.exchange.collectives import vary
+from gradcomp_jax.feedback import EF21, Feedback
+from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.sharding import PerWorker, global_state, init, local_state, resize_workers, state_specs
 from gradcomp_jax.step import flush, make_mesh, simulate, train_step
-from gradcomp_jax.subset import SubsetState
 
 __all__ = [
+    "EF21",
     "AccordionState",
     "AdaptiveState",
     "CodeLength",
@@ -34,6 +36,7 @@ __all__ = [
     "CompressorState",
     "DelayedState",
     "EFMomentumState",
+    "Feedback",
     "GradiVeQState",
     "OneBitState",
     "PerWorker",

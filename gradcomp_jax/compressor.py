@@ -1,22 +1,11 @@
-"""The contract between codecs and the rest, and the one place that keeps it.
+"""A codec as an optax transformation: plan, owe, exchange, settle. The one place that puts the parts together.
 
-A *codec* turns this worker's tensors into what goes on the wire and back (`Codec`, `Exchanged`).
-`compressor` makes an optax transformation of it: it refuses what must not be summed, chooses the leaves to
-compress, adds and stores the residual, keeps what is not finite out, and counts the bits. No codec does any
-of that, and nothing else does.
+    tree -- plan --> leaves -- feedback.owe --> terms -- rounds --> means -- feedback.settle --> tree and memory
 
-Error feedback, for worker w at step t, with codec C:
-
-    tensors_w = gradient_w + residual_w
-    mean, own_w = exchange(tensors_w)             pmean(own_w) = mean
-    residual_w <- tensors_w - own_w (+ what the gradients' type cannot hold of the mean)
-
-so that over any steps: sum of applied + mean of residuals = sum of mean gradients.
+It refuses what must not be summed, sends what is not compressed along, keeps what is not finite out, and counts the
+bits. No codec does any of that.
 """
 
-import collections
-import numbers
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -24,87 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gradcomp_jax import collectives
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.metrics import Bits, WireCount, add_bits, no_bits, sum_bits
-from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.contract import Codec, Mine, Uncompressed, require_whole
+from gradcomp_jax.exchange import collectives
+from gradcomp_jax.exchange.bits import WireCount, add_bits, no_bits
+from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.exchange.plan import Plan, Settings, flatten, plan, salt
+from gradcomp_jax.exchange.rounds import Exchange, Exchanged, Terms
+from gradcomp_jax.sharding import PerWorker, is_per_worker
 from gradcomp_jax.views import narrow, widen
-
-Tensors = dict[str, jax.Array]
-"""Leaves by path ("conv1/kernel"), in float32 or wider."""
-
-Predicate = Callable[[str, Any], bool]
-"""(path, leaf with shape and dtype) -> bool."""
-
-
-class Exchanged(NamedTuple):
-    """What a codec's exchange returns.
-
-    Attributes:
-      mean: what every worker will apply; bit-identical on all workers.
-      own: what this worker added to the mean, times the number of workers: pmean(own) == mean.
-      state: the codec's next state; the same on all workers, but for leaves in `PerWorker`.
-      bits: wire bits this worker sent; the same number on all workers.
-    """
-
-    mean: Tensors
-    own: Tensors
-    state: Any
-    bits: Bits
-
-
-class Levels(NamedTuple):
-    """What a codec offers a controller that switches between two strengths of it, such as `accordion`.
-
-    Attributes:
-      setting: the name of the setting that makes the strength, such as "rank".
-      value: its value in this codec.
-      more_sends_more: whether a larger value sends more.
-      others: the codec's other settings, by name.
-      build: ((value, ...), error_feedback) -> a codec whose exchange takes `level={path: int32}`, the place of
-        each leaf's value among these, and `restart={path: bool}`, where to forget what was learned at another. The
-        state serves all of them.
-    """
-
-    setting: str
-    value: Any
-    more_sends_more: bool
-    others: dict[str, Any]
-    build: Callable[[tuple, bool], "Codec"]
-
-
-class Codec(NamedTuple):
-    """An algorithm, as two pure functions and two rules about leaves.
-
-    Attributes:
-      name: the factory's name, for messages.
-      init: tensors -> state. Looks at shapes and types only.
-      exchange: (tensors, state, axis_name, **extra_args) -> Exchanged, of one tensor at least. The extra
-        arguments are those of the transformation's update, and two of `compressor`'s: `gradients`, the tensors
-        before the residual was added, and `feedback`, whether what is left out comes back. Pass them on to a
-        codec inside.
-      default: (path, leaf) -> whether the paper compresses such a leaf.
-      shrinks: (path, leaf) -> whether this codec can send such a leaf in fewer bytes than it has.
-      linear: whether the compressed form of a sum is the sum of the compressed forms.
-      levels: how to switch its strength; None where it has only one.
-      flushed: state -> the state once the residual has been sent, for codecs whose state repeats a part of it.
-    """
-
-    name: str
-    init: Callable[[Tensors], Any]
-    exchange: Callable[..., Exchanged]
-    default: Predicate
-    shrinks: Predicate
-    linear: bool = False
-    levels: Levels | None = None
-    flushed: Callable[[Any], Any] = lambda state: state
 
 
 class CompressorState(NamedTuple):
     """The state of every codec's transformation.
 
     Attributes:
-      codec: the codec's own state, such as a warm start; the same on all workers, but for leaves in `PerWorker`.
+      codec: the codec's own state, such as a warm start; the same on all workers, but for leaves in `PerWorker`. Under
+        EF21 an `Estimated`.
       residual: what error feedback still owes, for each compressed leaf by path; empty without it.
       wire: bits sent, see `wire_bits`.
       skipped: int32, steps in which some worker's gradient was not finite. Such a step yields zeros and
@@ -117,14 +41,29 @@ class CompressorState(NamedTuple):
     skipped: jax.Array
 
 
-class Settings(NamedTuple):
-    """The keywords of every factory that `compressor` serves; see there."""
+class Estimated(NamedTuple):
+    """A codec's state under EF21, whose estimates are in the place of the residual.
 
-    axis_name: AxisName
-    error_feedback: bool
-    min_size: int
-    compress: Predicate | None
-    allow_dense: bool
+    Attributes:
+      codec: the codec's own state.
+      mean: the mean of the workers' estimates by path, which is applied; the same on all.
+    """
+
+    codec: Any
+    mean: dict[str, jax.Array]
+
+
+class Delivered(NamedTuple):
+    """What update returns in the place of its state where it was given `beside`.
+
+    Attributes:
+      state: the state.
+      beside: the means over the workers of what rode along, leaves in float32 or wider; of no meaning in a step that
+        was skipped.
+    """
+
+    state: Any
+    beside: Any
 
 
 class Compressor(optax.GradientTransformationExtraArgs):
@@ -138,177 +77,184 @@ class Compressor(optax.GradientTransformationExtraArgs):
     codec: Codec
     settings: Settings
 
-    def __new__(cls, init: Callable, update: Callable, codec: Codec, settings: Settings) -> "Compressor":
+    def __new__(cls, init: Any, update: Any, codec: Codec, settings: Settings) -> "Compressor":
         self = super().__new__(cls, init, update)
         self.codec, self.settings = codec, settings
         return self
 
 
-def require_static(name: str, value: Any) -> None:
-    """Raises ValueError for an argument that jax traces."""
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            f"{name} is a value that jax traces, but a codec's settings are fixed when it is made: under "
-            f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
-        )
-
-
-def require_whole(name: str, value: Any, least: int) -> None:
-    """Raises ValueError for an argument that is not a whole number of at least `least`."""
-    require_static(name, value)
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-
-
-def require_fraction(fraction: Any) -> None:
-    """Raises ValueError for a share of a leaf's elements that is not above 0 and at most 1."""
-    require_static("fraction", fraction)
-    if not 0 < fraction <= 1:
-        raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
-
-
-def require_indexable(codec: str, path: str, leaf: Any) -> None:
-    """Raises ValueError for a leaf whose elements an int32 cannot number."""
-    if leaf.size >= 2**31:
-        raise ValueError(
-            f"leaf {path!r} of shape {leaf.shape} has 2^31 elements or more, which codec {codec!r} cannot number: "
-            "leave it out by compress=, or split it"
-        )
-
-
-def is_matrix(path: str, leaf: Any) -> bool:
-    """Whether a leaf has more than one axis: kernels and embeddings, not biases and scales."""
-    del path
-    return leaf.ndim > 1
-
-
-def compressor(
-    codec: Codec,
-    *,
-    axis_name: AxisName,
-    error_feedback: bool,
-    min_size: int,
-    compress: Predicate | None,
-    allow_dense: bool,
-) -> Compressor:
-    """Turns a codec into an optax transformation; the arguments are those of every public factory.
+def compressor(codec: Codec, settings: Settings) -> Compressor:
+    """Turns a codec into an optax transformation.
 
     Args:
       codec: the codec.
-      axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep a residual, float32, for each compressed leaf.
-      min_size: leaves of fewer elements are sent dense.
-      compress: (path, leaf) -> whether to compress the leaf, such as
-        `lambda path, leaf: "embed" not in path`; None leaves it to the codec. Leaves whose payload would not
-        be smaller than they are, and those below min_size, are sent dense whatever it says. (Of small leaves
-        cut among many workers, the shards' payloads may still add up to more.)
-      allow_dense: accept a tree of which no leaf is compressed.
+      settings: the keywords of every public factory:
+        axis_name: the mesh axis, or axes, of the workers.
+        error_feedback: a `Feedback`, which keeps a residual, float32, for each compressed leaf; `EF21`; or None.
+        min_size: leaves of fewer elements are sent dense.
+        compress: (path, leaf) -> whether to compress the leaf, such as `lambda path, leaf: "embed" not in path`; None
+          leaves it to the codec. Leaves whose payload would not be smaller than they are, and those below min_size, are
+          sent dense whatever it says. (Of small leaves cut among many workers, the shards' payloads may still add up
+          to more.)
+        allow_dense: accept a tree of which no leaf is compressed.
+        aggregate: the way what the codec says travels.
 
     Returns:
-      A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and
-      must run where `axis_name` is bound. Where a gradient is not finite on any worker it returns zeros on
-      all; `train_step` and `simulate` then keep parameters and optimiser state, while in a bare
-      `optax.chain` the zeros reach the next transformation. Means are rounded to the gradient's type and
-      kept within its range; error feedback sends later what that takes away. With the extra argument
-      flush=True, which `gradcomp_jax.flush` gives, the exchange is dense and the codec's state stays.
+      A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and must run where
+      `axis_name` is bound. Where a gradient is not finite on any worker it returns zeros on all; `train_step` and
+      `simulate` then keep parameters and optimiser state, while in a bare `optax.chain` the zeros reach the next
+      transformation. Means are rounded to the gradient's type and kept within its range; error feedback sends later
+      what that takes away. Extra arguments of update:
+        flush: True, as `gradcomp_jax.flush` gives, sends gradients and residuals dense; the codec's state stays.
+        beside: a tree of floating arrays whose means over the workers are wanted too: they travel in the codec's own
+          messages, and update returns `Delivered` in the place of its state.
+        learning_rate: of this step, for codecs that ask.
 
       Gradients that are already reduced are refused by name where types are tracked, which is under
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
     """
-    require_whole("min_size", min_size, 0)
-    settings = Settings(axis_name, error_feedback, min_size, compress, allow_dense)
-    choose = compress or codec.default
-
-    def compressed(path: str, leaf: Any) -> bool:
-        return bool(choose(path, leaf)) and leaf.size >= min_size and codec.shrinks(path, leaf)
-
-    def split(tree: Any) -> tuple[Tensors, dict[str, Any], Any]:
-        leaves, treedef = flatten(tree)
-        tensors: Tensors = {}
-        dense: Tensors = {}
-        for path, leaf in leaves.items():
-            _require_real(codec.name, path, leaf)
-            (tensors if compressed(path, leaf) else dense)[path] = widen(leaf)
-        if dense and not tensors and not allow_dense:
-            path, leaf = max(leaves.items(), key=lambda item: item[1].size)
-            raise ValueError(
-                f"codec {codec.name!r} would compress none of the {len(dense)} leaves: each is below "
-                f"min_size={min_size}, would not shrink, or is left out by "
-                f"{'compress=' if compress else 'the rule for its shape'} (the largest is {path!r} of shape "
-                f"{leaf.shape}); lower min_size, change compress= or the codec's settings, or pass "
-                "allow_dense=True to mean it"
-            )
-        return tensors, dense, treedef
+    require_whole("min_size", settings.min_size, 0)
 
     def init_fn(params: Any) -> CompressorState:
-        tensors, _, _ = split(params)
-        residual = jax.tree.map(jnp.zeros_like, tensors) if error_feedback else {}
-        return CompressorState(codec.init(tensors), PerWorker(residual, axis_name), no_bits(), jnp.int32(0))
+        return _init(codec, settings, params)
 
-    def update_fn(updates: Any, state: CompressorState, params: Any = None, *, flush: bool = False, **extra_args: Any):
-        del params
-        collectives.workers(axis_name)
-        leaves, treedef = flatten(updates)
-        collectives.require_local(list(leaves.items()), axis_name)
-        collectives.require_same_elsewhere(list(leaves.items()), axis_name)
-        tensors, dense, _ = split(updates)
+    def update_fn(
+        updates: Any,
+        state: CompressorState,
+        params: Any = None,
+        *,
+        flush: bool = False,
+        beside: Any = None,
+        learning_rate: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del params, extra_args
+        wire = Wire(settings.axis_name)
+        leaves, _ = flatten(updates)
+        _require_local(wire, leaves)
+        the = plan(codec, settings, updates)
         _require_state_of(codec.name, state, jax.eval_shape(init_fn, updates))
-
-        gradients = tensors
-        if error_feedback:
-            tensors = {path: x + state.residual.value[path] for path, x in tensors.items()}
+        dense = [widen(leaves[path]) for path in the.dense]
+        riders = [*dense, *(widen(x) for x in jax.tree.leaves(beside))]
+        feeds = settings.error_feedback is not None
+        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense))
         if flush:
-            mean, bits = collectives.mean(tensors, axis_name)
-            exchanged = Exchanged(mean, tensors, codec.flushed(state.codec), bits)
-        elif not tensors:
-            exchanged = Exchanged({}, {}, state.codec, 0)
-        else:
-            extra_args = {**extra_args, "gradients": gradients, "feedback": error_feedback}
-            exchanged = codec.exchange(tensors, state.codec, axis_name, **extra_args)
-        dense, dense_bits = collectives.mean(dense, axis_name)
-
-        # Every worker tests the same received values, so all agree without a round of their own.
-        mean = {**exchanged.mean, **dense}
-        finite = jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in mean.values()] or [jnp.array(True)]))
-
-        def if_finite(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-
-        # What a narrower type cannot hold of the mean stays in the residual too.
-        applied = {path: narrow(x, leaves[path].dtype) for path, x in mean.items()}
-        residual = {}
-        if error_feedback:
-            lost = {path: mean[path] - widen(applied[path]) for path in tensors}
-            residual = {path: x - exchanged.own[path] + lost[path] for path, x in tensors.items()}
-        if flush:
-            residual = jax.tree.map(jnp.zeros_like, residual)
-        updates = [jnp.where(finite, applied[path], jnp.zeros_like(applied[path])) for path in leaves]
-        return jax.tree.unflatten(treedef, updates), CompressorState(
-            codec=if_finite(exchanged.state, state.codec),
-            residual=PerWorker(if_finite(residual, state.residual.value), axis_name),
-            wire=add_bits(state.wire, sum_bits(exchanged.bits, dense_bits)),
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-        )
+            exchange = exchange._replace(codec=Uncompressed(), aggregate=None)
+        done, state = _exchange(exchange, codec, settings, the, leaves, state, riders, learning_rate, flush)
+        applied = {path: jnp.where(done.ok, x, 0) for path, x in zip(the.dense, done.rode, strict=False)}
+        applied = {path: narrow(x, leaves[path].dtype) for path, x in (done.mean | applied).items()}
+        updates = jax.tree.unflatten(the.treedef, [applied[path] for path in the.leaves])
+        if beside is None:
+            return updates, state
+        return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), done.rode[len(dense) :]))
 
     return Compressor(init_fn, update_fn, codec, settings)
 
 
-def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
-    """The leaves of a tree by path, in the tree's order, and its structure."""
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
-    below = collections.Counter(path[:depth] for path, _ in leaves for depth in range(len(path)))
+def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
+    the = plan(codec, settings, params)
+    leaves, _ = flatten(params)
+    tensors = {path: jax.ShapeDtypeStruct(leaves[path].shape, widen(leaves[path]).dtype) for path in the.compressed}
+    state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
+    state = _marked(state, settings)
+    zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in tensors.items()}  # noqa: E731
+    feedback = settings.error_feedback
+    if feedback is not None and not feedback.owes:
+        state = Estimated(state, zeros())
+    role = "owed" if feedback is None or feedback.owes else "estimate"
+    memory = PerWorker(zeros() if feedback is not None else {}, settings.axis_name, role)
+    return CompressorState(state, memory, no_bits(), jnp.int32(0))
 
-    def name(path: tuple) -> str:
-        # An nnx.Variable wraps its array as its only attribute, "value"; nnx.Optimizer initialises from
-        # variables and updates from arrays, and both must give the same names.
-        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and below[path[:-1]] == 1:
-            path = path[:-1]
-        return jax.tree_util.keystr(path, simple=True, separator="/")
 
-    by_path = {name(path): leaf for path, leaf in leaves}
-    if len(by_path) < len(leaves):
-        raise ValueError("two leaves of the gradients have the same path: a key holds a '/', rename it")
-    return by_path, treedef
+def _exchange(
+    exchange: Exchange,
+    codec: Codec,
+    settings: Settings,
+    the: Plan,
+    leaves: dict[str, Any],
+    state: CompressorState,
+    riders: list[jax.Array],
+    learning_rate: Any,
+    flush: bool,
+) -> tuple[Exchanged, CompressorState]:
+    """What the codec makes of the compressed leaves, with the means that are to be applied; and the next state."""
+    feedback, memory = settings.error_feedback, state.residual.value
+    estimated = isinstance(state.codec, Estimated)
+    own = _unmarked(state.codec.codec if estimated else state.codec)
+    terms: Terms = {path: (widen(leaves[path]),) for path in the.compressed}
+    if feedback is not None and not flush:
+        terms = {path: feedback.owe(x, memory[path]) for path, (x,) in terms.items()}
+    elif feedback is not None and feedback.owes:
+        terms = {path: (x, memory[path]) for path, (x,) in terms.items()}
+    done = exchange(terms, () if flush else own, riders, learning_rate)
+    after = codec.flushed(own) if flush else done.state
+    after = jax.tree.map(lambda new, old: jnp.where(done.ok, new, old), after, own) if flush else after
+    mean, estimates = done.mean, state.codec.mean if estimated else {}
+    if estimated and not flush:
+        mean = {path: jnp.where(done.ok, x + estimates[path], 0) for path, x in mean.items()}
+        estimates = {path: jnp.where(done.ok, x, estimates[path]) for path, x in mean.items()}
+    residual = {}
+    for path, old in memory.items():
+        lost = _lost(mean[path], leaves[path].dtype)
+        if flush:
+            residual[path] = jnp.where(done.ok, lost, old) if feedback.owes else old
+        else:
+            residual[path] = feedback.settle(terms[path], old, done.own[path], done.ok)
+            residual[path] = residual[path] if isinstance(lost, int) else residual[path] + jnp.where(done.ok, lost, 0)
+    after = _marked(after, settings)
+    return done._replace(mean=mean), CompressorState(
+        codec=Estimated(after, estimates) if estimated else after,
+        residual=PerWorker(residual, state.residual.axis, state.residual.role),
+        wire=add_bits(state.wire, done.bits),
+        skipped=state.skipped + jnp.where(done.ok, 0, 1),
+    )
+
+
+def _lost(mean: jax.Array, dtype: Any) -> Any:
+    """What a narrower type cannot hold of the mean."""
+    return 0 if mean.dtype == dtype else mean - widen(narrow(mean, dtype))
+
+
+def _marked(state: Any, settings: Settings) -> Any:
+    """What differs between the workers, as state across devices has it."""
+    is_mine = lambda x: isinstance(x, Mine)  # noqa: E731
+    mark = lambda x: PerWorker(x.value, settings.axis_name) if is_mine(x) else x  # noqa: E731
+    return jax.tree.map(mark, state, is_leaf=is_mine)
+
+
+def _unmarked(state: Any) -> Any:
+    return jax.tree.map(lambda x: Mine(x.value) if is_per_worker(x) else x, state, is_leaf=is_per_worker)
+
+
+def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_name: Any) -> tuple[Any, str | None]:
+    """The coder through which a linear codec's numbers travel, and the way; None and `aggregate` without a quantizer.
+
+    Raises:
+      ValueError: a quantizer that is not unbiased, is on another axis, keeps residuals of its own, or is given beside
+        aggregate="ring".
+    """
+    if quantizer is None:
+        return None, aggregate
+    coder = quantizer.codec.coder if isinstance(quantizer, Compressor) else None
+    if coder is None or not coder.unbiased:
+        name = quantizer.codec.name if isinstance(quantizer, Compressor) else quantizer
+        raise ValueError(f"quantizer={name!r} of codec {codec!r} must be a qsgd(...), which rounds without bias")
+    if quantizer.settings.axis_name != axis_name:
+        raise ValueError(
+            f"quantizer=qsgd(axis_name={quantizer.settings.axis_name!r}) is on another axis than codec {codec!r}, "
+            f"axis_name={axis_name!r}: give both the same"
+        )
+    if quantizer.settings.error_feedback:
+        raise ValueError(
+            f"quantizer=qsgd(error_feedback=True) of codec {codec!r} would keep residuals of its own: leave it out "
+            f"there; {codec}'s own error feedback holds for both"
+        )
+    if aggregate != "psum":
+        raise ValueError(
+            f"aggregate={aggregate!r} beside a quantizer, with which codec {codec!r} is not linear: say there how "
+            "its codes are aggregated, as in qsgd(aggregate='ring')"
+        )
+    return coder, quantizer.settings.aggregate
 
 
 def skipped(opt_state: Any) -> int:
@@ -342,13 +288,10 @@ def is_compressor_state(x: Any) -> bool:
     return isinstance(x, CompressorState)
 
 
-def _require_real(codec: str, path: str, leaf: Any) -> None:
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(
-            f"codec {codec!r} takes gradients of real floating type, leaf {path!r} is {leaf.dtype}: keep it "
-            "out of the gradients (jax.grad with allow_int=False, optax.masked) or split complex ones into "
-            "real and imaginary parts"
-        )
+def _require_local(wire: Wire, leaves: dict[str, Any]) -> None:
+    collectives.workers(wire.axis)
+    collectives.require_local(list(leaves.items()), wire.axis)
+    collectives.require_same_elsewhere(list(leaves.items()), wire.axis)
 
 
 def _require_state_of(codec: str, state: CompressorState, expected: CompressorState) -> None:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradcomp_jax import collectives
-from gradcomp_jax.compressor import Compressor, CompressorState, flatten
+from gradcomp_jax.compressor import Compressor, CompressorState, Delivered
+from gradcomp_jax.exchange import collectives
+from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.sharding import PerWorker
 from gradcomp_jax.views import narrow
 
@@ -56,7 +57,7 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
     axis_name = tx.settings.axis_name
 
     def init_fn(params: Any) -> DelayedState:
-        return DelayedState(tx.init(params), PerWorker(jax.tree.map(jnp.zeros_like, params), axis_name))
+        return DelayedState(tx.init(params), PerWorker(jax.tree.map(jnp.zeros_like, params), axis_name, "pending"))
 
     def update_fn(updates: Any, state: DelayedState, params: Any = None, **extra_args: Any):
         leaves, _ = flatten(updates)
@@ -67,6 +68,7 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
         # The state keeps its types, those of the parameters, where gradients have others.
         applied = jax.tree.map(lambda a, g: narrow(a, g.dtype), applied, updates)
         pending = jax.tree.map(lambda g, p: narrow(g, p.dtype), updates, state.pending.value)
-        return applied, DelayedState(codec, PerWorker(pending, axis_name))
+        late = lambda codec: DelayedState(codec, PerWorker(pending, axis_name, "pending"))  # noqa: E731
+        return applied, Delivered(late(codec.state), codec.beside) if isinstance(codec, Delivered) else late(codec)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

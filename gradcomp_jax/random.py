@@ -5,14 +5,14 @@ differ (stochastic rounding), and not where they must agree (a random start). Ke
 jax's default, as other generators draw other numbers under vmap.
 """
 
-import functools
+import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-
-from gradcomp_jax.collectives import AxisName, worker_index
 
 # Of `distinct`. With three of them tiny n give some pairs too often; see the tests.
 DOUBLE_ROUNDS = 6
@@ -23,9 +23,28 @@ def step_key(seed: int, step: jax.Array | int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
 
 
-def worker_key(seed: int, step: jax.Array, axis_name: AxisName) -> jax.Array:
-    """The key of a step that is this worker's own."""
-    return jax.random.fold_in(step_key(seed, step), worker_index(axis_name))
+def scattered(shape: tuple[int, ...], dtype: Any, *seeds: Any) -> jax.Array:
+    """Numbers of (-1, 1) without a pattern, the same wherever seeds are, from a hash of each place: [shape].
+
+    Of less quality than a generator's, as MurmurHash3's finaliser makes them, but a few operations that fuse into
+    whatever takes them, where `jax.random` compiles for a tenth of a second.
+
+    Args:
+      shape: of fewer than 2^32 elements.
+      dtype: a floating type.
+      *seeds: whole numbers, of Python's or int32.
+    """
+
+    def mix(x: jax.Array) -> jax.Array:
+        x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)
+        return x ^ x >> 16
+
+    state = jnp.uint32(0x9E3779B9)
+    for seed in seeds:
+        state = mix(state ^ lax.convert_element_type(seed, jnp.uint32)) + jnp.uint32(0x9E3779B9)
+    bits = mix(lax.iota(jnp.uint32, math.prod(shape)) ^ state).reshape(shape)
+    return ((bits >> 8).astype(dtype) + jnp.asarray(0.5, dtype)) * jnp.asarray(2.0**-23, dtype) - 1
 
 
 def uniform16(key: jax.Array, rows: int, columns: int) -> jax.Array:
@@ -64,39 +83,44 @@ def threefry2x32(key: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Arra
     return x0, x1
 
 
-@functools.partial(jax.jit, static_argnames=("n", "k"))  # so that leaves of one shape are traced once
-def distinct(key: jax.Array, n: int, k: int) -> jax.Array:
-    """Whole numbers below n, k different ones, drawn without shuffling n of them.
+def distinct(words: jax.Array, sizes: Sequence[int], counts: Sequence[int]) -> list[jax.Array]:
+    """Whole numbers below n, k different ones, for each of some n and k, without shuffling n of them.
 
-    The places 0 to k - 1 under a permutation of [0, n) that the key determines: a Feistel network on pairs
+    The places 0 to k - 1 under a permutation of [0, n) that a key determines: a Feistel network on pairs
     (x div b, x mod b), each half moved in turn by a random function of the other, after Black and Rogaway,
     "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. As a b exceeds n by less than sqrt(n) + 1, what falls
-    outside is rare, and goes through again until it falls inside.
+    outside is rare, and goes through again until it falls inside. All are computed side by side, by one loop.
 
     Args:
-      key: a key; the same numbers for the same key in every context.
-      n: 1 to 2^31 - 1.
-      k: 0 to n.
+      words: data of a key for each, uint32 [., 2]; the same numbers for the same key in every context.
+      sizes: each n, 1 to 2^31 - 1.
+      counts: each k, 0 to n.
 
     Returns:
-      int32 [k], in random order.
+      int32 [k] for each, in random order.
 
     Raises:
-      ValueError: `n` or `k` out of range.
+      ValueError: a size or count out of range.
     """
-    if not 1 <= n < 2**31:
-        raise ValueError(f"n={n} must be from 1 to 2^31 - 1")
-    if not 0 <= k <= n:
-        raise ValueError(f"k={k} must be from 0 to n={n}")
-    a = math.isqrt(n - 1) + 1
-    b = -(-n // a)
-    words = jax.random.key_data(key)
+    for n, k in zip(sizes, counts, strict=True):
+        if not 1 <= n < 2**31:
+            raise ValueError(f"n={n} must be from 1 to 2^31 - 1")
+        if not 0 <= k <= n:
+            raise ValueError(f"k={k} must be from 0 to n={n}")
+    roots = [math.isqrt(n - 1) + 1 for n in sizes]
+
+    def spread(values: Sequence[Any]) -> jax.Array:
+        """Each value as often as its count."""
+        return jnp.concatenate([jnp.broadcast_to(jnp.uint32(v), (k,)) for v, k in zip(values, counts, strict=True)])
+
+    n, a, b = spread(sizes), spread(roots), spread([-(-n // a) for n, a in zip(sizes, roots, strict=True)])
+    key = jnp.stack([spread(list(words[:, 0])), spread(list(words[:, 1]))])
 
     def double_round(i: jax.Array, halves: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         left, right = halves
         count = lax.convert_element_type(2 * i, jnp.uint32)
-        left = (left + threefry2x32(words, right, count)[0] % a) % a
-        right = (right + threefry2x32(words, left, count + 1)[0] % b) % b
+        left = (left + threefry2x32(key, right, count)[0] % a) % a
+        right = (right + threefry2x32(key, left, count + 1)[0] % b) % b
         return left, right
 
     def go_on(turn: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -108,6 +132,8 @@ def distinct(key: jax.Array, n: int, k: int) -> jax.Array:
         left, right = lax.fori_loop(0, DOUBLE_ROUNDS, double_round, (x // b, x % b))
         return i + 1, jnp.where((i == 0) | (x >= n), left * b + right, x)
 
-    # words[0] & 0 is zero, of a type that varies over the mesh where the key does.
-    start = lax.iota(jnp.uint32, k) + (words[0] & 0)
-    return lax.while_loop(go_on, permute, (jnp.int32(0), start))[1].astype(jnp.int32)
+    places = jnp.concatenate([lax.iota(jnp.uint32, k) for k in counts])
+    # key & 0 is zero, of a type that varies over the mesh where the keys do.
+    drawn = lax.while_loop(go_on, permute, (jnp.int32(0), places + (key[0] & 0)))[1].astype(jnp.int32)
+    ends = list(itertools.accumulate(counts))
+    return [drawn[end - k : end] for k, end in zip(counts, ends, strict=True)]

@@ -22,10 +22,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gradcomp_jax.collectives import AxisName, axis_names
+from gradcomp_jax.contract import AxisName
+from gradcomp_jax.exchange.collectives import axis_names
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["axis"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["axis", "role"])
 @dataclasses.dataclass(frozen=True)
 class PerWorker:
     """State that differs between the workers.
@@ -33,10 +34,13 @@ class PerWorker:
     Attributes:
       value: arrays; local form [...], global form [workers, ...].
       axis: the mesh axis, or axes, along which it differs.
+      role: what it is: "owed" to later steps, which `flush` sends; "pending", a gradient that waits for the next step;
+        an "estimate", as EF21's; or a part of a codec's own "state".
     """
 
     value: Any
     axis: AxisName
+    role: str = "state"
 
 
 def is_per_worker(x: Any) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,10 @@ import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from gradcomp_jax import collectives
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import compressor_states, is_compressor_state, skipped, skipped_steps
-from gradcomp_jax.delayed import DelayedState
+from gradcomp_jax.compressor import Delivered, compressor_states, is_compressor_state, skipped, skipped_steps
+from gradcomp_jax.contract import AlreadyReducedError, AxisName
+from gradcomp_jax.exchange import collectives, ways
+from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.sharding import (
     PerWorker,
     automatic,
@@ -109,11 +109,12 @@ def train_step(
     """
     mesh = automatic(mesh)
     axes = tuple(mesh.axis_names)
-    worker = _worker_step(loss_fn, tx, axes, has_aux, has_state)
+    worker = _worker_step(loss_fn, tx, mesh.shape, has_aux, has_state)
 
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
-        _require_agreement(tx, mesh.shape, params)
+        if not check_vma:
+            _require_agreement(tx, tuple(mesh.shape.items()), _Shapes.of(params))
         specs = state_specs(tx, params)
 
         def on_worker(params, opt_state, *rest):
@@ -157,11 +158,11 @@ def simulate(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    worker = _worker_step(loss_fn, tx, (axis_name,), has_aux, has_state)
+    worker = _worker_step(loss_fn, tx, {axis_name: workers}, has_aux, has_state)
 
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], workers, f"{workers} workers")
-        _require_agreement(tx, {axis_name: workers}, params)
+        _require_agreement(tx, ((axis_name, workers),), _Shapes.of(params))
         batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), rest[-1])
         state_axes = jax.tree.map(lambda spec: 0 if axis_name in spec else None, state_specs(tx, params))
         in_axes = (None, state_axes, *(None,) * has_state, 0)
@@ -232,9 +233,8 @@ def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: M
 
 def _owed(opt_state: Any) -> list[PerWorker]:
     """Residuals, and gradients that are pending."""
-    states = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, DelayedState))
-    pending = [state.pending for state in states if isinstance(state, DelayedState)]
-    return [state.residual for state in compressor_states(opt_state)] + pending
+    marked = [x for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker) if is_per_worker(x)]
+    return [x for x in marked if x.role in ("owed", "pending")]
 
 
 def _any_nonzero(tree: Any) -> bool:
@@ -263,38 +263,68 @@ _AROUND = (
 )
 
 
-def _require_agreement(tx: optax.GradientTransformation, sizes: Mapping[str, int], params: Any) -> None:
+class _Shapes(NamedTuple):
+    """A tree's structure, shapes and types, to remember it by."""
+
+    treedef: Any
+    leaves: tuple
+
+    @classmethod
+    def of(cls, tree: Any) -> "_Shapes":
+        leaves, treedef = jax.tree.flatten(tree)
+        return cls(treedef, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
+
+    def tree(self) -> Any:
+        return jax.tree.unflatten(self.treedef, [jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
+
+
+@functools.lru_cache(maxsize=64)
+def _require_agreement(tx: optax.GradientTransformation, sizes: tuple[tuple[str, int], ...], params: _Shapes) -> None:
     """Refuses a tx that would let the workers part, in the same words whatever the step then runs in.
 
-    Under shard_map types tell what may differ between workers. So tx is traced there alone, over a mesh of
-    no devices: vmap and unchecked steps have no such types.
+    Under shard_map types tell what may differ between workers; vmap and unchecked steps have no such types. There tx is
+    traced alone, over a mesh of no devices.
     """
+    _trace_alone(tx, dict(sizes), params.tree(), check_vma=True)
+
+
+def _trace_alone(tx: optax.GradientTransformation, sizes: Mapping[str, int], params: Any, check_vma: bool) -> None:
     axes = tuple(sizes)
     mesh = AbstractMesh(tuple(sizes.values()), axes, axis_types=(AxisType.Auto,) * len(axes))
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-    refusals: list[str] = []
 
-    def update(params):
+    def update(params: Any) -> None:
         state = jax.tree.map(_vary_per_worker, tx.init(params), is_leaf=is_per_worker)
-        updates, state = optax.with_extra_args_support(tx).update(collectives.vary(params, axes), state, params)
-        refusals.extend(_differing(updates, axes, _UPDATES_DIFFER) + _differing(state, axes, _STATE_DIFFERS))
+        grads = collectives.vary(params, axes)
+        if check_vma:
+            _update(tx, sizes, grads, state, params)
+        else:
+            optax.with_extra_args_support(tx).update(grads, state, params)
 
-    def trace(check_vma):
-        with jax.sharding.use_abstract_mesh(mesh):
-            jax.eval_shape(jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma), shapes)
+    with jax.sharding.use_abstract_mesh(mesh):
+        jax.eval_shape(jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma), params)
 
-    failure = None
+
+def _update(
+    tx: optax.GradientTransformation, sizes: Mapping[str, int], grads: Any, state: Any, params: Any, **extra_args: Any
+) -> tuple[Any, Any]:
+    """`tx.update`, where types tell what differs between workers, with our words for what they refuse.
+
+    Where types are not tracked it is `tx.update` alone.
+    """
+    axes = tuple(sizes)
     try:
-        trace(check_vma=True)
-    except (TypeError, ValueError) as error:
-        failure = error
-    if failure:
-        trace(check_vma=False)  # what fails without types too has other reasons, and gives them
-        if isinstance(failure, TypeError) or "already reduced" in str(failure):
-            raise ValueError(_AROUND.format(axes=axes)) from failure
-        raise failure
-    if refusals:
+        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
+    except (TypeError, AlreadyReducedError) as error:
+        if not collectives.tracked(axes):
+            raise
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        _trace_alone(
+            tx, sizes, shapes, check_vma=False
+        )  # what fails without types too has other reasons, and gives them
+        raise ValueError(_AROUND.format(axes=axes)) from error
+    if refusals := _differing(updates, axes, _UPDATES_DIFFER) + _differing(state, axes, _STATE_DIFFERS):
         raise ValueError(refusals[0])
+    return updates, state
 
 
 def _vary_per_worker(x: Any) -> Any:
@@ -311,8 +341,9 @@ def _differing(tree: Any, axes: AxisName, refusal: str) -> list[str]:
     ]
 
 
-def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) -> Step:
+def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool, has_state: bool) -> Step:
     """What one worker does in a step, on local state."""
+    axes = tuple(sizes)
 
     def loss_and_rest(params, rest):
         out = loss_fn(params, *rest)
@@ -331,51 +362,90 @@ def _worker_step(loss_fn, tx, axes: AxisName, has_aux: bool, has_state: bool) ->
                 f"loss_fn's loss is already reduced over the workers along {axes}, which would divide its "
                 "gradients: return the worker's own mean, the step averages the loss it returns"
             )
-        updates, new_opt_state = optax.with_extra_args_support(tx).update(grads, opt_state, params)
+        floats, others = _model_state_parts(model_state)
+        beside = [loss, aux, floats]
+        updates, new_opt_state, means = _update_beside(tx, sizes, grads, opt_state, params, beside)
         kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
-
-        def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
-
-        def keep_state(new, old):
-            if isinstance(new, DelayedState):
-                # What is pending is of this step, whatever became of the one before.
-                return new._replace(codec=keep_state(new.codec, old.codec))
-            if not is_compressor_state(new):
-                return keep(new, old)
-            # Another codec of the chain may have seen nothing wrong.
-            return new._replace(codec=keep(new.codec, old.codec), residual=keep(new.residual, old.residual))
-
-        new_params = keep(optax.apply_updates(params, updates), params)
-        new_opt_state = jax.tree.map(
-            keep_state,
-            new_opt_state,
-            opt_state,
-            is_leaf=lambda x: is_compressor_state(x) or isinstance(x, DelayedState),
-        )
-        model_states = [keep(_mean_state(model_state, axes), rest[0])] if has_state else []
-        means = [_mean(x, axes) for x in ([loss, aux] if has_aux else [loss])]
-        return new_params, new_opt_state, *model_states, *means
+        new_params = _kept(kept, optax.apply_updates(params, updates), params)
+        loss, aux, floats = means
+        states = []
+        if has_state:
+            states = [_kept(kept, _model_state(model_state, floats, others, Wire(axes)), rest[0])]
+        return new_params, _keep_state(kept, new_opt_state, opt_state), *states, loss, *([aux] if has_aux else [])
 
     return step
 
 
-def _mean(tree: Any, axes: AxisName) -> Any:
-    return collectives.mean(jax.tree.map(widen, tree), axes)[0]
+def _update_beside(
+    tx: Any, sizes: Mapping[str, int], grads: Any, opt_state: Any, params: Any, beside: Any
+) -> tuple[Any, Any, Any]:
+    """Updates, the next state, and the means of what is beside, which rides in the messages of tx's codec."""
+    axes = tuple(sizes)
+    states = compressor_states(opt_state)
+    # Of several codecs each would send it; one on a part of the axes would not reach all workers.
+    rides = len(states) == 1 and collectives.axis_names(states[0].residual.axis) == axes
+    extra = {"beside": beside} if rides else {}
+    updates, state = _update(tx, sizes, grads, opt_state, params, **extra)
+    arrived = [x for x in jax.tree.leaves(state, is_leaf=_is_delivered) if _is_delivered(x)]
+    if arrived:
+        state = jax.tree.map(lambda x: x.state if _is_delivered(x) else x, state, is_leaf=_is_delivered)
+        return updates, state, arrived[0].beside
+    leaves, treedef = jax.tree.flatten(beside)
+    sent = ways.exact([], [widen(x) for x in leaves], Wire(axes), [], ring=False, before=None)
+    return updates, state, jax.tree.unflatten(treedef, sent.rode)
 
 
-def _mean_state(state: Any, axes: AxisName) -> Any:
-    def leaf(path, x):
+def _is_delivered(x: Any) -> bool:
+    return isinstance(x, Delivered)
+
+
+def _kept(kept: jax.Array, new: Any, old: Any) -> Any:
+    """`new`, or `old` in a step that was skipped."""
+    return jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
+
+
+def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:
+    """The optimiser's state as `_kept`, but counts go on, and what is pending is of this step anyway."""
+    pending = lambda x: is_per_worker(x) and x.role == "pending"  # noqa: E731
+
+    def part(new: Any, old: Any) -> Any:
+        if pending(new):
+            return new
+        if is_compressor_state(new):
+            # Another codec of the chain may have seen nothing wrong.
+            return new._replace(
+                codec=_kept(kept, new.codec, old.codec), residual=_kept(kept, new.residual, old.residual)
+            )
+        return _kept(kept, new, old)
+
+    return jax.tree.map(part, new, old, is_leaf=lambda x: is_compressor_state(x) or pending(x))
+
+
+def _model_state_parts(model_state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Its floating leaves, which are averaged, and its others, of which the largest is kept.
+
+    Raises:
+      TypeError: a leaf is a random key.
+    """
+    floats: list[jax.Array] = []
+    others: list[jax.Array] = []
+    for path, x in jax.tree_util.tree_leaves_with_path(model_state):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             raise TypeError(
                 f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, of which there is no "
                 "mean: pass the workers' keys in the batch"
             )
-        if jnp.issubdtype(x.dtype, jnp.inexact):
-            return _mean(x, axes).astype(x.dtype)
-        return collectives.largest(x, axes)[0]
+        (floats if jnp.issubdtype(x.dtype, jnp.inexact) else others).append(x)
+    return floats, others
 
-    return jax.tree_util.tree_map_with_path(leaf, state)
+
+def _model_state(like: Any, floats: list[jax.Array], others: list[jax.Array], wire: Wire) -> Any:
+    """The model state, from the means of its floating leaves and this worker's others."""
+    leaves, treedef = jax.tree.flatten(like)
+    means, largest = iter(floats), iter(wire.largest(others)[0])
+    floating = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
+    merged = [next(means).astype(x.dtype) if f else next(largest) for x, f in zip(leaves, floating, strict=True)]
+    return jax.tree.unflatten(treedef, merged)
 
 
 def _require_divisible(batch: Any, workers: int, whom: str) -> None:

@@ -32,20 +32,6 @@ def share(n: int, fraction: float) -> int:
     return max(1, math.floor(fraction * n + 1e-9))
 
 
-def matrix_shape(shape: tuple[int, ...], stacked: bool = False) -> tuple[int, int, int]:
-    """(layers, rows, columns) of a tensor as a stack of matrices.
-
-    Flax keeps the output channel last (Dense: in, out; Conv: H, W, in, out), so the last axis makes the
-    columns and all others the rows: the transpose of the papers' view, of the same rank.
-
-    Args:
-      shape: the tensor's shape, of two axes or more.
-      stacked: the first axis counts layers (a scan over layers) and belongs to no matrix.
-    """
-    layers, inner = (shape[0], shape[1:]) if stacked else (1, shape)
-    return layers, math.prod(inner[:-1]), inner[-1]
-
-
 def columns(x: jax.Array, axis: int) -> jax.Array:
     """`x` as a matrix whose columns are counted by `axis`, [x.size / columns, columns]; of a vector, one column."""
     return x.reshape(-1, 1) if x.ndim < 2 else jnp.moveaxis(x, axis, -1).reshape(-1, x.shape[axis])
@@ -80,55 +66,16 @@ def max_norm(v: jax.Array) -> jax.Array:
 def l2_norm(v: jax.Array) -> jax.Array:
     """The 2-norm of each row, [rows, d] -> [rows, 1]; not finite if any element is not."""
     largest = max_norm(v)
-    unit = v / jnp.where(largest > 0, largest, 1)  # whose squares neither overflow nor vanish
+    # Whose squares neither overflow nor vanish. A compiler divides by the reciprocal, which is none above 2^126.
+    down = jnp.where(largest > 2.0**100, jnp.float32(2.0**-64), 1)
+    unit = v * down / jnp.where(largest > 0, largest * down, 1)
     return largest * jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
 
 
-def shards_of(flat: jax.Array, shards: int) -> jax.Array:
-    """[size, ...] -> [shards, ceil(size / shards), ...], filled up with zeros."""
-    size = -(-len(flat) // shards) if len(flat) else 1
-    padding = [(0, shards * size - len(flat))] + [(0, 0)] * (flat.ndim - 1)
-    return jnp.pad(flat, padding).reshape(shards, size, *flat.shape[1:])
-
-
-def from_shards(shards: jax.Array, size: int) -> jax.Array:
-    """The inverse of `shards_of`."""
-    return shards.reshape(-1, *shards.shape[2:])[:size]
-
-
-def elements_in(index: jax.Array, shards: int, shape: tuple[int, ...]) -> jax.Array:
-    """How many elements of a tensor of this shape a shard of `shards_of(flat, shards)` holds, int32."""
-    size = math.prod(shape)
-    each = -(-size // shards)
-    return jnp.clip(size - index * each, 0, each)
-
-
-def flat_shards(tensors: dict[str, jax.Array], shards: int) -> dict[str, jax.Array]:
-    """Each tensor flat and cut into shards, float32 [shards, elements of one]; see `shards_of`."""
-    return {path: shards_of(x.reshape(-1).astype(jnp.float32), shards) for path, x in tensors.items()}
-
-
-def from_flat_shards(parts: dict[str, jax.Array], like: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The inverse of `flat_shards`, in the shapes and types of `like`."""
-    return {path: from_shards(parts[path], x.size).reshape(x.shape).astype(x.dtype) for path, x in like.items()}
-
-
-def stripes(tensors: dict[str, jax.Array], axis: int, shards: int) -> dict[str, jax.Array]:
-    """Each tensor as a matrix, its columns in so many stripes: float32 [shards, rows, columns of one].
-
-    Args:
-      tensors: by path.
-      axis: what counts the columns, see `columns`.
-      shards: how many; the last ones are filled up with columns of zeros.
-    """
-    matrices = {path: columns(x.astype(jnp.float32), axis) for path, x in tensors.items()}
-    return {path: shards_of(x.T, shards).swapaxes(1, 2) for path, x in matrices.items()}
-
-
-def unstriped(parts: dict[str, jax.Array], like: dict[str, jax.Array], axis: int) -> dict[str, jax.Array]:
-    """The inverse of `stripes`, in the shapes and types of `like`."""
-    whole = {path: jnp.concatenate(list(x), axis=1) for path, x in parts.items()}
-    return {path: from_columns(whole[path], x.shape, axis).astype(x.dtype) for path, x in like.items()}
+def filled(x: jax.Array, length: int) -> jax.Array:
+    """`x` [..., n] with zeros up to `length` along its last axis."""
+    missing = length - x.shape[-1]
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
 
 
 def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array]) -> jax.Array:

@@ -21,8 +21,9 @@ the first worker's decide (`norm_source="first_worker"`), a window is one epoch 
 anew on each switch (`reset_on_switch=True`). Their top-k reducer sums where the paper averages, and keeps no residual.
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,20 +31,20 @@ import numpy as np
 import optax
 from jax import lax
 
-from gradcomp_jax import collectives
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import (
+from gradcomp_jax.compressor import Compressor, compressor, compressor_states
+from gradcomp_jax.contract import (
     Codec,
-    Compressor,
-    Exchanged,
-    Levels,
-    Tensors,
-    compressor,
-    compressor_states,
+    Context,
+    First,
+    Mine,
+    Say,
+    Strength,
+    Talk,
+    alongside,
+    bare,
     require_static,
     require_whole,
 )
-from gradcomp_jax.metrics import Bits, bit_pair, sum_bits
 from gradcomp_jax.sharding import PerWorker
 from gradcomp_jax.views import l2_norm
 
@@ -69,7 +70,7 @@ class AccordionState(NamedTuple):
 
     codec: Any
     level: dict[str, jax.Array]
-    gradients: PerWorker
+    gradients: Any
     previous: dict[str, jax.Array]
     norm: dict[str, jax.Array]
     restart: dict[str, jax.Array]
@@ -83,6 +84,153 @@ def next_level(previous: jax.Array, norm: jax.Array, threshold: float) -> jax.Ar
     """The rule: `LOW` where |D'| is zero or |D| differs from it by `threshold` of it or more, else `HIGH`; int32."""
     change = jnp.abs(previous - norm) / jnp.where(previous > 0, previous, 1)
     return jnp.where((previous > 0) & (change < threshold), HIGH, LOW).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Accordion(Codec):
+    """The controller, around a codec of two strengths, the weaker compression first; see `accordion`."""
+
+    inner: Any
+    interval: int
+    window: int
+    threshold: float
+    per_layer: bool
+    schedule: optax.Schedule | None
+    norm_source: str
+    reset_on_switch: bool
+
+    name: ClassVar[str] = "accordion"
+
+    @property
+    def coder(self) -> Any:
+        return self.inner.coder
+
+    @property
+    def phases(self) -> int:
+        return self.inner.phases
+
+    def default(self, path: str, leaf: Any) -> bool:
+        return self.inner.default(path, leaf)
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        return self.inner.shrinks(path, leaf)  # which judges by the stronger one
+
+    def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
+        return {"codec": self.inner.init(path, leaf, salt), "gradients": jnp.zeros(leaf.shape, jnp.float32)}
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> AccordionState:
+        def each(value: Any) -> dict[str, jax.Array]:
+            return {path: jnp.asarray(value) for path in leaves}
+
+        return AccordionState(
+            codec=self.inner.start({path: x["codec"] for path, x in leaves.items()}),
+            level=each(jnp.int32(LOW)),
+            gradients=Mine({path: x["gradients"] for path, x in leaves.items()}),
+            previous=each(jnp.float32(0)),
+            norm=each(jnp.float32(0)),
+            restart=each(False) if self.reset_on_switch else {},
+            step=jnp.int32(0),
+            checked=jnp.int32(0),
+            dropped=jnp.int32(-1),
+            learning_rate=jnp.float32(0),
+        )
+
+    def leaf(self, state: AccordionState, path: str) -> Any:
+        restart = state.restart[path] if self.reset_on_switch else False
+        mine = {"level": state.level[path], "gradients": bare(state.gradients)[path], "restart": restart}
+        return state._replace(codec=self.inner.leaf(state.codec, path), **mine)
+
+    def merge(self, state: AccordionState, news: dict[str, dict[str, Any]]) -> AccordionState:
+        codec = self.inner.merge(state.codec, {path: x.get("codec", {}) for path, x in news.items()})
+        norm = {path: x["norm"] for path, x in news.items() if "norm" in x}
+        sums = {path: x["gradients"] for path, x in news.items() if "gradients" in x}
+        gradients = Mine({**bare(state.gradients), **sums})
+        return state._replace(codec=codec, norm={**state.norm, **norm}, gradients=gradients)
+
+    def coder_state(self, state: AccordionState) -> Any:
+        return self.inner.coder_state(state.codec)
+
+    def with_coder_state(self, state: AccordionState, coder_state: Any) -> AccordionState:
+        return state._replace(codec=self.inner.with_coder_state(state.codec, coder_state))
+
+    def phase(self, state: AccordionState) -> jax.Array:
+        return self.inner.phase(state.codec)
+
+    def rate(self, state: AccordionState, learning_rate: Any) -> jax.Array:
+        """The learning rate of this step, float32; 0 if it is not known."""
+        if learning_rate is None:
+            learning_rate = 0.0 if self.schedule is None else self.schedule(state.step)
+        return jnp.asarray(learning_rate, jnp.float32)
+
+    def strengths(self, state: AccordionState, learning_rate: Any) -> dict[str, jax.Array]:
+        fell = self.rate(state, learning_rate) < state.learning_rate
+        return {path: jnp.where(fell, LOW, level) for path, level in state.level.items()}
+
+    def window_sum(self, leaf: Any, gradient: jax.Array) -> jax.Array:
+        """The sum of gradients over the window so far, this one included."""
+        place = leaf.step % self.interval
+        more = jnp.where(place == 0, 0, leaf.gradients) + gradient.astype(jnp.float32)
+        return jnp.where(place < self.window, more, leaf.gradients)
+
+    def checks(self, state: AccordionState) -> jax.Array:
+        """Whether this step checks."""
+        return state.step % self.interval == self.window - 1
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
+        inner = leaf.codec
+        if self.reset_on_switch:
+            assert ctx.strength is not None
+            inner = self.inner.forget(inner, leaf.restart | (ctx.strength != leaf.level))
+        sums = self.window_sum(leaf, d[0])
+        # The norm rides in every step, of meaning in those that check: a float a leaf is less than a conditional.
+        norm = lax.cond(self.checks(leaf), lambda: l2_norm(sums.reshape(1, -1))[0, 0], lambda: 0 * sums.reshape(-1)[0])
+        ask = First(norm) if self.norm_source == "first_worker" else Say(norm, exact=True)
+        result, heard = yield from alongside(self.inner.talk(phase, d, inner, ctx), ask)
+        agreed = heard if self.norm_source == "first_worker" else heard.mean
+        return result._replace(news={"codec": result.news, "norm": agreed})
+
+    def absorb(
+        self, leaf: Any, d: tuple[jax.Array, ...], mean: jax.Array, ok: jax.Array, ctx: Context
+    ) -> dict[str, Any]:
+        sums = jnp.where(ok, self.window_sum(leaf, d[0]), leaf.gradients)
+        return {"codec": self.inner.absorb(leaf.codec, d, mean, ok, ctx), "gradients": sums}
+
+    def due(self, state: AccordionState) -> jax.Array | None:
+        return self.inner.due(state.codec)
+
+    def refresh(self, before: Any, after: Any, mean: jax.Array) -> Any:
+        news = yield from self.inner.refresh(before.codec, after.codec, mean)
+        return {"codec": news}
+
+    def kept(self, leaf: Any) -> dict[str, Any]:
+        return {"codec": self.inner.kept(leaf.codec)}
+
+    def tick(self, state: AccordionState, after: AccordionState, ctx: Context) -> AccordionState:
+        rate, level = self.rate(state, ctx.learning_rate), self.strengths(state, ctx.learning_rate)
+        fell, check = rate < state.learning_rate, self.checks(state)
+        norm = after.norm  # of this step, agreed on
+        if not self.per_layer:
+            joint = l2_norm(jnp.stack(list(norm.values()))[None])[0, 0]
+            norm = dict.fromkeys(norm, joint)
+        decided = {}
+        for path, now in norm.items():
+            by_norm = jnp.where(fell, LOW, next_level(state.norm[path], now, self.threshold))
+            decided[path] = jnp.where(check, by_norm, level[path])
+        choose = lambda new, old: {path: jnp.where(check, new[path], old[path]) for path in level}  # noqa: E731
+        return after._replace(
+            codec=self.inner.tick(state.codec, after.codec, ctx),
+            level=decided,
+            previous=choose(state.norm, state.previous),
+            norm=choose(norm, state.norm),
+            restart={path: decided[path] != level[path] for path in state.restart},
+            step=state.step + 1,
+            checked=jnp.where(check, state.step + 1, state.checked),
+            dropped=jnp.where(fell, state.step, state.dropped),
+            learning_rate=rate,
+        )
+
+    def flushed(self, state: AccordionState) -> AccordionState:
+        return state._replace(codec=self.inner.flushed(state.codec))
 
 
 def accordion(
@@ -142,90 +290,9 @@ def accordion(
     if norm_source not in NORM_SOURCES:
         raise ValueError(f"norm_source={norm_source!r} must be one of {', '.join(map(repr, NORM_SOURCES))}")
     weak, strong = _require_strengths(low, high)
-    inner = weak.build((weak.value, strong.value), low.settings.error_feedback)
-    schedule = learning_rate
-
-    def init(tensors: Tensors) -> AccordionState:
-        def each(value: Any) -> dict[str, jax.Array]:
-            return {path: jnp.asarray(value) for path in tensors}
-
-        return AccordionState(
-            codec=inner.init(tensors),
-            level=each(jnp.int32(LOW)),
-            gradients=PerWorker(
-                {p: jnp.zeros(x.shape, jnp.float32) for p, x in tensors.items()}, low.settings.axis_name
-            ),
-            previous=each(jnp.float32(0)),
-            norm=each(jnp.float32(0)),
-            restart=each(False) if reset_on_switch else {},
-            step=jnp.int32(0),
-            checked=jnp.int32(0),
-            dropped=jnp.int32(-1),
-            learning_rate=jnp.float32(0),
-        )
-
-    def norms(sums: Tensors, axis_name: AxisName) -> tuple[dict[str, jax.Array], Bits]:
-        """|D| of each leaf, the same on all workers."""
-        own = jnp.stack([l2_norm(x.reshape(1, -1))[0, 0] for x in sums.values()])
-        if norm_source == "mean":
-            agreed, bits = collectives.mean(own, axis_name)
-        else:
-            agreed, bits = collectives.from_first(own, axis_name)
-        if not per_layer:
-            agreed = jnp.broadcast_to(l2_norm(agreed[None])[0], agreed.shape)
-        return dict(zip(sums, agreed, strict=True)), bits
-
-    def exchange(
-        tensors: Tensors,
-        state: AccordionState,
-        axis_name: AxisName,
-        *,
-        gradients: Tensors | None = None,
-        learning_rate: jax.Array | float | None = None,
-        **extra_args: Any,
-    ) -> Exchanged:
-        if learning_rate is None:
-            learning_rate = 0.0 if schedule is None else schedule(state.step)
-        rate = jnp.asarray(learning_rate, jnp.float32)
-        fell = rate < state.learning_rate
-        level = {path: jnp.where(fell, LOW, x) for path, x in state.level.items()}
-        restart = {path: x | (fell & (state.level[path] != LOW)) for path, x in state.restart.items()}
-        got = inner.exchange(tensors, state.codec, axis_name, level=level, restart=restart or None, **extra_args)
-
-        place = state.step % interval
-        sums = {}
-        for path, x in (gradients or tensors).items():
-            so_far = state.gradients.value[path]
-            more = jnp.where(place == 0, 0, so_far) + x.astype(jnp.float32)
-            sums[path] = jnp.where(place < window, more, so_far)
-
-        def check():
-            norm, bits = norms(sums, axis_name)
-            by_norm = {path: next_level(state.norm[path], norm[path], threshold) for path in norm}
-            decided = {path: jnp.where(fell, LOW, x) for path, x in by_norm.items()}
-            return decided, state.norm, norm, state.step + 1, bit_pair(bits)
-
-        kept = level, state.previous, state.norm, state.checked, bit_pair(0)
-        decided, previous, norm, checked, bits = lax.cond(place == window - 1, check, lambda: kept)
-        next_state = AccordionState(
-            codec=got.state,
-            level=decided,
-            gradients=PerWorker(sums, state.gradients.axis),
-            previous=previous,
-            norm=norm,
-            restart={path: decided[path] != level[path] for path in restart},
-            step=state.step + 1,
-            checked=checked,
-            dropped=jnp.where(fell, state.step, state.dropped),
-            learning_rate=rate,
-        )
-        return Exchanged(got.mean, got.own, next_state, sum_bits(got.bits, bits))
-
-    def flushed(state: AccordionState) -> AccordionState:
-        return state._replace(codec=inner.flushed(state.codec))
-
-    codec = Codec("accordion", init, exchange, low.codec.default, high.codec.shrinks, inner.linear, flushed=flushed)
-    return compressor(codec, **low.settings._asdict())
+    inner = low.codec.at((weak.value, strong.value))
+    codec = Accordion(inner, interval, window, threshold, per_layer, learning_rate, norm_source, reset_on_switch)
+    return compressor(codec, low.settings)
 
 
 def accordion_log(opt_state: Any) -> list[str]:
@@ -263,20 +330,20 @@ def _reason(state: AccordionState, path: str) -> str:
     )
 
 
-def _require_strengths(low: Compressor, high: Compressor) -> tuple[Levels, Levels]:
+def _require_strengths(low: Compressor, high: Compressor) -> tuple[Strength, Strength]:
     """Their strengths; ValueError unless low and high are two of one codec, the weaker first."""
     strengths = []
     for name, given in (("low", low), ("high", high)):
         if not isinstance(given, Compressor):
             raise ValueError(f"{name}={given!r} must be a codec such as powersgd(rank=2)")
-        if given.codec.levels is None:
+        if given.codec.strength is None:
             raise ValueError(
                 f"{name}: codec {given.codec.name!r} in these settings has one strength only; accordion switches the "
                 "rank of powersgd, the fraction of topk, randomk and randomblock, the bits of qsgd (code='packed', "
                 "without levels= and shared_scale), the proportion of adaptive, the ratio of gradiveq "
                 "(select='ratio'), without a quantizer inside"
             )
-        strengths.append(given.codec.levels)
+        strengths.append(given.codec.strength)
     weak, strong = strengths
     if low.codec.name != high.codec.name or weak.setting != strong.setting:
         raise ValueError(

@@ -20,34 +20,20 @@ for a fixed number of them. What does not fit is dropped from the last column ba
 two stages ("shuffle") the columns are cut into stripes; each stripe has thresholds of its own, in both stages.
 """
 
-import functools
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradcomp_jax import aggregation
-from gradcomp_jax.aggregation import Coder, require_aggregate
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import (
-    Codec,
-    Compressor,
-    Exchanged,
-    Levels,
-    Predicate,
-    Tensors,
-    compressor,
-    is_matrix,
-    require_indexable,
-    require_static,
-)
-from gradcomp_jax.levels import at_levels
-from gradcomp_jax.metrics import CodeLength, no_length, sum_bits
-from gradcomp_jax.random import worker_key
-from gradcomp_jax.sharding import PerWorker
-from gradcomp_jax.views import columns, stripes, unstriped
+from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched, no_length
+from gradcomp_jax.compressor import Compressor, compressor
+from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_indexable, require_static
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.views import columns, from_columns
 from gradcomp_jax.wire import columns as sparse
 
 SCOPES = ("matrix", "column")
@@ -65,7 +51,7 @@ class AdaptiveState(NamedTuple):
     """
 
     step: jax.Array
-    length: PerWorker
+    length: Any
 
 
 def kth_largest(v: jax.Array, keep: jax.Array) -> jax.Array:
@@ -106,6 +92,118 @@ def thresholds(v: jax.Array, proportion: float, scope: str) -> tuple[jax.Array, 
     return of_sign(v), -of_sign(-v)
 
 
+@dataclasses.dataclass(frozen=True)
+class Columns(Coder):
+    """The largest elements of a matrix, in the format of `wire.columns`; see `adaptive` for the settings."""
+
+    proportion: float
+    threshold_scope: str
+    sample: bool | None
+    room: float | None
+    seed: int = 0
+
+    name: ClassVar[str] = "adaptive"
+    draws: ClassVar[bool] = True
+    tells_length: ClassVar[bool] = True
+    silences: ClassVar[bool] = True  # type: ignore[assignment]
+
+    def lay(self, x: jax.Array) -> jax.Array:
+        return columns(x.astype(jnp.float32), -1)
+
+    def unlay(self, y: jax.Array, like: Any) -> jax.Array:
+        return from_columns(y, like.shape, -1).astype(like.dtype)
+
+    def sampled(self, shape: tuple[int, ...]) -> bool:
+        """Whether thresholds are found on a sample."""
+        return shape[0] * shape[1] > LARGE if self.sample is None else self.sample
+
+    def capacity(self, shape: tuple[int, ...]) -> int:
+        """How many elements of an n x m matrix can be sent."""
+        n, m = shape
+        asked = n * m / self.proportion + (2 * m if self.threshold_scope == "column" else 0)
+        multiple = (2 if self.sampled(shape) else 1) if self.room is None else self.room
+        return max(1, min(n * m, math.ceil(multiple * asked)))
+
+    def entries(self, v: jax.Array, key: jax.Array) -> jax.Array:
+        """What the thresholds of v [n, m] are found on: all of it, or a random sample."""
+        if not self.sampled(v.shape):
+            return v
+        if self.threshold_scope == "matrix":
+            count = min(v.size, max(ENTRIES, math.ceil(BEYOND * self.proportion)))
+            return v.reshape(-1)[jax.random.randint(key, (count,), 0, v.size)]
+        # Half of them, more or less, are of each sign.
+        count = min(len(v), max(ROWS, math.ceil(2 * BEYOND * self.proportion)))
+        return v[jax.random.randint(key, (count,), 0, len(v))]
+
+    def encode(self, y: jax.Array, part: Part) -> Message:
+        above, below = (x[None] for x in thresholds(self.entries(y, part.key), self.proportion, self.threshold_scope))
+        positive = (y >= above) & (y > 0)
+        selected = sparse.keep_first(positive | ((y <= below) & (y < 0)), self.capacity(y.shape))
+
+        def mean(side: jax.Array) -> jax.Array:
+            count = jnp.maximum(jnp.sum(side, axis=0), 1).astype(y.dtype)
+            return jnp.sum(jnp.where(side, y, 0), axis=0) / count
+
+        # NaN passes no threshold, and Inf may be among what is dropped: the values tell of both.
+        mark = jnp.sum(0 * y)
+        values = mean(selected & positive) + mark, mean(selected & ~positive) + mark
+        return {"data": sparse.encode(selected, positive, *values, self.capacity(y.shape))}
+
+    def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        return sparse.decode(message["data"], (shape[0], shape[1]), self.capacity(shape))
+
+    def largest(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        values = sparse.values(message["data"], shape[1])
+        return jnp.max(jnp.abs(values)) + jnp.sum(0 * values)
+
+    def silenced(self, message: Message, ok: jax.Array) -> Message:
+        return {"data": jnp.where(ok, message["data"], 0)}  # bytes of zeros stand for zeros
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        return sparse.encoded_bytes((shape[0], shape[1]), self.capacity(shape))
+
+    def code_length(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        return sparse.sent_bits(message["data"], (shape[0], shape[1]))
+
+    def start(self) -> AdaptiveState:
+        return AdaptiveState(jnp.int32(0), Mine(no_length()))
+
+
+@dataclasses.dataclass(frozen=True)
+class Adaptive(Coding):
+    """The codec; see `adaptive`.
+
+    Attributes:
+      coders: one, or several among which a leaf's strength chooses.
+    """
+
+    coders: tuple[Columns, ...]
+
+    name: ClassVar[str] = "adaptive"
+
+    @property
+    def coder(self) -> Coder:
+        return self.coders[0] if len(self.coders) == 1 else Switched(self.coders)
+
+    @property
+    def strength(self) -> Strength:
+        coder = self.coders[0]
+        names = {"threshold_scope": "threshold_scope", "sample": "sample", "capacity": "room", "seed": "seed"}
+        others = {name: getattr(coder, field) for name, field in names.items()}
+        return Strength("proportion", coder.proportion, False, others)
+
+    def at(self, proportions: tuple[float, ...]) -> "Adaptive":
+        """The codec of these proportions."""
+        return Adaptive(tuple(dataclasses.replace(self.coders[0], proportion=p) for p in proportions))
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        require_indexable("adaptive", path, leaf)
+        if not leaf.size:
+            return False
+        columns = leaf.shape[-1] if leaf.ndim > 1 else 1
+        return self.coders[-1].size((leaf.size // columns, columns)) < 4 * leaf.size
+
+
 def adaptive(
     proportion: float = 32,
     *,
@@ -114,7 +212,7 @@ def adaptive(
     capacity: float | None = None,
     aggregate: str | None = None,
     axis_name: AxisName = "data",
-    error_feedback: bool = True,
+    error_feedback: bool | Feedback | EF21 = True,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -159,108 +257,6 @@ def adaptive(
         raise ValueError(f"threshold_scope={threshold_scope!r} must be one of {', '.join(map(repr, SCOPES))}")
     if capacity is not None and not capacity > 0:
         raise ValueError(f"capacity={capacity} must be above 0, a multiple of what the proportion asks for")
-    require_aggregate("adaptive", aggregate, ("gather", "shuffle"))
-
-    def sampled(shape: tuple[int, ...]) -> bool:
-        return shape[0] * shape[1] > LARGE if sample is None else sample
-
-    def room(shape: tuple[int, ...], proportion: float) -> int:
-        """How many elements of an n x m matrix can be sent."""
-        n, m = shape
-        asked = n * m / proportion + (2 * m if threshold_scope == "column" else 0)
-        multiple = (2 if sampled(shape) else 1) if capacity is None else capacity
-        return max(1, min(n * m, math.ceil(multiple * asked)))
-
-    def quantize(v: jax.Array, proportion: float, key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Which elements of v [n, m] are sent, on which side, and the two values of each column."""
-        entries = v
-        if sampled(v.shape) and threshold_scope == "matrix":
-            count = min(v.size, max(ENTRIES, math.ceil(BEYOND * proportion)))
-            entries = v.reshape(-1)[jax.random.randint(key, (count,), 0, v.size)]
-        elif sampled(v.shape):
-            # Half of them, more or less, are of each sign.
-            count = min(len(v), max(ROWS, math.ceil(2 * BEYOND * proportion)))
-            entries = v[jax.random.randint(key, (count,), 0, len(v))]
-        above, below = (x[None] for x in thresholds(entries, proportion, threshold_scope))
-        positive = (v >= above) & (v > 0)
-        selected = sparse.keep_first(positive | ((v <= below) & (v < 0)), room(v.shape, proportion))
-
-        def mean(side: jax.Array) -> jax.Array:
-            count = jnp.maximum(jnp.sum(side, axis=0), 1).astype(v.dtype)
-            return jnp.sum(jnp.where(side, v, 0), axis=0) / count
-
-        # NaN passes no threshold, and Inf may be among what is dropped: the values tell of both.
-        mark = jnp.sum(0 * v)
-        return selected, positive, mean(selected & positive) + mark, mean(selected & ~positive) + mark
-
-    def coder_of(proportion: float, like: Tensors, shards: int) -> Coder:
-        shapes = {}
-        for path, x in like.items():
-            n, m = jax.eval_shape(lambda x: columns(x, -1), x).shape
-            shapes[path] = (n, -(-m // shards))
-
-        def encode(shard: Tensors, index: jax.Array, key: jax.Array) -> Tensors:
-            del index
-            message = {}
-            for place, (path, v) in enumerate(shard.items()):
-                got = quantize(v, proportion, jax.random.fold_in(key, place))
-                message[path] = sparse.encode(*got, room(shapes[path], proportion))
-            return message
-
-        def decode(message: Tensors) -> Tensors:
-            return {p: sparse.decode(data, shapes[p], room(shapes[p], proportion)) for p, data in message.items()}
-
-        def length(message: Tensors) -> jax.Array:
-            return functools.reduce(sum_bits, [sparse.sent_bits(data, shapes[path]) for path, data in message.items()])
-
-        cut = functools.partial(stripes, axis=-1, shards=shards)
-        return Coder(cut, functools.partial(unstriped, like=like, axis=-1), encode, decode, length=length)
-
-    def shrinks(path: str, leaf: Any) -> bool:
-        require_indexable("adaptive", path, leaf)
-        if not leaf.size:
-            return False
-        shape = jax.eval_shape(lambda x: columns(x, -1), leaf).shape
-        return sparse.encoded_bytes(shape, room(shape, proportion)) < 4 * leaf.size
-
-    def init(tensors: Tensors) -> AdaptiveState:
-        del tensors
-        return AdaptiveState(jnp.int32(0), PerWorker(no_length(), axis_name))
-
-    def build(proportions: tuple[float, ...]) -> Codec:
-        """The codec of some proportions, among which `level` chooses for each leaf where there are several."""
-        coders = [functools.partial(coder_of, proportion) for proportion in proportions]
-
-        def exchange(
-            tensors: Tensors,
-            state: AdaptiveState,
-            axis_name: AxisName,
-            *,
-            level: dict[str, jax.Array] | None = None,
-            **extra_args: Any,
-        ) -> Exchanged:
-            del extra_args
-            coder = coders[0] if level is None else at_levels(coders, level)
-            key = worker_key(seed, state.step, axis_name)
-            got = aggregation.exchange(tensors, coder, aggregate, axis_name, key)
-            length = state.length if got.length is None else PerWorker(CodeLength(got.length), axis_name)
-            return Exchanged(got.mean, got.own, AdaptiveState(state.step + 1, length), got.bits)
-
-        return Codec("adaptive", init, exchange, is_matrix, shrinks)
-
-    others = {
-        "threshold_scope": threshold_scope,
-        "sample": sample,
-        "capacity": capacity,
-        "aggregate": aggregate,
-        "seed": seed,
-    }
-    levels = Levels("proportion", proportion, False, others, lambda ladder, feedback: build(ladder))
-    return compressor(
-        build((proportion,))._replace(levels=levels),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    codec = Adaptive((Columns(proportion, threshold_scope, sample, capacity, seed),))
+    require_aggregate("adaptive", codec.coder, aggregate)
+    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate))

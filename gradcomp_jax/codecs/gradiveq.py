@@ -24,33 +24,38 @@ keep 99 % of the samples' variance, allows a ratio of 7.8 for any data, even noi
 then lose nearly all. `select="holdout"` measures the loss on samples that the basis has not seen.
 """
 
+import dataclasses
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from gradcomp_jax import collectives
-from gradcomp_jax.aggregation import linear
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import (
+from gradcomp_jax.coder import Coder
+from gradcomp_jax.compressor import Compressor, compressor, quantizing
+from gradcomp_jax.contract import (
+    AxisName,
     Codec,
-    Compressor,
-    Exchanged,
-    Levels,
+    Context,
+    First,
     Predicate,
+    Result,
+    Say,
+    Strength,
+    Talk,
     Tensors,
-    compressor,
     require_static,
     require_whole,
+    total,
 )
-from gradcomp_jax.levels import mean_of_fronts
-from gradcomp_jax.metrics import bit_pair, sum_bits
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import buckets, from_buckets
 
+# The kinds of steps.
+DENSE, COMPRESSED, TRAINING = 0, 1, 2
 SELECT = ("ratio", "energy", "holdout")
 # K / d on the rungs from which "energy" and "holdout" choose.
 RATIOS = (32, 16, 8, 4)
@@ -153,11 +158,36 @@ def project(rows: jax.Array, basis: jax.Array) -> jax.Array:
     return _matmul(_grouped(rows, len(basis)), basis).reshape(-1, basis.shape[-1])[: len(rows)]
 
 
-def restore(c: jax.Array, basis: jax.Array, projected: jax.Array, mu: jax.Array) -> jax.Array:
-    """U (c - U^T mu) + mu of every slice: c [slices, d] -> [slices, K]; uses the first d columns of U."""
-    d = c.shape[-1]
-    rows = _matmul(_grouped(c - projected[:, :d], len(basis)), basis[..., :d].swapaxes(1, 2))
+def restore(
+    c: jax.Array, basis: jax.Array, projected: jax.Array, mu: jax.Array, used: jax.Array | None = None
+) -> jax.Array:
+    """U (c - U^T mu) + mu of every slice: c [slices, d] -> [slices, K]; by the first `used` columns of U, or all."""
+    centred = kept(c - projected, used)
+    rows = _matmul(_grouped(centred, len(basis)), basis.swapaxes(1, 2))
     return rows.reshape(-1, mu.shape[-1])[: len(mu)] + mu
+
+
+def kept(c: jax.Array, used: jax.Array | None) -> jax.Array:
+    """Coefficients [slices, d] with zeros beyond the first `used` columns, if that is given."""
+    return c if used is None else jnp.where(jnp.arange(c.shape[-1], dtype=jnp.int32) < used, c, 0)
+
+
+def relative_loss(rows: jax.Array, c: jax.Array, leaf: Any, used: jax.Array | None) -> jax.Array:
+    """|xhat - x|^2 / |x|^2 of slices x [slices, K] whose coefficients are c [slices, d] (eq. 7); 0 for zeros."""
+    largest = jnp.max(jnp.abs(rows))
+    scale = jnp.where(largest > 0, largest, 1)
+    inside = jnp.sum(kept((c - leaf.projected) / scale, used) ** 2)
+    lost = jnp.sum(((rows - leaf.mu) / scale) ** 2)
+    relative = jnp.maximum(lost - inside, 0) / jnp.sum((rows / scale) ** 2)
+    # Where mu is larger by far, or a gradient not finite, which its mean will show.
+    relative = jnp.where(jnp.isfinite(relative), relative, 1)
+    return jnp.where(largest > 0, relative, 0)
+
+
+def averaged(mean: jax.Array, sample: jax.Array, row: jax.Array) -> jax.Array:
+    """The mean of row + 1 samples, from that of the first row."""
+    weight = 1 / (row + 1).astype(mean.dtype)
+    return (1 - weight) * mean + weight * sample
 
 
 def _grouped(rows: jax.Array, groups: int) -> jax.Array:
@@ -171,6 +201,213 @@ def _grouped(rows: jax.Array, groups: int) -> jax.Array:
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
     # HIGHEST: TPUs round to bfloat16 by default, and own and mean would part.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class GradiVeQ(Codec):
+    """The codec; see `gradiveq` for its settings.
+
+    Attributes:
+      ratios: K / d: one, or several among which a leaf's strength chooses.
+      settling: dense steps with which a cycle begins, to send what the last one owes: 1 under error feedback, else 0.
+      numbers: the coder of the training steps, and of coefficients if `coefficients`; None for sums.
+    """
+
+    k: int | None
+    ratios: tuple[float, ...]
+    train_steps: int
+    compress_steps: int
+    warmup_steps: int
+    k_max: int
+    reuse: int | None
+    select: str
+    max_loss: float
+    settling: int
+    numbers: Coder | None = None
+    coefficients: bool = True
+
+    name: ClassVar[str] = "gradiveq"
+    by_leaf: ClassVar[tuple[str, ...]] = ("samples", "mu", "basis", "projected", "rung", "loss")
+
+    @property
+    def coder(self) -> Coder | None:
+        return self.numbers
+
+    @property
+    def phases(self) -> int:
+        return 2 if self.numbers is None else 3
+
+    @property
+    def fitted(self) -> int:
+        """The samples that a basis is fitted on; the others are held out."""
+        return self.train_steps - self.train_steps // 5 if self.select == "holdout" else self.train_steps
+
+    @property
+    def strength(self) -> Strength | None:
+        names = ("k", "train_steps", "compress_steps", "warmup_steps", "k_max", "reuse")
+        others = {name: getattr(self, name) for name in names}
+        return Strength("ratio", self.ratios[0], False, others) if self.select == "ratio" and not self.numbers else None
+
+    def at(self, ratios: tuple[float, ...]) -> "GradiVeQ":
+        """The codec of these ratios."""
+        return dataclasses.replace(self, ratios=ratios)
+
+    def default(self, path: str, leaf: Any) -> bool:
+        return leaf.ndim >= 4
+
+    def layout(self, path: str, leaf: Any) -> Layout:
+        """How a leaf is cut, and the d of each strength: those of `ratios`, or rising ones."""
+        length = min(leaf.size, self.k or slice_length(leaf.shape, self.k_max))
+        slices = -(-leaf.size // length)
+        groups = -(-slices // min(slices, self.reuse or slices))
+        if self.select != "ratio":
+            chosen = {max(1, min(length // r, self.fitted - 1)) for r in RATIOS}
+            return Layout(length, slices, groups, tuple(sorted(chosen)))
+        widths = tuple(max(1, int(length / ratio)) for ratio in self.ratios)
+        for ratio, d in zip(self.ratios, widths, strict=True):
+            if d > self.train_steps - 1:
+                raise ValueError(
+                    f"leaf {path!r}: K={length} at ratio={ratio} keeps d={d} directions, but "
+                    f"train_steps={self.train_steps} samples span {self.train_steps - 1} only: use "
+                    f"train_steps={d + 1} or more, a larger ratio, or a smaller k or k_max"
+                )
+        return Layout(length, slices, groups, widths)
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        if not leaf.size:
+            return False
+        cut = self.layout(path, leaf)
+        return cut.slices * min(cut.widths) + 1 < leaf.size
+
+    def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
+        cut = self.layout(path, leaf)
+        zeros = functools.partial(jnp.zeros, dtype=leaf.dtype)
+        return {
+            "samples": zeros((self.train_steps, cut.groups, cut.k)),
+            "mu": zeros((cut.slices, cut.k)),
+            "basis": zeros((cut.groups, cut.k, max(cut.widths))),
+            "projected": zeros((cut.slices, max(cut.widths))),
+            "loss": zeros(()),
+            **({"rung": jnp.int32(0)} if self.select != "ratio" else {}),
+        }
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> GradiVeQState:
+        fields = {name: {path: x[name] for path, x in leaves.items() if name in x} for name in self.by_leaf}
+        quantizer = self.numbers.start() if self.numbers else ()
+        return GradiVeQState(position=jnp.int32(-self.warmup_steps - self.settling), quantizer=quantizer, **fields)
+
+    def coder_state(self, state: GradiVeQState) -> Any:
+        return state.quantizer
+
+    def with_coder_state(self, state: GradiVeQState, coder_state: Any) -> GradiVeQState:
+        return state._replace(quantizer=coder_state)
+
+    def phase(self, state: GradiVeQState) -> jax.Array:
+        training = jnp.where(state.position >= 0, TRAINING, DENSE) if self.numbers else DENSE
+        return jnp.where(state.position >= self.train_steps, COMPRESSED, training).astype(jnp.int32)
+
+    def strengths(self, state: GradiVeQState, learning_rate: Any) -> dict[str, jax.Array]:
+        return state.rung
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
+        if phase != COMPRESSED:
+            # The samples' mean, and its products with a basis, must stay finite.
+            heard = yield Say(total(d), exact=phase == DENSE, apart=True, growth=4.0 * leaf.mu.shape[-1])
+            return Result(heard.mean, heard.own, {"loss": leaf.loss})
+        if self.select != "ratio":
+            return (yield from self.on_rungs(total(d), leaf))
+        return (yield from self.compressed(total(d), leaf, ctx))
+
+    def compressed(self, x: jax.Array, leaf: Any, ctx: Context) -> Talk:
+        """A step in the compressed space."""
+        rows = buckets(x, leaf.mu.shape[-1])
+        c = project(rows, leaf.basis)
+        widths = self.layout("", x).widths
+        used = None if ctx.strength is None else jnp.array(widths, jnp.int32)[ctx.strength]
+        # Columns lead, so that those of a narrower basis are in front.
+        fronts = None if used is None else tuple(len(rows) * d for d in widths)
+        said = Say(c.T, fronts, exact=not self.coefficients, growth=4.0 * rows.shape[-1])
+        heard, loss = yield said, Say(relative_loss(rows, c, leaf, used), exact=True)
+
+        def decode(c: jax.Array) -> jax.Array:
+            return from_buckets(restore(c.T, leaf.basis, leaf.projected, leaf.mu, used), x.shape)
+
+        return Result(decode(heard.mean), decode(heard.own), {"loss": loss.mean}, affine=True)
+
+    def on_rungs(self, x: jax.Array, leaf: Any) -> Talk:
+        """A step in which the leaf sends as many columns as were found to do, or itself."""
+        widths, rows = self.layout("", x).widths, buckets(x, leaf.mu.shape[-1])
+        c, whole = project(rows, leaf.basis), leaf.rung == len(widths)
+        used = jnp.array([*widths, 0], jnp.int32)[leaf.rung]
+        loss = jnp.where(whole, 0, relative_loss(rows, c, leaf, used))
+        coefficients = jnp.pad(c.T.reshape(-1), (0, max(0, x.size - c.size)))[: x.size]
+        fronts = *(min(x.size, len(rows) * d) for d in widths), x.size
+        said = Say(jnp.where(whole, x.reshape(-1), coefficients), fronts, growth=4.0 * rows.shape[-1])
+        heard, losses = yield said, Say(loss, exact=True)
+
+        def decode(sent: jax.Array) -> jax.Array:
+            c = jnp.pad(sent, (0, max(0, leaf.projected.size - x.size)))[: leaf.projected.size]
+            c = c.reshape(leaf.projected.shape[::-1]).T
+            decoded = restore(c, leaf.basis, leaf.projected, leaf.mu, used)
+            return jnp.where(whole, sent.reshape(x.shape), from_buckets(decoded, x.shape))
+
+        return Result(decode(heard.mean), decode(heard.own), {"loss": losses.mean}, affine=True)
+
+    def row(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Whether a step is one of training, and the row of its sample."""
+        training = (position >= 0) & (position < self.train_steps)
+        return training, jnp.clip(position, 0, self.train_steps - 1)
+
+    def absorb(
+        self, leaf: Any, d: tuple[jax.Array, ...], mean: jax.Array, ok: jax.Array, ctx: Context
+    ) -> dict[str, Any]:
+        rows = buckets(mean, leaf.mu.shape[-1])
+        training, row = self.row(leaf.position)
+        taken = training & ok
+        first = rows[:: -(-len(rows) // len(leaf.basis))]
+        # A row at a time, outside any conditional: one that carried the samples would copy them.
+        samples = leaf.samples.at[row].set(jnp.where(taken, first, leaf.samples[row]))
+        return {"samples": samples, "mu": jnp.where(taken, averaged(leaf.mu, rows, row), leaf.mu)}
+
+    def due(self, state: GradiVeQState) -> jax.Array:
+        return state.position == self.train_steps - 1
+
+    def refresh(self, before: Any, after: Any, mean: jax.Array) -> Any:
+        basis, rung = self.fit(after.samples, self.layout("", mean).widths)
+        # As one type, for one message.
+        basis, rung = yield First((basis, rung.astype(basis.dtype)))
+        # Of the last row and the mean before it: with the next mu as an operand a copy of that would be made.
+        rows = buckets(mean, before.mu.shape[-1])
+        _, row = self.row(before.position)
+        projected = averaged(project(before.mu, basis), project(rows, basis), row)
+        chosen = {} if self.select == "ratio" else {"rung": rung.astype(jnp.int32)}
+        return {"basis": basis, "projected": projected, **chosen}
+
+    def kept(self, leaf: Any) -> dict[str, Any]:
+        chosen = {} if self.select == "ratio" else {"rung": leaf.rung}
+        return {"basis": leaf.basis, "projected": leaf.projected, **chosen}
+
+    def fit(self, samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """U [groups, K, d] of samples [L, groups, K], and the rung."""
+
+        def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
+            basis, variance = principal_basis(samples[: self.fitted], max(widths))
+            if self.select == "holdout":
+                lost = unexplained(samples[self.fitted :], basis, jnp.mean(samples[: self.fitted], axis=0))
+            else:
+                sum_ = jnp.sum(variance)
+                lost = jnp.where(sum_ > 0, 1 - jnp.cumsum(variance) / jnp.where(sum_ > 0, sum_, 1), 1)
+            return basis, lost[jnp.array(widths, jnp.int32) - 1]
+
+        # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
+        basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
+        enough = jnp.append(jnp.max(lost, axis=0) <= self.max_loss, True)
+        return basis, jnp.argmax(enough).astype(jnp.int32)
+
+    def tick(self, state: GradiVeQState, after: GradiVeQState, ctx: Context) -> GradiVeQState:
+        position = state.position + 1
+        ends = position >= self.train_steps + self.compress_steps
+        return after._replace(position=jnp.where(ends, -self.settling, position))
 
 
 def gradiveq(
@@ -188,7 +425,7 @@ def gradiveq(
     quantizer: Compressor | None = None,
     quantize_coefficients: bool = True,
     axis_name: AxisName = "data",
-    error_feedback: bool = False,
+    error_feedback: bool | Feedback | EF21 = False,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -266,227 +503,10 @@ def gradiveq(
         )
     if not 0 < max_loss < 1:
         raise ValueError(f"max_loss={max_loss} must be above 0 and below 1")
-    fitted = train_steps - train_steps // 5 if select == "holdout" else train_steps
-    reduce = linear("gradiveq", aggregate, quantizer, axis_name)
-
-    def is_convolution(path: str, leaf: Any) -> bool:
-        del path
-        return leaf.ndim >= 4
-
-    def build(ratios: tuple[float, ...], error_feedback: bool) -> Codec:
-        """The codec of some ratios, among which `level` chooses for each leaf where there are several."""
-        # Leaves differ in the d that they send.
-        ladder = select != "ratio" or len(ratios) > 1
-        # With error feedback, a cycle begins by sending what the last one owes.
-        settling = int(error_feedback)
-
-        def layout(path: str, leaf: Any) -> Layout:
-            length = min(leaf.size, k or slice_length(leaf.shape, k_max))
-            slices = -(-leaf.size // length)
-            groups = -(-slices // min(slices, reuse or slices))
-            if select != "ratio":
-                chosen = {max(1, min(length // r, fitted - 1)) for r in RATIOS}
-                return Layout(length, slices, groups, tuple(sorted(chosen)))
-            widths = {ratio: max(1, int(length / ratio)) for ratio in ratios}
-            for ratio, d in widths.items():
-                if d > train_steps - 1:
-                    raise ValueError(
-                        f"leaf {path!r}: K={length} at ratio={ratio} keeps d={d} directions, but "
-                        f"train_steps={train_steps} samples span {train_steps - 1} only: use train_steps={d + 1} or "
-                        "more, a larger ratio, or a smaller k or k_max"
-                    )
-            return Layout(length, slices, groups, tuple(sorted(widths.values())))
-
-        def shrinks(path: str, leaf: Any) -> bool:
-            if not leaf.size:
-                return False
-            cut = layout(path, leaf)
-            return cut.slices * cut.widths[0] + 1 < leaf.size
-
-        def init(tensors: Tensors) -> GradiVeQState:
-            def zeros(shape) -> Tensors:
-                cuts = {path: layout(path, x) for path, x in tensors.items()}
-                return {path: jnp.zeros(shape(cut), tensors[path].dtype) for path, cut in cuts.items()}
-
-            return GradiVeQState(
-                position=jnp.int32(-warmup_steps - settling),
-                samples=zeros(lambda cut: (train_steps, cut.groups, cut.k)),
-                mu=zeros(lambda cut: (cut.slices, cut.k)),
-                basis=zeros(lambda cut: (cut.groups, cut.k, cut.widths[-1])),
-                projected=zeros(lambda cut: (cut.slices, cut.widths[-1])),
-                rung={path: jnp.int32(0) for path in tensors} if select != "ratio" else {},
-                loss=zeros(lambda cut: ()),
-                quantizer=reduce.init({}),
-            )
-
-        def fit_leaf(samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-            """U [groups, K, d] and the rung."""
-
-            def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-                basis, variance = principal_basis(samples[:fitted], widths[-1])
-                if select == "holdout":
-                    lost = unexplained(samples[fitted:], basis, jnp.mean(samples[:fitted], axis=0))
-                else:
-                    total = jnp.sum(variance)
-                    lost = jnp.where(total > 0, 1 - jnp.cumsum(variance) / jnp.where(total > 0, total, 1), 1)
-                return basis, lost[jnp.array(widths, jnp.int32) - 1]
-
-            # One after another: a batched eigh on emulated devices can deadlock in XLA's thread pool.
-            basis, lost = lax.map(fit_group, samples.swapaxes(0, 1))
-            enough = jnp.append(jnp.max(lost, axis=0) <= max_loss, True)
-            return basis, jnp.argmax(enough).astype(jnp.int32)
-
-        def exchange(
-            tensors: Tensors,
-            state: GradiVeQState,
-            axis_name: AxisName,
-            *,
-            level: dict[str, jax.Array] | None = None,
-            **extra_args: Any,
-        ) -> Exchanged:
-            cuts = {path: layout(path, x) for path, x in tensors.items()}
-            position = state.position
-            # The place of a leaf's d among its widths, which ascend while ratios, hence levels, fall.
-            rung = state.rung if level is None else {path: len(ratios) - 1 - x for path, x in level.items()}
-            exact = linear("gradiveq", aggregate)
-
-            def decode(c: Tensors) -> Tensors:
-                rows = {p: restore(x, state.basis[p], state.projected[p], state.mu[p]) for p, x in c.items()}
-                return {path: from_buckets(x, tensors[path].shape) for path, x in rows.items()}
-
-            def dense(reduce: Codec):
-                got = reduce.exchange(tensors, state.quantizer, axis_name, **extra_args)
-                return got.mean, got.own, state.loss, got.state, bit_pair(got.bits)
-
-            def compressed():
-                rows = {path: buckets(x, cuts[path].k) for path, x in tensors.items()}
-                c = {path: project(x, state.basis[path]) for path, x in rows.items()}
-                loss = {path: own_loss(rows[path], c[path], path) for path in tensors}
-                if ladder:
-                    mean, own, loss, bits = exchange_on_ladder(c, loss)
-                    return mean, own, loss, state.quantizer, bits
-                if quantizer is None or not quantize_coefficients:
-                    (mean, loss), bits = collectives.mean((c, loss), axis_name, ring=aggregate == "ring")
-                    return decode(mean), decode(c), loss, state.quantizer, bit_pair(bits)
-                loss, loss_bits = collectives.mean(loss, axis_name)
-                got = reduce.exchange(c, state.quantizer, axis_name, **extra_args)
-                return decode(got.mean), decode(got.own), loss, got.state, sum_bits(got.bits, loss_bits)
-
-            def own_loss(rows: jax.Array, c: jax.Array, path: str) -> jax.Array:
-                largest = jnp.max(jnp.abs(rows))
-                scale = jnp.where(largest > 0, largest, 1)
-                kept = ((c - state.projected[path]) / scale) ** 2
-                lost = jnp.sum(((rows - state.mu[path]) / scale) ** 2)
-                if ladder:
-                    widths = jnp.array([*cuts[path].widths, 0], jnp.int32)
-                    kept = jnp.where(jnp.arange(c.shape[-1], dtype=jnp.int32) < widths[rung[path]], kept, 0)
-                    lost = jnp.where(rung[path] < len(cuts[path].widths), lost, 0)
-                relative = jnp.maximum(lost - jnp.sum(kept), 0) / jnp.sum((rows / scale) ** 2)
-                # Where mu is larger by far, or a gradient not finite, which its mean will show.
-                relative = jnp.where(jnp.isfinite(relative), relative, 1)
-                return jnp.where(largest > 0, relative, 0)
-
-            def exchange_on_ladder(c: Tensors, loss: Tensors):
-                """Each leaf at its own rung: what they send fills one buffer from the front, and that much is sent."""
-                # What is chosen by its loss may also stay dense.
-                whole = select != "ratio"
-
-                def on_rung(path: str, take, otherwise):
-                    branches = [functools.partial(take, d) for d in cuts[path].widths] + [otherwise] * whole
-                    return lax.switch(rung[path], branches)
-
-                def piece(path: str) -> jax.Array:
-                    x = tensors[path]
-                    size = x.size if whole else c[path].size
-
-                    def take(d: int) -> jax.Array:
-                        part = c[path][:, :d].reshape(-1)
-                        return jnp.pad(part, (0, size - part.size))
-
-                    return on_rung(path, take, lambda: x.reshape(-1))
-
-                def leaf(path: str, piece: jax.Array) -> jax.Array:
-                    cut = cuts[path]
-
-                    def take(d: int) -> jax.Array:
-                        part = piece[: cut.slices * d].reshape(cut.slices, d)
-                        return decode({path: part})[path]
-
-                    return on_rung(path, take, lambda: piece.reshape(tensors[path].shape))
-
-                pieces = {path: piece(path) for path in tensors}
-                lengths = {
-                    p: [cut.slices * d for d in cut.widths] + [tensors[p].size] * whole for p, cut in cuts.items()
-                }
-                wide = np.result_type(*(x.dtype for x in tensors.values()))
-                losses = jnp.stack([x.astype(wide) for x in loss.values()])
-                means, mean_loss, bits = mean_of_fronts(
-                    pieces, lengths, rung, axis_name, beside=losses, ring=aggregate == "ring"
-                )
-                mean_losses = {path: mean_loss[i].astype(x.dtype) for i, (path, x) in enumerate(loss.items())}
-                mean, own = ({path: leaf(path, x[path]) for path in tensors} for x in (means, pieces))
-                return mean, own, mean_losses, bits
-
-            def training_or_not():
-                if quantizer is None:
-                    return dense(exact)
-                return lax.cond(position >= 0, lambda: dense(reduce), lambda: dense(exact))
-
-            mean, own, loss, inner, bits = lax.cond(position >= train_steps, compressed, training_or_not)
-            training = (position >= 0) & (position < train_steps)
-            row = jnp.clip(position, 0, train_steps - 1)
-
-            def averaged(mean: jax.Array, sample: jax.Array) -> jax.Array:
-                """The mean of row + 1 samples, from that of the first row."""
-                weight = 1 / (row + 1).astype(mean.dtype)
-                return (1 - weight) * mean + weight * sample
-
-            def record(samples: jax.Array, rows: jax.Array, reuse: int) -> jax.Array:
-                # A row at a time, outside any cond: one that carried the samples would copy them.
-                return samples.at[row].set(jnp.where(training, rows[::reuse], samples[row]))
-
-            rows = {path: buckets(x, cuts[path].k) for path, x in mean.items()}
-            next_samples = {path: record(x, rows[path], cuts[path].reuse) for path, x in state.samples.items()}
-            next_mu = {p: jnp.where(training, averaged(x, rows[p]), x) for p, x in state.mu.items()}
-
-            def fit():
-                """The bases, each leaf's rung, and U^T mu, from the samples."""
-                # On a step that is not finite nothing of this is kept, but LAPACK must not see it.
-                samples = jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x, 0), next_samples)
-                fits = {path: fit_leaf(x, cuts[path].widths) for path, x in samples.items()}
-                bases = {path: basis for path, (basis, _) in fits.items()}
-                rungs = {path: rung for path, (_, rung) in fits.items()} if select != "ratio" else {}
-                (bases, rungs), bits = collectives.from_first((bases, rungs), axis_name)
-                # Of the last row and the mean before it: with next_mu as an operand a copy of that would be made.
-                projected = {
-                    p: averaged(project(state.mu[p], basis), project(rows[p], basis)) for p, basis in bases.items()
-                }
-                return bases, rungs, projected, bit_pair(bits)
-
-            kept = state.basis, state.rung, state.projected, bit_pair(0)
-            basis, next_rung, projected, fit_bits = lax.cond(position == train_steps - 1, fit, lambda: kept)
-            next_position = jnp.where(position + 1 < train_steps + compress_steps, position + 1, -settling)
-            next_state = GradiVeQState(next_position, next_samples, next_mu, basis, projected, next_rung, loss, inner)
-            return Exchanged(mean, own, next_state, sum_bits(bits, fit_bits))
-
-        return Codec("gradiveq", init, exchange, is_convolution, shrinks, linear=quantizer is None)
-
-    others = {
-        "k": k,
-        "train_steps": train_steps,
-        "compress_steps": compress_steps,
-        "warmup_steps": warmup_steps,
-        "k_max": k_max,
-        "reuse": reuse,
-        "aggregate": aggregate,
-    }
-    switchable = select == "ratio" and quantizer is None
-    codec = build((ratio,), error_feedback)
-    return compressor(
-        codec._replace(levels=Levels("ratio", ratio, False, others, build) if switchable else None),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    require_aggregate("gradiveq", None, aggregate)
+    numbers, way = quantizing("gradiveq", quantizer, aggregate, axis_name)
+    kept = feedback(error_feedback)
+    cycle = train_steps, compress_steps, warmup_steps
+    settling = int(kept is not None and kept.owes)
+    codec = GradiVeQ(k, (ratio,), *cycle, k_max, reuse, select, max_loss, settling, numbers, quantize_coefficients)
+    return compressor(codec, Settings(axis_name, kept, min_size, compress, allow_dense, way))

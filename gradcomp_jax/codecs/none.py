@@ -5,10 +5,12 @@ from typing import Any
 import jax
 import optax
 
-from gradcomp_jax import collectives
-from gradcomp_jax.aggregation import linear
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Compressor, Predicate, compressor, flatten
+from gradcomp_jax.compressor import Compressor, compressor
+from gradcomp_jax.contract import AxisName, Predicate, Uncompressed
+from gradcomp_jax.exchange import ways
+from gradcomp_jax.exchange.collectives import Wire, require_local
+from gradcomp_jax.exchange.plan import Settings, flatten, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import widen
 
 
@@ -16,7 +18,7 @@ def none(
     *,
     aggregate: str = "psum",
     axis_name: AxisName = "data",
-    error_feedback: bool = False,
+    error_feedback: bool | Feedback | EF21 = False,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -44,13 +46,9 @@ def none(
     >>> tx = optax.chain(none(), optax.sgd(0.1))
     """
     del seed, allow_dense
+    require_aggregate("none", None, aggregate)
     return compressor(
-        linear("none", aggregate),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=True,
+        Uncompressed(), Settings(axis_name, feedback(error_feedback), min_size, compress, True, aggregate)
     )
 
 
@@ -71,10 +69,12 @@ def average(axis_name: AxisName) -> optax.GradientTransformation:
 
     def update_fn(updates: Any, state: optax.EmptyState, params: Any = None):
         del params
-        collectives.workers(axis_name)
-        leaves, _ = flatten(updates)
-        collectives.require_local(list(leaves.items()), axis_name)
-        mean, _ = collectives.mean(jax.tree.map(widen, updates), axis_name)
-        return jax.tree.map(lambda m, x: m.astype(x.dtype), mean, updates), state
+        wire = Wire(axis_name)
+        assert wire.workers
+        leaves, treedef = flatten(updates)
+        require_local(list(leaves.items()), axis_name)
+        sent = ways.exact([], [widen(x) for x in leaves.values()], wire, [], ring=False, before=None)
+        means = [mean.astype(x.dtype) for mean, x in zip(sent.rode, leaves.values(), strict=True)]
+        return jax.tree.unflatten(treedef, means), state
 
     return optax.GradientTransformation(optax.init_empty_state, update_fn)

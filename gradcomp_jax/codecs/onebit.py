@@ -19,18 +19,18 @@ axes but the last in Flax's layout. With threshold="mean" the bits tell on which
 lies, and stand for m - dev and m + dev, with dev the mean of |v - m| (an option of the authors' code).
 """
 
-import functools
-from typing import Any, NamedTuple
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gradcomp_jax import aggregation
-from gradcomp_jax.aggregation import Coder, require_aggregate, require_second_stage
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, is_matrix
-from gradcomp_jax.sharding import PerWorker
-from gradcomp_jax.views import stripes, unstriped
+from gradcomp_jax.coder import Coder, Coding, Message, Part
+from gradcomp_jax.compressor import Compressor, compressor
+from gradcomp_jax.contract import AxisName, Context, Mine, Predicate, Result, Say, Talk, total
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.views import columns, from_columns
 from gradcomp_jax.wire.packing import pack, unpack
 
 # Below this length a column's two float32 cost more than a bit an element.
@@ -47,7 +47,7 @@ class OneBitState(NamedTuple):
         too, n-fold. Else empty.
     """
 
-    second: PerWorker | tuple[()]
+    second: Any
 
 
 def means(v: jax.Array, threshold: str) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -73,6 +73,92 @@ def means(v: jax.Array, threshold: str) -> tuple[jax.Array, jax.Array, jax.Array
     return above, mean(~above, len(v) - count), mean(above, count)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bits(Coder):
+    """A bit an element, and two values a column, of a matrix whose columns `axis` counts.
+
+    Attributes:
+      threshold: "zero" or "mean".
+      axis: the axis.
+    """
+
+    threshold: str
+    axis: int
+
+    name: ClassVar[str] = "onebit"
+    rowwise: ClassVar[bool] = True  # a column is a unit
+    scales: ClassVar[tuple[str, ...]] = ("high", "low")
+
+    def lay(self, x: jax.Array) -> jax.Array:
+        return columns(x.astype(jnp.float32), self.axis)
+
+    def unlay(self, y: jax.Array, like: Any) -> jax.Array:
+        return from_columns(y, like.shape, self.axis).astype(like.dtype)
+
+    def encode(self, y: jax.Array, part: Part) -> Message:
+        bits, low, high = means(y, self.threshold)
+        codes = jnp.pad(bits.astype(jnp.uint8), [(0, -len(y) % 8), (0, 0)])
+        return {"bits": pack(codes, 1, axis=0).T, "high": high, "low": low}
+
+    def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        bits = unpack(message["bits"].T, 1, axis=0)[: shape[0]]
+        return jnp.where(bits == 1, message["high"][None], message["low"][None])
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        return shape[1] * (-(-shape[0] // 8) + 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class OneBit(Coding):
+    """The codec; see `onebit`.
+
+    Attributes:
+      bits: the coder.
+      second_residual: whether the second stage's error is kept apart.
+    """
+
+    bits: Bits
+    second_residual: bool = False
+
+    name: ClassVar[str] = "onebit"
+
+    @property
+    def by_leaf(self) -> tuple[str, ...]:  # type: ignore[override]
+        return ("second",) if self.second_residual else ()
+
+    @property
+    def coder(self) -> Coder:
+        return self.bits
+
+    def coder_state(self, state: OneBitState) -> Any:
+        return ()
+
+    def with_coder_state(self, state: OneBitState, coder_state: Any) -> OneBitState:
+        return state
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        axis = self.bits.axis
+        if leaf.ndim > 1 and not -leaf.ndim <= axis < leaf.ndim:
+            raise ValueError(
+                f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out by compress="
+            )
+        count = leaf.shape[axis] if leaf.ndim > 1 else 1
+        return leaf.size > 0 and leaf.ndim > 0 and leaf.size >= SHORTEST * count
+
+    def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
+        return {"second": jnp.zeros(leaf.shape, leaf.dtype)} if self.second_residual else {}
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> OneBitState:
+        return OneBitState(Mine({path: x["second"] for path, x in leaves.items()}) if self.second_residual else ())
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: OneBitState, ctx: Context) -> Talk:
+        heard = yield Say(total(d), second=leaf.second if self.second_residual else None)
+        return Result(heard.mean, heard.own, {"second": heard.second} if self.second_residual else {})
+
+    def flushed(self, state: OneBitState) -> OneBitState:
+        return jax.tree.map(jnp.zeros_like, state)
+
+
 def onebit(
     *,
     threshold: str = "zero",
@@ -80,7 +166,7 @@ def onebit(
     second_residual: bool = False,
     aggregate: str | None = None,
     axis_name: AxisName = "data",
-    error_feedback: bool = True,
+    error_feedback: bool | Feedback | EF21 = True,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -118,59 +204,13 @@ def onebit(
     del seed
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold!r} must be one of {', '.join(map(repr, THRESHOLDS))}")
-    require_aggregate("onebit", aggregate, ("gather", "shuffle"))
-    aggregate = require_second_stage(second_residual, aggregate, error_feedback)
+    require_aggregate("onebit", Bits(threshold, axis), aggregate)
+    if second_residual and (aggregate == "gather" or not error_feedback):
+        raise ValueError(
+            "second_residual=True keeps what the second stage of aggregate='shuffle' loses, under error feedback: got "
+            f"aggregate={aggregate!r}, error_feedback={error_feedback}"
+        )
+    aggregate = "shuffle" if second_residual else aggregate
 
-    def coder_of(like: Tensors, shards: int) -> Coder:
-        def encode(shard: Tensors, index: jax.Array, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
-            del index, key
-            message = {}
-            for path, v in shard.items():
-                bits, low, high = means(v, threshold)
-                codes = jnp.pad(bits.astype(jnp.uint8), [(0, -len(v) % 8), (0, 0)])
-                message[path] = {"bits": pack(codes, 1, axis=0), "high": high, "low": low}
-            return message
-
-        def decode(message: dict[str, dict[str, jax.Array]]) -> Tensors:
-            shard = {}
-            for path, part in message.items():
-                rows = like[path].size // columns_in(like[path].shape)
-                bits = unpack(part["bits"], 1, axis=0)[:rows]
-                shard[path] = jnp.where(bits == 1, part["high"][None], part["low"][None])
-            return shard
-
-        cut = functools.partial(stripes, axis=axis, shards=shards)
-        return Coder(cut, functools.partial(unstriped, like=like, axis=axis), encode, decode)
-
-    def columns_in(shape: tuple[int, ...]) -> int:
-        return shape[axis] if len(shape) > 1 else 1
-
-    def shrinks(path: str, leaf: Any) -> bool:
-        if leaf.ndim > 1 and not -leaf.ndim <= axis < leaf.ndim:
-            raise ValueError(
-                f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out by compress="
-            )
-        return leaf.size > 0 and leaf.ndim > 0 and leaf.size >= SHORTEST * columns_in(leaf.shape)
-
-    def init(tensors: Tensors) -> OneBitState:
-        zeros = jax.tree.map(jnp.zeros_like, tensors)
-        return OneBitState(PerWorker(zeros, axis_name) if second_residual else ())
-
-    def exchange(tensors: Tensors, state: OneBitState, axis_name: AxisName, **extra_args: Any) -> Exchanged:
-        del extra_args
-        second = state.second.value if isinstance(state.second, PerWorker) else None
-        got = aggregation.exchange(tensors, coder_of, aggregate, axis_name, second=second)
-        kept = () if got.second is None else PerWorker(got.second, axis_name)
-        return Exchanged(got.mean, got.own, OneBitState(kept), got.bits)
-
-    def flushed(state: OneBitState) -> OneBitState:
-        return jax.tree.map(jnp.zeros_like, state)
-
-    return compressor(
-        Codec("onebit", init, exchange, is_matrix, shrinks, flushed=flushed),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate)
+    return compressor(OneBit(Bits(threshold, axis), second_residual), settings)

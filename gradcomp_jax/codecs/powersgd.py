@@ -20,29 +20,35 @@ that is exactly zero once, as behind a layer initialised to zero, leaves Q at ze
 that may never be used.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.flatten_util import ravel_pytree
 
-from gradcomp_jax.aggregation import linear
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import (
+from gradcomp_jax.coder import Coder
+from gradcomp_jax.compressor import Compressor, compressor, quantizing
+from gradcomp_jax.contract import (
+    AxisName,
     Codec,
-    Compressor,
-    Exchanged,
-    Levels,
+    Context,
     Predicate,
+    Result,
+    Say,
+    Strength,
+    Talk,
     Tensors,
-    compressor,
-    is_matrix,
     require_whole,
 )
-from gradcomp_jax.levels import mean_of_fronts
-from gradcomp_jax.metrics import Bits, sum_bits
-from gradcomp_jax.random import step_key
-from gradcomp_jax.views import matrix_shape
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.random import scattered, step_key
+
+logger = logging.getLogger(__name__)
 
 # A column of P with nothing above this carries no direction.
 DEAD = 1e-30
@@ -67,8 +73,141 @@ def orthonormalize(p: jax.Array) -> jax.Array:
 
     Rows of zeros get a basis vector too, so that nothing here divides by zero.
     """
+    if len(p) == 1:
+        return jnp.linalg.qr(p[0].T)[0].T[None]
     # One matrix after another: a batched QR on emulated devices can deadlock in XLA's thread pool.
     return jax.lax.map(lambda rows: jnp.linalg.qr(rows.T)[0].T, p)
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerSGD(Codec):
+    """The algorithm; see `powersgd` for its settings.
+
+    Attributes:
+      ranks: one, or several among which a leaf's strength chooses. Q has as many columns as the highest. At a lower one
+        the first of them are in use and the others zero, so that they are drawn anew when they are used again.
+      numbers: the coder through which P and Q travel; None for a sum.
+    """
+
+    ranks: tuple[int, ...]
+    min_rate: float = 1.0
+    stacked: Predicate | None = None
+    split: Callable[[str, Any], int] | None = None
+    numbers: Coder | None = None
+    seed: int = 0
+
+    name: ClassVar[str] = "powersgd"
+    by_leaf: ClassVar[tuple[str, ...]] = ("q",)
+
+    @property
+    def coder(self) -> Coder | None:
+        return self.numbers
+
+    @property
+    def strength(self) -> Strength | None:
+        names = ("min_rate", "stacked", "split", "seed")
+        others = {name: getattr(self, name) for name in names}
+        return None if self.numbers else Strength("rank", self.ranks[0], True, others)
+
+    def at(self, ranks: tuple[int, ...]) -> "PowerSGD":
+        """The codec of these ranks."""
+        return dataclasses.replace(self, ranks=ranks)
+
+    def matrix(self, path: str, leaf: Any) -> tuple[int, int, int]:
+        """Layers, n and m of a leaf."""
+        stacked = self.stacked is not None and bool(self.stacked(path, leaf))
+        inner = leaf.shape[stacked:]
+        rows = best_split(inner) if self.split is None else self.split(path, leaf)
+        if not 0 < rows < max(2, len(inner)):
+            raise ValueError(
+                f"split={rows} of leaf {path!r}: of its {len(inner)} axes 1 to {len(inner) - 1} make the rows"
+            )
+        return leaf.shape[0] if stacked else 1, math.prod(inner[:rows]), math.prod(inner[rows:])
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        if leaf.ndim < 2 + (self.stacked is not None and bool(self.stacked(path, leaf))):
+            return False
+        _, n, m = self.matrix(path, leaf)
+        sent = min(n, m, self.ranks[-1]) * (n + m)
+        if self.min_rate * sent < n * m < 2 * sent:
+            _note_little(path, leaf.shape, n * m / sent)
+        return self.min_rate * sent < n * m
+
+    def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
+        layers, n, m = self.matrix(path, leaf)
+        shape = layers, min(n, m, max(self.ranks)), m
+        return {"q": jax.random.normal(jax.random.fold_in(step_key(self.seed, 0), salt), shape, leaf.dtype)}
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> PowerSGDState:
+        q = {path: fields["q"] for path, fields in leaves.items()}
+        return PowerSGDState(q, jnp.int32(0), self.numbers.start() if self.numbers else ())
+
+    def coder_state(self, state: PowerSGDState) -> Any:
+        return state.quantizer
+
+    def with_coder_state(self, state: PowerSGDState, coder_state: Any) -> PowerSGDState:
+        return state._replace(quantizer=coder_state)
+
+    def tick(self, state: PowerSGDState, after: PowerSGDState, ctx: Context) -> PowerSGDState:
+        return after._replace(step=state.step + 1)
+
+    def forget(self, leaf: Any, where: jax.Array) -> Any:
+        return leaf._replace(q=jnp.where(where, 0, leaf.q))
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
+        layers, r, m = leaf.q.shape
+        terms = [x.reshape(layers, -1, m) for x in d]  # apart: their sum is as large as the gradient, a product is not
+        n = terms[0].shape[1]
+
+        def product(subscripts: str, factor: jax.Array) -> jax.Array:
+            return functools.reduce(jnp.add, [einsum(subscripts, factor, x) for x in terms])
+
+        p = yield self.say(product("lrm,lnm->lrn", leaf.q), n, m)
+        p = orthonormalize(revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, ctx.salt, ctx.step + 1))
+        # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
+        p = jax.lax.optimization_barrier(p)
+        q = yield self.say(product("lrn,lnm->lrm", p), n, m)
+
+        def restore(q: jax.Array) -> jax.Array:
+            return einsum("lrn,lrm->lnm", p, q.reshape(r, layers, m).swapaxes(0, 1)).reshape(d[0].shape)
+
+        return Result(restore(q.mean), restore(q.own), {"q": q.mean.reshape(r, layers, m).swapaxes(0, 1)})
+
+    def say(self, factor: jax.Array, n: int, m: int) -> Say:
+        """What is asked of a factor [layers, r, ...]: its columns in front of its layers, so that those in use lead."""
+        layers, r, length = factor.shape
+        counts = tuple(min(n, m, rank) * layers * length for rank in self.ranks)
+        return Say(factor.swapaxes(0, 1), counts if len(counts) > 1 else None, growth=r)
+
+
+def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """A product of matrices."""
+    # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
+    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def revive(p: jax.Array, *seeds: Any) -> jax.Array:
+    """P^T [layers, r, n] with random rows where it has rows of zeros."""
+    dead = jnp.max(jnp.abs(p), axis=-1, keepdims=True) < DEAD
+    return jnp.where(dead, scattered(p.shape, p.dtype, *seeds), p)
+
+
+def best_split(shape: tuple[int, ...]) -> int:
+    """How many of the first axes make the rows of the matrix of fewest rows and columns; of equal ones the most."""
+    if len(shape) < 2:
+        return 1
+    return min(range(len(shape) - 1, 0, -1), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
+
+
+@functools.cache
+def _note_little(path: str, shape: tuple[int, ...], ratio: float) -> None:
+    logger.info(
+        "leaf %r of shape %s shrinks only %.2f times: say stacked= or split= if it is no single matrix of this view, "
+        "or leave it out by compress=",
+        path,
+        shape,
+        ratio,
+    )
 
 
 def powersgd(
@@ -76,10 +215,11 @@ def powersgd(
     *,
     min_rate: float = 1.0,
     stacked: Predicate | None = None,
+    split: Callable[[str, Any], int] | None = None,
     aggregate: str = "psum",
     quantizer: Compressor | None = None,
     axis_name: AxisName = "data",
-    error_feedback: bool = True,
+    error_feedback: bool | Feedback | EF21 = True,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -87,20 +227,23 @@ def powersgd(
 ) -> Compressor:
     """PowerSGD (Vogels et al., NeurIPS 2019, Algorithm 1), linear, by two all-reduces.
 
-    A leaf [..., m] is compressed as a matrix of m columns, from n m to r (n + m) floats, in float32 (float64
-    for float64 gradients). State: a residual of the size of the compressed leaves on each worker, and
-    Q of r m floats a leaf.
+    A leaf is compressed as the matrix of n rows and m columns of which n + m is least, from n m to r (n + m) floats, in
+    float32 (float64 for float64 gradients): a kernel [H, W, in, out] as H W in x out, [out, in, H, W] as out x in H W,
+    one of an attention [D, heads, D / heads] as D x D. State: a residual of the size of the compressed leaves on each
+    worker, and Q of r m floats a leaf.
 
     Args:
       rank: r, at least 1; at most min(n, m) is used of it. The paper uses 1, 2 and 4.
       min_rate: a leaf is compressed if min_rate * r (n + m) < n m; PyTorch's hook has 2.
       stacked: (path, leaf) -> whether the leaf's first axis counts layers, as under a scan over layers:
         each layer is then a matrix of its own.
+      split: (path, leaf) -> how many of the leaf's axes, without the one that counts layers, make the rows.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
       quantizer: a compressor, such as `qsgd(8)`, through whose codec P and Q travel; not linear then. On the same
         axis_name; what it would compress does not matter here.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep residuals; without them the part that is not of low rank is lost.
+      error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without, the part that is not of low rank is
+        lost.
       seed: of the first Q and of the columns of P drawn at random.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
@@ -110,7 +253,7 @@ def powersgd(
       A `Compressor`.
 
     Raises:
-      ValueError: rank or min_rate out of range, or what `gradcomp_jax.aggregation.linear` refuses; later, in init and
+      ValueError: rank or min_rate out of range, or a quantizer that does not go with it; later, in init and
         update, what `compressor` refuses.
 
     >>> import optax
@@ -120,115 +263,7 @@ def powersgd(
     require_whole("rank", rank, 1)
     if min_rate <= 0:
         raise ValueError(f"min_rate={min_rate} must be positive")
-
-    reduce = linear("powersgd", aggregate, quantizer, axis_name)
-
-    def is_stacked(path: str, leaf: Any) -> bool:
-        return stacked is not None and bool(stacked(path, leaf))
-
-    def sizes(path: str, leaf: Any, rank: int) -> tuple[int, int, int, int]:
-        """layers, n, m, r of a leaf."""
-        layers, n, m = matrix_shape(leaf.shape, is_stacked(path, leaf))
-        return layers, n, m, min(n, m, rank)
-
-    def shrinks(path: str, leaf: Any) -> bool:
-        if leaf.ndim < 2 + is_stacked(path, leaf):
-            return False
-        _, n, m, r = sizes(path, leaf, rank)
-        return min_rate * r * (n + m) < n * m
-
-    def normal(flat: jax.Array, step: jax.Array | int) -> jax.Array:
-        """Unit normals of the shape of `flat`, the same on all workers."""
-        return jax.random.normal(step_key(seed, step), flat.shape, flat.dtype)
-
-    def build(ranks: tuple[int, ...]) -> Codec:
-        """The codec of some ranks, among which `level` chooses for each leaf where there are several.
-
-        Then Q has as many columns as the highest rank. At a lower one the first of them are in use and the others
-        zero, so that they are drawn at random when they are used again.
-        """
-        most = max(ranks)
-
-        def init(tensors: Tensors) -> PowerSGDState:
-            shapes = {path: (layers, r, m) for path, x in tensors.items() for layers, _, m, r in [sizes(path, x, most)]}
-            q = {path: jnp.zeros(shape, tensors[path].dtype) for path, shape in shapes.items()}
-            flat, unravel = ravel_pytree(q)
-            return PowerSGDState(unravel(normal(flat, 0)), jnp.int32(0), reduce.init({}))
-
-        def revive(p: Tensors, step: jax.Array) -> Tensors:
-            """P with random columns where it has columns of zeros."""
-            dead = {path: jnp.max(jnp.abs(x), axis=-1, keepdims=True) < DEAD for path, x in p.items()}
-            flat, unravel = ravel_pytree(p)
-            some = jnp.any(ravel_pytree(dead)[0])
-            fresh = jax.lax.cond(some, lambda: normal(flat, step), lambda: jnp.zeros_like(flat))
-            return jax.tree.map(jnp.where, dead, unravel(fresh), p)
-
-        def exchange(
-            tensors: Tensors,
-            state: PowerSGDState,
-            axis_name: AxisName,
-            *,
-            level: dict[str, jax.Array] | None = None,
-            restart: dict[str, jax.Array] | None = None,
-            **extra_args: Any,
-        ) -> Exchanged:
-            # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
-            def einsum(subscripts: str, a: Tensors, b: Tensors) -> Tensors:
-                return {p: jnp.einsum(subscripts, a[p], b[p], precision=jax.lax.Precision.HIGHEST) for p in a}
-
-            def mean_of_active(factors: Tensors) -> tuple[Tensors, Tensors, Bits]:
-                """The mean and own, both zero in the columns that are not in use."""
-                assert level is not None
-                ranks_of = {p: [sizes(p, tensors[p], rank)[3] for rank in ranks] for p in factors}
-                in_use = {
-                    p: (jnp.arange(x.shape[1], dtype=jnp.int32) < jnp.array(ranks_of[p], jnp.int32)[level[p]])[
-                        None, :, None
-                    ]
-                    for p, x in factors.items()
-                }
-                own = {p: jnp.where(in_use[p], x, 0) for p, x in factors.items()}
-                # Columns before layers, so that those in use lie in front.
-                front = {p: x.swapaxes(0, 1) for p, x in own.items()}
-                lengths = {p: [r * x.shape[1] * x.shape[2] for r in ranks_of[p]] for p, x in front.items()}
-                flat = {p: x.reshape(-1) for p, x in front.items()}
-                reduced, _, bits = mean_of_fronts(flat, lengths, level, axis_name, ring=aggregate == "ring")
-                reduced = {p: x.reshape(front[p].shape).swapaxes(0, 1) for p, x in reduced.items()}
-                return {p: jnp.where(in_use[p], x, 0) for p, x in reduced.items()}, own, bits
-
-            def mean(factors: Tensors, inner: Any) -> tuple[Tensors, Tensors, Any, Bits]:
-                """The mean over the workers, own, the quantiser's next state, and the bits."""
-                if level is not None:
-                    reduced, own, bits = mean_of_active(factors)
-                    return reduced, own, inner, bits
-                flat, unravel = ravel_pytree(factors)
-                got = reduce.exchange({"": flat}, inner, axis_name, **extra_args)
-                return unravel(got.mean[""]), unravel(got.own[""]), got.state, got.bits
-
-            q = state.q
-            if restart is not None:
-                q = {path: jnp.where(restart[path], 0, x) for path, x in q.items()}
-            d = {path: x.reshape(sizes(path, x, most)[:3]) for path, x in tensors.items()}
-            p, _, inner, p_bits = mean(einsum("lrm,lnm->lrn", q, d), state.quantizer)
-            p = {path: orthonormalize(x) for path, x in revive(p, state.step + 1).items()}
-            # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
-            q_own = einsum("lrn,lnm->lrm", jax.lax.optimization_barrier(p), d)
-            q, q_own, inner, q_bits = mean(q_own, inner)
-
-            def restore(q: Tensors) -> Tensors:
-                return {path: x.reshape(tensors[path].shape) for path, x in einsum("lrn,lrm->lnm", p, q).items()}
-
-            bits = sum_bits(p_bits, q_bits) if level is not None or quantizer is not None else p_bits + q_bits
-            return Exchanged(restore(q), restore(q_own), PowerSGDState(q, state.step + 1, inner), bits)
-
-        return Codec("powersgd", init, exchange, is_matrix, shrinks, linear=quantizer is None)
-
-    others = {"min_rate": min_rate, "stacked": stacked, "aggregate": aggregate, "seed": seed}
-    levels = None if quantizer is not None else Levels("rank", rank, True, others, lambda ranks, feedback: build(ranks))
-    return compressor(
-        build((rank,))._replace(levels=levels),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    require_aggregate("powersgd", None, aggregate)
+    numbers, way = quantizing("powersgd", quantizer, aggregate, axis_name)
+    codec = PowerSGD((rank,), min_rate, stacked, split, numbers, seed)
+    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way))

@@ -24,38 +24,20 @@ sent is then scaled by 1 / (1 + omega), which makes it a contraction. (With a sh
 of all workers' buckets together, omega is that of n d values.)
 """
 
-import functools
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gradcomp_jax import aggregation, collectives
-from gradcomp_jax.aggregation import (
-    LINEAR,
-    Aggregated,
-    Coder,
-    Compact,
-    require_aggregate,
-)
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import (
-    Codec,
-    Compressor,
-    Exchanged,
-    Levels,
-    Predicate,
-    Tensors,
-    compressor,
-    is_matrix,
-    require_whole,
-)
-from gradcomp_jax.levels import at_levels
-from gradcomp_jax.metrics import CodeLength, no_length
-from gradcomp_jax.random import uniform16, worker_key
-from gradcomp_jax.sharding import PerWorker
-from gradcomp_jax.views import buckets, from_buckets, from_shards, l2_norm, max_norm, shards_of
+from gradcomp_jax.coder import Coder, Coding, Compact, Message, Part, Switched, no_length
+from gradcomp_jax.compressor import Compressor, compressor
+from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_whole
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.random import uniform16
+from gradcomp_jax.views import filled, l2_norm, max_norm
 from gradcomp_jax.wire import elias
 from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
 
@@ -69,7 +51,7 @@ class QSGDState(NamedTuple):
     """
 
     step: jax.Array
-    length: PerWorker | tuple[()]
+    length: Any
 
 
 # Room for Elias' code, as a multiple of what normal values take: equal magnitudes take a fourth more.
@@ -89,9 +71,11 @@ def quantize(v: jax.Array, scale: jax.Array, levels: int, key: jax.Array) -> jax
     Returns:
       Integers, as float32 [rows, d].
     """
-    # Below the smallest normal float the quotient is not to be trusted.
+    # Below the smallest normal float the quotient is not to be trusted; and a compiler divides by the reciprocal, which
+    # is none of a scale above 2^126.
     usable = scale >= jnp.finfo(jnp.float32).tiny
-    y = jnp.where(usable, v / jnp.where(usable, scale, 1), 0) * levels
+    down = jnp.where(scale > 2.0**100, jnp.float32(2.0**-64), 1)
+    y = jnp.where(usable, v * down / jnp.where(usable, scale * down, 1), 0) * levels
     return jnp.clip(jnp.floor(y + uniform16(key, *v.shape)), -levels, levels)
 
 
@@ -110,6 +94,153 @@ def sum_type(levels: int, workers: int) -> Any:
     return next(t for t in (jnp.int8, jnp.int16, jnp.int32) if levels * workers <= jnp.iinfo(t).max)
 
 
+@dataclasses.dataclass(frozen=True)
+class Buckets(Coder):
+    """QSGD's code of a flat tensor, bucket by bucket; see `qsgd` for the settings.
+
+    Attributes:
+      bits: a code's.
+      d: the bucket's size.
+      norm: "max" or "l2".
+      s: levels.
+      room: of the buffer for Elias' code, bits an element; None: packed.
+      seed: of the rounding.
+      contracts: whether what is decoded is scaled by 1 / (1 + omega), under error feedback.
+    """
+
+    bits: int
+    d: int
+    norm: str
+    s: int
+    room: float | None = None
+    seed: int = 0
+    contracts: bool = False
+
+    name: ClassVar[str] = "qsgd"
+    ways: ClassVar[tuple[str, ...]] = ("gather", "shuffle", "ring")
+    rowwise: ClassVar[bool] = True
+    pooled: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+    scales: ClassVar[tuple[str, ...]] = ("scale",)
+
+    @property
+    def unit(self) -> int:
+        return self.d
+
+    def under(self, feedback: bool) -> "Buckets":
+        return dataclasses.replace(self, contracts=feedback)
+
+    def gain(self, values: int) -> float:
+        """1 / (1 + omega) of a bucket of so many values, under error feedback; else 1."""
+        omega = min(values / self.s**2, math.sqrt(values) / self.s)
+        return 1 / (1 + omega) if self.contracts else 1.0
+
+    def rows(self, y: jax.Array) -> jax.Array:
+        """Flat elements as buckets [rows, d], filled up with zeros."""
+        return filled(y, -(-y.size // self.d) * self.d).reshape(-1, self.d)
+
+    def encode(self, y: jax.Array, part: Part) -> Message:
+        v = self.rows(y)
+        scale = NORMS[self.norm](v)
+        codes = (quantize(v, scale, self.s, part.key) + self.s).astype(jnp.uint8)
+        return {"codes": pack(codes, self.bits), "scale": scale}
+
+    def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        signed = unpack(message["codes"], self.bits).astype(jnp.float32) - self.s
+        values = signed * (message["scale"] / self.s * self.gain(self.d))
+        return values.reshape(-1)[: shape[0]]
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        return -(-shape[0] // self.d) * (self.d * self.bits // 8 + 4)
+
+    def start(self) -> QSGDState:
+        return QSGDState(jnp.int32(0), Mine(no_length()) if self.room else ())
+
+    def compact(self, units: int) -> Compact | None:
+        if self.room is None:
+            return None
+        d, s, room, width = self.d, self.s, math.ceil(units * self.d * self.room / 8), length_width(self.d, self.bits)
+        if room > elias.MOST_BYTES:
+            return None
+        form, scales, fields = elias.shorter_form(d, s), 4 * units, fields_bytes(units, width)
+
+        def shorten(message: Message) -> tuple[jax.Array, jax.Array, jax.Array]:
+            signed = unpack(message["codes"], self.bits).astype(jnp.int32) - s
+            data, lengths = elias.encode(signed, room, form)
+            # Up to the first sum that is too large, none has wrapped.
+            fits = jnp.all(jnp.cumsum(lengths, dtype=jnp.uint32) <= 8 * room) & jnp.all(lengths < 1 << width)
+            packed = pack_fields(lengths.astype(jnp.uint32), width)
+            length = (32 + width) * len(lengths) + jnp.sum(lengths, dtype=jnp.uint32)
+            payload = jnp.concatenate([to_bytes(message["scale"]), packed, data])
+            return payload, fits, jnp.stack([jnp.zeros_like(length), length])
+
+        def lengthen(payload: jax.Array) -> Message:
+            scale = from_bytes(payload[:scales], (units, 1), jnp.float32)
+            lengths = unpack_fields(payload[scales : scales + fields], units, width).astype(jnp.int32)
+            signed, intact = elias.decode(payload[scales + fields :], lengths, d, s, form)
+            # A code that is none must not become a gradient.
+            codes = pack((signed + s).astype(jnp.uint8), self.bits)
+            return {"codes": codes, "scale": jnp.where(intact, scale, jnp.nan)}
+
+        return Compact(scales + fields + room, shorten, lengthen)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedBuckets(Buckets):
+    """The same with one scale for all workers, so that their integers can be summed."""
+
+    shares_scale: ClassVar[bool] = True
+    unbiased: ClassVar[bool] = True
+
+    def scale(self, y: jax.Array) -> jax.Array:
+        """|v| of each bucket of a flat tensor, [rows, 1]."""
+        return NORMS[self.norm](self.rows(y))
+
+    def quantize_by(self, y: jax.Array, scale: jax.Array, key: jax.Array, workers: int) -> jax.Array:
+        """Its integers by these scales [rows, d], of a type that holds the sum of so many workers'."""
+        return quantize(self.rows(y), scale, self.s, key).astype(sum_type(self.s, workers))
+
+    def of_integers(self, integers: jax.Array, scale: jax.Array, workers: int) -> jax.Array:
+        """What integers [rows, d] stand for, flat. A scale is at most the 2-norm of all workers' buckets together."""
+        return (integers.astype(jnp.float32) * (scale / self.s * self.gain(workers * self.d))).reshape(-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class QSGD(Coding):
+    """The codec; see `qsgd`.
+
+    Attributes:
+      coders: one, or several among which a leaf's strength chooses.
+      switchable: whether its strength can be switched.
+    """
+
+    coders: tuple[Buckets, ...]
+    switchable: bool = True
+
+    name: ClassVar[str] = "qsgd"
+
+    @property
+    def coder(self) -> Coder:
+        return self.coders[0] if len(self.coders) == 1 else Switched(self.coders)
+
+    @property
+    def strength(self) -> Strength | None:
+        coder = self.coders[0]
+        others = {"bucket_size": coder.d, "norm": coder.norm, "seed": coder.seed}
+        return Strength("bits", coder.bits, True, others) if self.switchable else None
+
+    def at(self, bits: tuple[int, ...]) -> "QSGD":
+        """The codec of these numbers of bits."""
+        coders = (dataclasses.replace(self.coders[0], bits=b, s=2 ** (b - 1) - 1) for b in bits)
+        return dataclasses.replace(self, coders=tuple(coders))
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        coder = self.coders[-1]
+        each = coder.d + 4 if coder.shares_scale else coder.size((coder.d,))
+        return -(-leaf.size // coder.d) * each < 4 * leaf.size
+
+
 def qsgd(
     bits: int = 4,
     *,
@@ -121,7 +252,7 @@ def qsgd(
     shared_scale: bool = False,
     aggregate: str | None = None,
     axis_name: AxisName = "data",
-    error_feedback: bool = False,
+    error_feedback: bool | Feedback | EF21 = False,
     seed: int = 0,
     min_size: int = 10_000,
     compress: Predicate | None = None,
@@ -147,7 +278,7 @@ def qsgd(
       aggregate: "gather", "shuffle" or "ring"; by default the one of the first two that sends less, which is
         "gather" for two workers. With shared_scale "psum" (default) or "ring".
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: keep residuals, and scale what is sent by 1 / (1 + omega).
+      error_feedback: keep residuals, or `Feedback`, `EF21`, and scale what is sent by 1 / (1 + omega).
       seed: of the rounding.
       min_size: leaves of fewer elements are sent dense, by default those below 10,000, as in the paper.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
@@ -181,151 +312,32 @@ def qsgd(
             )
     if shared_scale:
         aggregate = aggregate or "psum"
-    require_aggregate("qsgd", aggregate, LINEAR if shared_scale else ("gather", "shuffle", "ring"))
-    d = bucket_size
+    s = levels or 2 ** (bits - 1) - 1
+    kind = SharedBuckets if shared_scale else Buckets
+    coder = kind(bits, bucket_size, norm, s, None, seed)
+    require_aggregate("qsgd", coder, aggregate)
+    room = _room(coder, code, capacity, aggregate)
+    switchable = levels is None and not shared_scale and room is None
+    codec = QSGD((dataclasses.replace(coder, room=room),), switchable)
+    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate))
+
+
+def _room(coder: Buckets, code: str | None, capacity: float | None, aggregate: str | None) -> float | None:
+    """The buffer for Elias' code, bits an element; None where it is not used."""
     if code not in (None, "packed", "elias"):
         raise ValueError(f"code={code!r} must be 'packed' or 'elias'")
-    if code == "elias" and (shared_scale or aggregate == "ring"):
+    if code == "elias" and (coder.shares_scale or aggregate == "ring"):
         raise ValueError(
             "code='elias' is for aggregate='gather' and 'shuffle': integers of a shared scale are summed as they are, "
             "and in a ring each hop would have to ask all workers whether the next code fits"
         )
     if capacity is not None and not capacity > 0:
         raise ValueError(f"capacity={capacity} must be above 0, bits an element")
-    elias_coded = code == "elias"
-    if code is None and norm == "l2" and not shared_scale and aggregate != "ring":
-        taken = capacity or HEADROOM * expected_elias(d, levels or 2 ** (bits - 1) - 1)
-        elias_coded = taken + length_width(d, bits) / d < bits
-    if capacity is not None and not elias_coded:
+    taken = capacity or HEADROOM * expected_elias(coder.d, coder.s)
+    possible = not coder.shares_scale and aggregate != "ring"
+    shorter = coder.norm == "l2" and taken + length_width(coder.d, coder.bits) / coder.d < coder.bits
+    if code == "elias" or (code is None and possible and shorter):
+        return taken
+    if capacity is not None:
         raise ValueError(f"capacity={capacity} is that of Elias' code, which is not used here: pass code='elias'")
-
-    def levels_of(bits: int) -> int:
-        return levels or 2 ** (bits - 1) - 1
-
-    def gain(s: int, values: int, feedback: bool) -> float:
-        omega = min(values / s**2, math.sqrt(values) / s)
-        return 1 / (1 + omega) if feedback else 1.0
-
-    def cut(tensors: Tensors) -> jax.Array:
-        """All tensors as buckets, one below the other, [rows, d]."""
-        return jnp.concatenate([buckets(x.astype(jnp.float32), d) for x in tensors.values()])
-
-    def joined(rows: jax.Array, like: Tensors) -> Tensors:
-        parts, start = {}, 0
-        for path, x in like.items():
-            end = start + -(-x.size // d)
-            parts[path] = from_buckets(rows[start:end], x.shape).astype(x.dtype)
-            start = end
-        return parts
-
-    def coder_of(bits: int, feedback: bool, like: Tensors, shards: int) -> Coder:
-        s = levels_of(bits)
-        rows = sum(-(-x.size // d) for x in like.values())
-        each = -(-rows // shards)
-        form, width = elias.shorter_form(d, s), length_width(d, bits)
-        room = math.ceil(each * d * (capacity or HEADROOM * expected_elias(d, s)) / 8) if elias_coded else 0
-        if code == "elias" and room > elias.MOST_BYTES:
-            raise ValueError(
-                f"codec 'qsgd': Elias' code of {rows * d} elements in {shards} parts takes {room} bytes, above the "
-                f"{elias.MOST_BYTES} that it can address: use code='packed', aggregate='shuffle', or compress= less"
-            )
-
-        def encode(v: jax.Array, index: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
-            del index
-            scale = NORMS[norm](v)
-            codes = (quantize(v, scale, s, key) + s).astype(jnp.uint8)
-            return {"codes": pack(codes, bits), "scale": scale}
-
-        def decode(message: dict[str, jax.Array]) -> jax.Array:
-            signed = unpack(message["codes"], bits).astype(jnp.float32) - s
-            return signed * (message["scale"] / s * gain(s, d, feedback))
-
-        def shorten(message: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-            signed = unpack(message["codes"], bits).astype(jnp.int32) - s
-            data, lengths = elias.encode(signed, room, form)
-            # Up to the first sum that is too large, none has wrapped.
-            fits = jnp.all(jnp.cumsum(lengths, dtype=jnp.uint32) <= 8 * room) & jnp.all(lengths < 1 << width)
-            fields = pack_fields(lengths.astype(jnp.uint32), width)
-            length = (32 + width) * len(lengths) + jnp.sum(lengths, dtype=jnp.uint32)
-            payload = jnp.concatenate([to_bytes(message["scale"]), fields, data])
-            return payload, fits, jnp.stack([jnp.zeros_like(length), length])
-
-        def lengthen(payload: jax.Array) -> dict[str, jax.Array]:
-            scales, fields = 4 * each, fields_bytes(each, width)
-            scale = from_bytes(payload[:scales], (each, 1), jnp.float32)
-            lengths = unpack_fields(payload[scales : scales + fields], each, width).astype(jnp.int32)
-            signed, intact = elias.decode(payload[scales + fields :], lengths, d, s, form)
-            # A code that is none must not become a gradient.
-            return {"codes": pack((signed + s).astype(jnp.uint8), bits), "scale": jnp.where(intact, scale, jnp.nan)}
-
-        return Coder(
-            compact=Compact(shorten, lengthen) if 0 < room <= elias.MOST_BYTES else None,
-            cut=lambda tensors: shards_of(cut(tensors), shards),
-            join=lambda parts: joined(from_shards(parts, rows), like),
-            encode=encode,
-            decode=decode,
-        )
-
-    def exchange_shared(tensors: Tensors, key: jax.Array, axis_name: AxisName, feedback: bool) -> Aggregated:
-        """Integers of one scale, summed."""
-        s, n = levels_of(bits), collectives.workers(axis_name)
-        v = cut(tensors)
-        # As integers, whose order is that of non-negative floats: a maximum of floats may drop a NaN. Without their
-        # signs: of Inf / Inf, a processor makes a NaN that has one.
-        order = jax.lax.bitcast_convert_type(NORMS[norm](v), jnp.int32) & 0x7FFFFFFF
-        largest, scale_bits = collectives.largest(order, axis_name)
-        scale = jax.lax.bitcast_convert_type(largest, jnp.float32)
-        mine = quantize(v, scale, s, key).astype(sum_type(s, n))
-        sums, summing = collectives.total(mine, axis_name, ring=aggregate == "ring")
-        unit = scale / s * gain(s, n * d, feedback)
-        mean, own = sums.astype(jnp.float32) * (unit / n), mine.astype(jnp.float32) * unit
-        return Aggregated(joined(mean, tensors), joined(own, tensors), scale_bits + summing)
-
-    def shrinks(path: str, leaf: Any) -> bool:
-        del path
-        each = d if shared_scale else d * bits // 8
-        return -(-leaf.size // d) * (each + 4) < 4 * leaf.size
-
-    def init(tensors: Tensors) -> QSGDState:
-        del tensors
-        return QSGDState(jnp.int32(0), PerWorker(no_length(), axis_name) if elias_coded else ())
-
-    def build(ladder: tuple[int, ...]) -> Codec:
-        """The codec of some numbers of bits, among which `level` chooses for each leaf where there are several."""
-
-        def exchange(
-            tensors: Tensors,
-            state: QSGDState,
-            axis_name: AxisName,
-            *,
-            feedback: bool = False,
-            level: dict[str, jax.Array] | None = None,
-            **extra_args: Any,
-        ) -> Exchanged:
-            del extra_args
-            next_state = QSGDState(state.step + 1, state.length)
-            key = worker_key(seed, state.step, axis_name)
-            if shared_scale:
-                got = exchange_shared(tensors, key, axis_name, feedback)
-            else:
-                coders = [functools.partial(coder_of, bits, feedback) for bits in ladder]
-                coder = coders[0] if level is None else at_levels(coders, level)
-                got = aggregation.exchange(tensors, coder, aggregate, axis_name, key)
-            if got.length is not None:
-                next_state = next_state._replace(length=PerWorker(CodeLength(got.length), axis_name))
-            return Exchanged(got.mean, got.own, next_state, got.bits)
-
-        return Codec("qsgd", init, exchange, is_matrix, shrinks)
-
-    levels_offered = None
-    if levels is None and not shared_scale and not elias_coded:
-        others = {"bucket_size": d, "norm": norm, "aggregate": aggregate, "seed": seed}
-        levels_offered = Levels("bits", bits, True, others, lambda ladder, error_feedback: build(ladder))
-    return compressor(
-        build((bits,))._replace(levels=levels_offered),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    return None

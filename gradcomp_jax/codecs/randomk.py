@@ -1,20 +1,199 @@
-"""Random K: a random subset of the coordinates, the same on all workers.
+"""Random K and Random Block: coordinates that all workers agree on without a word.
 
-A baseline of Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, arXiv 1905.13727 (Table 4). For
-each tensor of n elements, S a set of k indices drawn without replacement from a generator that all
-workers share:
+Baselines of Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, arXiv 1905.13727 (Table 4). For each tensor of n
+elements, S is a set of k indices that a generator which all workers share draws without replacement (Random K), or
+
+    S = start, ..., start + k - 1 modulo n     with start uniform on 0 .. n - 1 (Random Block, elements in C order)
 
     mean_S <- mean of D_S     one all-reduce of k floats     mean elsewhere 0     own_S = D_S
 
 Linear, as all workers send the same coordinates. Under error feedback nothing is scaled, as in the paper; without it
-values are scaled by n / k, which makes them unbiased. The indices are the first k places of a keyed bijection of
-0 .. n - 1, not of a shuffle, which on large tensors takes longer than sending them.
+values are scaled by n / k, which makes them unbiased. Random K's indices are the first k places of a keyed bijection of
+0 .. n - 1, not of a shuffle, which on large tensors takes longer than sending them. Random Block sends neighbours
+together, which correlated gradients resent.
 """
 
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Compressor, Predicate, compressor
-from gradcomp_jax.random import distinct
-from gradcomp_jax.subset import subset
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradcomp_jax.coder import Coder
+from gradcomp_jax.compressor import Compressor, compressor, quantizing
+from gradcomp_jax.contract import (
+    AxisName,
+    Codec,
+    Context,
+    Predicate,
+    Result,
+    Say,
+    Sparse,
+    Strength,
+    Talk,
+    Together,
+    require_fraction,
+    require_indexable,
+    require_whole,
+)
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.random import distinct, step_key
+from gradcomp_jax.views import share
+
+FRACTION = 0.01
+
+
+class SubsetState(NamedTuple):
+    """State of `randomk` and `randomblock`, the same on all workers.
+
+    Attributes:
+      step: int32, exchanges done; seeds the indices.
+      quantizer: the quantiser's state; empty without one.
+    """
+
+    step: jax.Array
+    quantizer: Any = ()
+
+
+class Draw(NamedTuple):
+    """What indices are wanted.
+
+    Attributes:
+      key: the step's.
+      salt: the leaf's own number.
+      n: of how many.
+      k: how many.
+    """
+
+    key: jax.Array
+    salt: int
+    n: int
+    k: int
+
+    @staticmethod
+    def words(draws: list["Draw"]) -> jax.Array:
+        """Data of a key for each, uint32 [., 2]."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(draws[0].key, jnp.array([draw.salt for draw in draws]))
+        return jax.random.key_data(keys)
+
+
+def scattered(draws: list[Draw]) -> list[jax.Array]:
+    """Different indices for each, int32 [k]; of fewer than k, the first."""
+    return distinct(Draw.words(draws), [draw.n for draw in draws], [draw.k for draw in draws])
+
+
+def block(draws: list[Draw]) -> list[jax.Array]:
+    """K consecutive indices modulo n from a random start, for each, int32 [k]."""
+    keys = jax.random.wrap_key_data(Draw.words(draws), impl="threefry2x32")
+    sizes = jnp.array([draw.n for draw in draws], jnp.int32)
+    starts = jax.vmap(lambda key, n: jax.random.randint(key, (), 0, n, jnp.int32))(keys, sizes)
+    found = []
+    for start, (_, _, n, k) in zip(starts, draws, strict=True):
+        ahead = jnp.arange(k, dtype=jnp.int32)
+        # start + ahead may not fit an int32.
+        found.append(jnp.where(ahead < n - start, start + ahead, ahead - (n - start)))
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Subset(Codec):
+    """The codec that sends the values at indices that are drawn.
+
+    Attributes:
+      name: the factory's.
+      draw: what draws them for all leaves.
+      amounts: fractions or ranks: one, or several among which a leaf's strength chooses.
+      ranked: whether they are PowerSGD's ranks, whose budget of r (rows + columns) a leaf gets.
+      numbers: the coder through which values travel; None for a sum.
+      seed: of the indices.
+    """
+
+    name: str  # type: ignore[misc]
+    draw: Any
+    amounts: tuple[float, ...]
+    ranked: bool = False
+    numbers: Coder | None = None
+    seed: int = 0
+
+    @property
+    def coder(self) -> Coder | None:
+        return self.numbers
+
+    @property
+    def strength(self) -> Strength | None:
+        others = {"seed": self.seed}
+        return None if self.numbers else Strength("rank" if self.ranked else "fraction", self.amounts[0], True, others)
+
+    def at(self, amounts: tuple[float, ...]) -> "Subset":
+        """The codec of these fractions or ranks."""
+        return dataclasses.replace(self, amounts=amounts)
+
+    def counts(self, leaf: Any) -> tuple[int, ...]:
+        """How many values of a leaf are sent, at each strength."""
+        if not self.ranked:
+            return tuple(share(leaf.size, amount) for amount in self.amounts)
+        sides = leaf.size // leaf.shape[-1] + leaf.shape[-1] if leaf.ndim > 1 else leaf.size + 1
+        return tuple(min(int(amount) * sides, leaf.size) for amount in self.amounts)
+
+    def default(self, path: str, leaf: Any) -> bool:
+        return True
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        require_indexable(self.name, path, leaf)
+        return leaf.size > 0 and self.counts(leaf)[-1] < leaf.size
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
+        return SubsetState(jnp.int32(0), self.numbers.start() if self.numbers else ())
+
+    def coder_state(self, state: SubsetState) -> Any:
+        return state.quantizer
+
+    def with_coder_state(self, state: SubsetState, coder_state: Any) -> SubsetState:
+        return state._replace(quantizer=coder_state)
+
+    def tick(self, state: SubsetState, after: SubsetState, ctx: Context) -> SubsetState:
+        return after._replace(step=state.step + 1)
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
+        counts, n = self.counts(d[0]), d[0].size
+        key = step_key(self.seed, ctx.step)
+        indices = yield Together(self.draw, Draw(key, ctx.salt, n, max(counts)))
+        values = functools.reduce(jnp.add, [x.reshape(-1)[indices] for x in d])
+        # Zero, unless something is not finite; the values alone might not show it.
+        mark = functools.reduce(jnp.add, [jnp.sum(0 * x) for x in d])
+        fronts = counts if len(counts) > 1 else None
+        heard = yield Say(values + mark, fronts, growth=n / min(counts))
+        # Unbiased where nothing that is left out comes back.
+        sent = jnp.array(counts, d[0].dtype)[0 if ctx.strength is None else ctx.strength]
+        gain = 1 if ctx.feedback else n / sent
+        mean = Sparse(indices, heard.mean * gain, d[0].shape).dense()
+        return Result(mean, Sparse(indices, heard.own * gain, d[0].shape))
+
+
+def _codec(
+    name: str,
+    draw: Any,
+    fraction: float | None,
+    rank: int | None,
+    aggregate: str,
+    quantizer: Compressor | None,
+    axis_name: AxisName,
+    seed: int,
+) -> tuple[Subset, str | None]:
+    """The codec, and the way its values travel."""
+    require_aggregate(name, None, aggregate)
+    if fraction is not None and rank is not None:
+        raise ValueError(
+            f"fraction={fraction} and rank={rank} both say how much codec {name!r} sends: give one of them"
+        )
+    if rank is not None:
+        require_whole("rank", rank, 1)
+    elif fraction is not None:
+        require_fraction(fraction)
+    numbers, way = quantizing(name, quantizer, aggregate, axis_name)
+    return Subset(name, draw, (rank or fraction or FRACTION,), rank is not None, numbers, seed), way
 
 
 def randomk(
@@ -22,8 +201,9 @@ def randomk(
     *,
     rank: int | None = None,
     aggregate: str = "psum",
+    quantizer: Compressor | None = None,
     axis_name: AxisName = "data",
-    error_feedback: bool = True,
+    error_feedback: bool | Feedback | EF21 = True,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -31,16 +211,16 @@ def randomk(
 ) -> Compressor:
     """Random K (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
 
-    One more float for the tree tells of gradients that are not finite. State: one counter, and a residual of the size
-    of the compressed leaves on each worker.
+    State: one counter, and a residual of the size of the compressed leaves on each worker.
 
     Args:
       fraction: k / n; by default 0.01. k is at least 1.
       rank: instead of fraction, PowerSGD's rank whose budget of r (rows + columns) floats a leaf gets; vectors are
         then sent whole, as in the paper.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
+      quantizer: a compressor, such as `qsgd(8)`, through whose codec the values travel; not linear then.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep residuals; without them values are scaled by n / k.
+      error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them values are scaled by n / k.
       seed: of the indices.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
@@ -57,11 +237,50 @@ def randomk(
     >>> from gradcomp_jax import randomk
     >>> tx = optax.chain(randomk(fraction=0.01), optax.sgd(0.1))
     """
-    return compressor(
-        subset("randomk", distinct, fraction, rank, aggregate, seed),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    codec, way = _codec("randomk", scattered, fraction, rank, aggregate, quantizer, axis_name, seed)
+    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way))
+
+
+def randomblock(
+    fraction: float | None = None,
+    *,
+    rank: int | None = None,
+    aggregate: str = "psum",
+    quantizer: Compressor | None = None,
+    axis_name: AxisName = "data",
+    error_feedback: bool | Feedback | EF21 = True,
+    seed: int = 0,
+    min_size: int = 0,
+    compress: Predicate | None = None,
+    allow_dense: bool = False,
+) -> Compressor:
+    """Random Block (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
+
+    State: one counter, and a residual of the size of the compressed leaves on each worker.
+
+    Args:
+      fraction: k / n; by default 0.01. k is at least 1.
+      rank: instead of fraction, PowerSGD's rank whose budget of r (rows + columns) floats a leaf gets; vectors are
+        then sent whole, as in the paper.
+      aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
+      quantizer: a compressor, such as `qsgd(8)`, through whose codec the values travel; not linear then.
+      axis_name: the mesh axis, or axes, of the workers.
+      error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them values are scaled by n / k.
+      seed: of the blocks' places.
+      min_size: leaves of fewer elements are sent dense.
+      compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
+      allow_dense: accept a tree of which no leaf is compressed.
+
+    Returns:
+      A `Compressor`.
+
+    Raises:
+      ValueError: fraction and rank both given or out of range, another way to aggregate; later, in init and update,
+        what `compressor` refuses.
+
+    >>> import optax
+    >>> from gradcomp_jax import randomblock
+    >>> tx = optax.chain(randomblock(fraction=0.01), optax.sgd(0.1))
+    """
+    codec, way = _codec("randomblock", block, fraction, rank, aggregate, quantizer, axis_name, seed)
+    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way))

@@ -15,18 +15,79 @@ magnitude, so error feedback does not go with it. Ours are: ties give +1, but ze
 and a worker for whom a tensor is all zeros does not vote on it. By "shuffle" both are said of a shard.
 """
 
-import functools
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from gradcomp_jax import aggregation
-from gradcomp_jax.aggregation import Coder, require_aggregate
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import Codec, Compressor, Exchanged, Predicate, Tensors, compressor, require_indexable
-from gradcomp_jax.views import elements_in, flat_shards, from_flat_shards
+from gradcomp_jax.coder import Coder, Coding, Message, Part
+from gradcomp_jax.compressor import Compressor, compressor
+from gradcomp_jax.contract import AxisName, Predicate, require_indexable
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.views import filled
 from gradcomp_jax.wire.packing import pack, unpack
+
+
+@dataclasses.dataclass(frozen=True)
+class Signs(Coder):
+    """The signs of a flat tensor, or of a shard of it, and its norm.
+
+    Attributes:
+      majority: the norm is 1, or 0 of a tensor of zeros, and the mean is encoded too.
+    """
+
+    majority: bool = False
+
+    name: ClassVar[str] = "signnorm"
+    scales: ClassVar[tuple[str, ...]] = ("norm",)
+
+    @property
+    def votes(self) -> bool:  # type: ignore[override]
+        return self.majority
+
+    def encode(self, y: jax.Array, part: Part) -> Message:
+        count = part.valid(y.size)
+        # Where a shard is filled up, what was decoded has signs too.
+        magnitude = jnp.abs(y)
+        if part.shards > 1:
+            magnitude = jnp.where(jnp.arange(y.size, dtype=jnp.int32) < count, magnitude, 0)
+        norm = jnp.sum(magnitude) / jnp.maximum(count, 1).astype(jnp.float32)
+        if self.majority:
+            norm = jnp.where(norm == 0, 0, norm / norm)  # what is not finite becomes NaN
+        signs = (filled(y, -(-y.size // 8) * 8) >= 0).astype(jnp.uint8)
+        return {"norm": norm, "signs": pack(signs, 1)}
+
+    def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        signs = unpack(message["signs"], 1)[: shape[0]]
+        return jnp.where(signs == 1, message["norm"], -message["norm"])
+
+    def own(self, y: jax.Array, message: Message, part: Part) -> jax.Array:
+        return jnp.where(y >= 0, message["norm"], -message["norm"])
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        return 4 + -(-shape[0] // 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class SignNorm(Coding):
+    """The codec; see `signnorm`."""
+
+    signs: Signs
+
+    name: ClassVar[str] = "signnorm"
+
+    @property
+    def coder(self) -> Coder:
+        return self.signs
+
+    def default(self, path: str, leaf: Any) -> bool:
+        return True
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        require_indexable("signnorm", path, leaf)
+        return self.signs.size((leaf.size,)) < 4 * leaf.size
 
 
 def signnorm(
@@ -34,7 +95,7 @@ def signnorm(
     majority: bool = False,
     aggregate: str | None = None,
     axis_name: AxisName = "data",
-    error_feedback: bool | None = None,
+    error_feedback: bool | Feedback | EF21 | None = None,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -66,55 +127,13 @@ def signnorm(
     >>> tx = optax.chain(signnorm(), optax.sgd(0.1, momentum=0.9))
     """
     del seed
-    require_aggregate("signnorm", aggregate, ("gather", "shuffle"))
+    require_aggregate("signnorm", Signs(majority), aggregate)
     if majority and error_feedback:
         raise ValueError(
             "error_feedback=True does not go with majority=True: votes have no magnitude, so what is left out of them "
             "would grow without bound; leave one of them out"
         )
 
-    def coder_of(like: Tensors, shards: int) -> Coder:
-        sizes = {path: -(-x.size // shards) for path, x in like.items()}
-
-        def encode(shard: Tensors, index: jax.Array, key: jax.Array) -> dict[str, jax.Array]:
-            del key
-            norms = []
-            for path, x in shard.items():
-                count = elements_in(index, shards, like[path].shape)
-                # Where a shard is filled up, what was decoded has signs too.
-                magnitudes = jnp.where(jnp.arange(x.size, dtype=jnp.int32) < count, jnp.abs(x), 0)
-                norms.append(jnp.sum(magnitudes) / jnp.maximum(count, 1).astype(jnp.float32))
-            norm = jnp.stack(norms)
-            if majority:
-                norm = jnp.where(norm == 0, 0, norm / norm)  # what is not finite becomes NaN
-            signs = jnp.concatenate([(x >= 0).astype(jnp.uint8) for x in shard.values()])
-            return {"norm": norm, "signs": pack(jnp.pad(signs, (0, -signs.size % 8)), 1)}
-
-        def decode(message: dict[str, jax.Array]) -> Tensors:
-            signs = unpack(message["signs"], 1).astype(jnp.float32) * 2 - 1
-            shard, start = {}, 0
-            for place, (path, size) in enumerate(sizes.items()):
-                shard[path] = signs[start : start + size] * message["norm"][place]
-                start += size
-            return shard
-
-        cut, join = functools.partial(flat_shards, shards=shards), functools.partial(from_flat_shards, like=like)
-        return Coder(cut, join, encode, decode, vote=majority)
-
-    def shrinks(path: str, leaf: Any) -> bool:
-        require_indexable("signnorm", path, leaf)
-        return 4 - (-leaf.size // 8) < 4 * leaf.size
-
-    def exchange(tensors: Tensors, state: Any, axis_name: AxisName, **extra_args: Any) -> Exchanged:
-        del extra_args
-        got = aggregation.exchange(tensors, coder_of, aggregate, axis_name)
-        return Exchanged(got.mean, got.own, state, got.bits)
-
-    return compressor(
-        Codec("signnorm", lambda tensors: (), exchange, lambda path, leaf: True, shrinks),
-        axis_name=axis_name,
-        error_feedback=not majority if error_feedback is None else error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    kept = feedback(not majority if error_feedback is None else error_feedback)
+    settings = Settings(axis_name, kept, min_size, compress, allow_dense, aggregate)
+    return compressor(SignNorm(Signs(majority)), settings)

@@ -11,30 +11,94 @@ float32, and k indices of ceil(log2 n) bits. By "shuffle" a worker averages its 
 same fraction of that on. The paper counts 32 bits an index, so its budget c of floats is a fraction k / n = c / 2.
 """
 
-import functools
-from typing import Any
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from gradcomp_jax import aggregation
-from gradcomp_jax.aggregation import Coder, require_aggregate
-from gradcomp_jax.collectives import AxisName
-from gradcomp_jax.compressor import (
-    Codec,
-    Compressor,
-    Exchanged,
-    Levels,
-    Predicate,
-    Tensors,
-    compressor,
-    require_fraction,
-    require_indexable,
-)
-from gradcomp_jax.levels import at_levels
+from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched
+from gradcomp_jax.compressor import Compressor, compressor
+from gradcomp_jax.contract import AxisName, Predicate, Sparse, Strength, require_fraction, require_indexable
+from gradcomp_jax.exchange.plan import Settings, require_aggregate
+from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.select import largest
-from gradcomp_jax.views import flat_shards, from_flat_shards, share
+from gradcomp_jax.views import share
 from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Largest(Coder):
+    """Places and values of the elements of largest magnitude of a flat tensor, or of a shard of it.
+
+    Attributes:
+      fraction: k / n; k is rounded down, but at least 1.
+    """
+
+    fraction: float
+
+    name: ClassVar[str] = "topk"
+    scales: ClassVar[tuple[str, ...]] = ("values",)
+
+    def count(self, n: int) -> tuple[int, int]:
+        """K, and the bits of an index below n."""
+        return share(n, self.fraction), max(0, n - 1).bit_length()
+
+    def encode(self, y: jax.Array, part: Part) -> Message:
+        k, width = self.count(y.size)
+        chosen = largest(y, k)
+        return {"indices": pack_fields(chosen.astype(jnp.uint32), width), "values": y[chosen]}
+
+    def indices(self, message: Message, n: int) -> jax.Array:
+        """The places below n."""
+        return unpack_fields(message["indices"], *self.count(n)).astype(jnp.int32)
+
+    def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        return self.add(jnp.zeros(shape, jnp.float32), message, part, 1)
+
+    def add(self, to: jax.Array, message: Message, part: Part, share: float) -> jax.Array:
+        places = self.indices(message, to.size)
+        return to.at[places].add(message["values"] * share, mode="drop", unique_indices=True)
+
+    def own(self, y: jax.Array, message: Message, part: Part) -> Sparse:
+        return Sparse(self.indices(message, y.size), message["values"], y.shape)
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        k, width = self.count(shape[0])
+        return 4 * k + fields_bytes(k, width)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Coding):
+    """The codec; see `topk`.
+
+    Attributes:
+      fractions: one, or several among which a leaf's strength chooses.
+    """
+
+    fractions: tuple[float, ...]
+
+    name: ClassVar[str] = "topk"
+
+    @property
+    def coder(self) -> Coder:
+        coders = tuple(Largest(fraction) for fraction in self.fractions)
+        return coders[0] if len(coders) == 1 else Switched(coders)
+
+    @property
+    def strength(self) -> Strength:
+        return Strength("fraction", self.fractions[0], True, {})
+
+    def at(self, fractions: tuple[float, ...]) -> "TopK":
+        """The codec of these fractions."""
+        return dataclasses.replace(self, fractions=fractions)
+
+    def default(self, path: str, leaf: Any) -> bool:
+        return True
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        require_indexable("topk", path, leaf)
+        return leaf.size > 0 and Largest(self.fractions[-1]).size((leaf.size,)) < 4 * leaf.size
 
 
 def topk(
@@ -42,7 +106,7 @@ def topk(
     *,
     aggregate: str | None = None,
     axis_name: AxisName = "data",
-    error_feedback: bool = True,
+    error_feedback: bool | Feedback | EF21 = True,
     seed: int = 0,
     min_size: int = 0,
     compress: Predicate | None = None,
@@ -76,65 +140,7 @@ def topk(
     """
     del seed
     require_fraction(fraction)
-    require_aggregate("topk", aggregate, ("gather", "shuffle"))
+    require_aggregate("topk", Largest(fraction), aggregate)
 
-    def sizes(leaf: Any, fraction: float, shards: int) -> tuple[int, int, int]:
-        """n, k, and the bits of an index, in a shard of a leaf."""
-        n = max(1, -(-leaf.size // shards))
-        return n, share(n, fraction), (n - 1).bit_length()
-
-    def coder_of(fraction: float, like: Tensors, shards: int) -> Coder:
-        def encode(shard: Tensors, index: jax.Array, key: jax.Array) -> dict[str, dict[str, jax.Array]]:
-            del index, key
-            message = {}
-            for path, x in shard.items():
-                _, k, width = sizes(like[path], fraction, shards)
-                chosen = largest(x, k)
-                message[path] = {"indices": pack_fields(chosen.astype(jnp.uint32), width), "values": x[chosen]}
-            return message
-
-        def decode(message: dict[str, dict[str, jax.Array]]) -> Tensors:
-            shard = {}
-            for path, part in message.items():
-                n, k, width = sizes(like[path], fraction, shards)
-                chosen = unpack_fields(part["indices"], k, width).astype(jnp.int32)
-                zeros = jnp.zeros(n, jnp.float32)
-                shard[path] = zeros.at[chosen].set(part["values"], mode="drop", unique_indices=True)
-            return shard
-
-        cut, join = functools.partial(flat_shards, shards=shards), functools.partial(from_flat_shards, like=like)
-        return Coder(cut, join, encode, decode)
-
-    def shrinks(path: str, leaf: Any) -> bool:
-        require_indexable("topk", path, leaf)
-        _, k, width = sizes(leaf, fraction, 1)
-        return 4 * k + fields_bytes(k, width) < 4 * leaf.size
-
-    def build(fractions: tuple[float, ...]) -> Codec:
-        """The codec of some fractions, among which `level` chooses for each leaf where there are several."""
-        coders = [lambda like, shards, f=f: coder_of(f, like, shards) for f in fractions]
-
-        def exchange(
-            tensors: Tensors,
-            state: Any,
-            axis_name: AxisName,
-            *,
-            level: dict[str, jax.Array] | None = None,
-            **extra_args: Any,
-        ) -> Exchanged:
-            del extra_args
-            coder = coders[0] if level is None else at_levels(coders, level)
-            got = aggregation.exchange(tensors, coder, aggregate, axis_name)
-            return Exchanged(got.mean, got.own, state, got.bits)
-
-        return Codec("topk", lambda tensors: (), exchange, lambda path, leaf: True, shrinks)
-
-    levels = Levels("fraction", fraction, True, {"aggregate": aggregate}, lambda ladder, feedback: build(ladder))
-    return compressor(
-        build((fraction,))._replace(levels=levels),
-        axis_name=axis_name,
-        error_feedback=error_feedback,
-        min_size=min_size,
-        compress=compress,
-        allow_dense=allow_dense,
-    )
+    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate)
+    return compressor(TopK((fraction,)), settings)

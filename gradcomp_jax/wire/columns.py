@@ -35,6 +35,12 @@ def sent_bits(data: jax.Array, shape: tuple[int, int]) -> jax.Array:
     return jnp.stack([total >> (32 - shift), total << shift])
 
 
+def values(data: jax.Array, columns: int) -> jax.Array:
+    """Recon+ and recon- of each column, float32 [m, 2], from bytes of `encode`."""
+    header = from_bytes(data[: 12 * columns], (columns, 3), jnp.uint32)
+    return lax.bitcast_convert_type(header[:, 1:], jnp.float32)
+
+
 def keep_first(selected: jax.Array, capacity: int) -> jax.Array:
     """What of a selection `encode` sends: its first `capacity` entries, column by column.
 

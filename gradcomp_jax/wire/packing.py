@@ -5,6 +5,7 @@ slices are shifted and joined, and nothing is interleaved. The lowest bits hold 
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -91,3 +92,21 @@ def from_bytes(data: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax
     size = jnp.dtype(dtype).itemsize
     bytes_each = () if size == 1 else (size,)  # a cast from one byte to one keeps the axes
     return jax.lax.bitcast_convert_type(data.reshape(*shape, *bytes_each), dtype)
+
+
+def pack_arrays(tree: Any, lead: int = 0) -> jax.Array:
+    """The bytes of a tree's arrays, one after another, uint8 [..., p]; their first `lead` axes are kept."""
+    leaves = jax.tree.leaves(tree)
+    parts = [to_bytes(x).reshape(*x.shape[:lead], -1) for x in leaves]
+    return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+
+
+def unpack_arrays(data: jax.Array, like: Any) -> Any:
+    """The inverse of `pack_arrays`: uint8 [..., p] to arrays [..., *shape] of the shapes and types of `like`."""
+    leaves, treedef = jax.tree.flatten(like)
+    lead, parts, start = data.shape[:-1], [], 0
+    for leaf in leaves:
+        size = leaf.size * leaf.dtype.itemsize
+        parts.append(from_bytes(data[..., start : start + size], (*lead, *leaf.shape), leaf.dtype))
+        start += size
+    return jax.tree.unflatten(treedef, parts)

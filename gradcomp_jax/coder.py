@@ -1,0 +1,269 @@
+"""How numbers become bytes: the base of coders, which quantise or select, and what travels of one.
+
+A coder looks at a tensor as `lay` gives it, float32 [..., length]: flat, or a matrix whose columns the last axis
+counts. Among n workers of aggregate="shuffle" or "ring" the last axis is cut into n shards. Its messages are dicts
+of arrays as narrow as they travel. A coder knows nothing of workers or of how its messages are sent.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradcomp_jax.contract import Codec, Context, Mine, Result, Say, Talk, total
+from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
+
+Message = Any
+"""A dict of arrays."""
+
+
+class Part(NamedTuple):
+    """Which part of a tensor is encoded.
+
+    Attributes:
+      index: int32, the place of the shard.
+      shards: how many there are; 1: the part is the whole.
+      length: of the whole tensor's last axis; the last shards are filled up with zeros beyond it.
+      key: a random key that no other part and no other worker has.
+      strength: int32, as `Context.strength`, or None.
+    """
+
+    index: Any
+    shards: int
+    length: int
+    key: jax.Array
+    strength: jax.Array | None = None
+
+    def valid(self, each: int) -> jax.Array:
+        """How many of this part's `each` places along the last axis the tensor has, int32."""
+        return jnp.clip(self.length - self.index * each, 0, each)
+
+
+class Compact(NamedTuple):
+    """A shorter form of messages, which not every message has.
+
+    Attributes:
+      size: its bytes.
+      pack: message -> (bytes uint8 [size], whether the message fits, the true length of its code in bits as a pair).
+      unpack: bytes -> message.
+    """
+
+    size: int
+    pack: Callable[[Message], tuple[jax.Array, jax.Array, jax.Array]]
+    unpack: Callable[[jax.Array], Message]
+
+
+class CodeLength(NamedTuple):
+    """True length of what one worker encoded in the last step, as part of a codec's state; `code_bits` reads it.
+
+    Attributes:
+      last: bits, a uint32 (high, low) pair, [2]; in the global form [workers, 2].
+    """
+
+    last: jax.Array
+
+
+def no_length() -> CodeLength:
+    """The length before the first step."""
+    return CodeLength(jnp.zeros(2, jnp.uint32))
+
+
+@dataclasses.dataclass(frozen=True)
+class Coder:
+    """Base of coders, frozen dataclasses whose fields are the settings.
+
+    Class attributes:
+      name: for messages.
+      ways: the aggregations that it goes with.
+      rowwise: each unit is encoded by itself, and a message's arrays [units, ...] can be cut between units, so that a
+        tensor is encoded whole and its message is cut.
+      pooled: the units of all tensors count as one's, which shards cross; rowwise only.
+      draws: whether it uses random keys.
+      votes: the mean of what was decoded is itself encoded, as in a majority vote.
+      tells_length: whether messages have unused room, and `code_length` tells of it.
+      shares_scale: its codes are integers of a scale that all workers share, which are summed; see `codes.shared`.
+      unbiased: whether what is decoded is on average what was encoded.
+      scales: the arrays of a message that bound in magnitude what it decodes to: where one is not finite the tensor
+        was not, and where all are zero it decodes to zeros.
+    """
+
+    name: ClassVar[str] = "coder"
+    ways: ClassVar[tuple[str, ...]] = ("gather", "shuffle")
+    rowwise: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
+    votes: ClassVar[bool] = False
+    tells_length: ClassVar[bool] = False
+    unbiased: ClassVar[bool] = False
+    shares_scale: ClassVar[bool] = False
+    scales: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def unit(self) -> int:
+        """How many places of the last axis belong together: shards are whole units."""
+        return 1
+
+    def lay(self, x: jax.Array) -> jax.Array:
+        """The tensor as it is coded, float32 [..., length]."""
+        return x.reshape(-1).astype(jnp.float32)
+
+    def unlay(self, y: jax.Array, like: Any) -> jax.Array:
+        """The inverse of `lay`, in the shape and type of `like`."""
+        return y.reshape(like.shape).astype(like.dtype)
+
+    def under(self, feedback: bool) -> "Coder":
+        """The coder to use where what is lost comes back, or does not."""
+        del feedback
+        return self
+
+    def encode(self, y: jax.Array, part: Part) -> Message:
+        """The message of a part [..., length]."""
+        raise NotImplementedError
+
+    def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        """What a message stands for, float32 of `shape`."""
+        raise NotImplementedError
+
+    def add(self, to: jax.Array, message: Message, part: Part, share: float) -> jax.Array:
+        """`to` plus `share` times what the message stands for."""
+        return to + self.restore(message, to.shape, part) * share
+
+    def own(self, y: jax.Array, message: Message, part: Part) -> Any:
+        """What the message of y stands for; as an array of y's shape, or `Sparse` where y is flat."""
+        return self.restore(message, y.shape, part)
+
+    def largest(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        """A bound of what the message decodes to, in magnitude; not finite where anything was not."""
+        del shape, part
+        bounds = [jnp.max(jnp.abs(message[name]), initial=0) + jnp.sum(0 * message[name]) for name in self.scales]
+        return functools.reduce(jnp.maximum, bounds)
+
+    @property
+    def silences(self) -> bool:
+        """Whether `silenced` makes messages of zeros."""
+        return bool(self.scales)
+
+    def silenced(self, message: Message, ok: jax.Array) -> Message:
+        """The message, or where not `ok` one that stands for zeros."""
+        return {**message, **{name: jnp.where(ok, message[name], 0) for name in self.scales}}
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """The bytes of the message of a part of this shape."""
+        raise NotImplementedError
+
+    def fronts(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """Where a message is bytes of which a front counts: how many, at each strength. Else None."""
+        del shape
+        return None
+
+    def compact(self, units: int) -> Compact | None:
+        """The shorter form of messages of so many units, if there is one."""
+        del units
+        return None
+
+    def code_length(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        """The true length of what a message holds, in bits as a pair."""
+        raise NotImplementedError
+
+    def start(self) -> Any:
+        """The coder's own state: () where it draws nothing, and else with a field `step` that counts rounds."""
+        return ()
+
+    def after(self, state: Any, length: jax.Array | None) -> Any:
+        """The state after a round in which this worker's messages had this true length, where that is told."""
+        if state == ():
+            return ()
+        state = state._replace(step=state.step + 1)
+        return state if length is None else state._replace(length=Mine(CodeLength(length)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Switched(Coder):
+    """A coder of several strengths, of which each tensor has its own: a message is bytes, of which a front counts.
+
+    Attributes:
+      coders: by strength; all lay a tensor alike.
+    """
+
+    coders: tuple[Coder, ...] = ()
+
+    @property
+    def draws(self) -> bool:  # type: ignore[override]
+        return any(coder.draws for coder in self.coders)
+
+    @property
+    def tells_length(self) -> bool:  # type: ignore[override]
+        return all(coder.tells_length for coder in self.coders)
+
+    def lay(self, x: jax.Array) -> jax.Array:
+        return self.coders[0].lay(x)
+
+    def unlay(self, y: jax.Array, like: Any) -> jax.Array:
+        return self.coders[0].unlay(y, like)
+
+    @property
+    def unit(self) -> int:
+        return self.coders[0].unit
+
+    def under(self, feedback: bool) -> "Switched":
+        return dataclasses.replace(self, coders=tuple(coder.under(feedback) for coder in self.coders))
+
+    def fronts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(coder.size(shape) for coder in self.coders)
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        return max(self.fronts(shape))
+
+    def encode(self, y: jax.Array, part: Part) -> Message:
+        def branch(coder: Coder) -> Callable[[], jax.Array]:
+            def encoded() -> jax.Array:
+                data = pack_arrays(coder.encode(y, part))
+                return jnp.pad(data, (0, self.size(y.shape) - data.size))
+
+            return encoded
+
+        return {"data": lax.switch(part.strength, [branch(coder) for coder in self.coders])}
+
+    def _read(self, message: Message, shape: tuple[int, ...], part: Part, what: Callable[[Coder, Message], Any]) -> Any:
+        def branch(coder: Coder) -> Callable[[], Any]:
+            like = jax.eval_shape(lambda: coder.encode(jnp.zeros(shape, jnp.float32), part))
+            return lambda: what(coder, unpack_arrays(message["data"][: coder.size(shape)], like))
+
+        return lax.switch(part.strength, [branch(coder) for coder in self.coders])
+
+    def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        return self._read(message, shape, part, lambda coder, one: coder.restore(one, shape, part))
+
+    def largest(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        return self._read(message, shape, part, lambda coder, one: coder.largest(one, shape, part))
+
+    def code_length(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        return self._read(message, shape, part, lambda coder, one: coder.code_length(one, shape, part))
+
+    def start(self) -> Any:
+        return self.coders[0].start()
+
+    def after(self, state: Any, length: jax.Array | None) -> Any:
+        return self.coders[0].after(state, length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Coding(Codec):
+    """A codec that only codes: what travels is the tensor itself. Its state is the coder's."""
+
+    def coder_state(self, state: Any) -> Any:
+        return state
+
+    def with_coder_state(self, state: Any, coder_state: Any) -> Any:
+        return coder_state
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
+        return self.coder.start()
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
+        heard = yield Say(total(d))
+        return Result(heard.mean, heard.own)

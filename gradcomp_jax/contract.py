@@ -1,0 +1,393 @@
+"""The contract between codecs and the engine: what the author of a codec has to know.
+
+A *codec* is the algorithm of one paper, for one tensor (a leaf of the gradients). Its `talk` is a generator: it
+yields what it wants averaged over the workers, round by round, and is handed the answers; it returns what became of
+its tensor. It knows no other leaf, no axis, no bit and no collective. PowerSGD's, shortened:
+
+    def talk(self, phase, d, leaf, ctx):
+        p = yield Say(d Q)                       the engine sends what all leaves say in one message
+        q = yield Say(d^T orthonormalize(p.mean))
+        return Result(P q.mean^T, P q.own^T, {"q": q.mean})
+
+A *coder* (`gradcomp_jax.coder`) is how the numbers that a codec says become bytes; without one they travel as they
+are and are summed on the way. Codecs and coders are frozen dataclasses: made alike, they are equal.
+"""
+
+import dataclasses
+import functools
+import math
+import numbers
+from collections.abc import Callable, Generator
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+AxisName = str | tuple[str, ...]
+
+Tensors = dict[str, jax.Array]
+"""Leaves by path ("conv1/kernel"), in float32 or wider."""
+
+Predicate = Callable[[str, Any], bool]
+"""(path, leaf with shape and dtype) -> bool."""
+
+
+class Say(NamedTuple):
+    """Numbers of which a codec wants the mean over the workers.
+
+    Attributes:
+      x: the numbers. Where there are `fronts`, those that matter most come first in C order.
+      fronts: how many of the first elements count at each strength of `Context.strength`; None: all, always.
+      exact: send them as they are, whatever the coder, as a codec does before it compresses, or for a norm.
+      apart: they are a whole gradient: if large, they get a message of their own, which needs no copy and can overlap.
+      growth: by how much what the codec makes of the mean can exceed it in magnitude; what could leave the type's
+        range counts as not finite.
+      second: what this worker owes of the second stage of aggregate="shuffle" alone, of the shape of x, or None; it
+        is n-fold in x, on this worker's shard.
+    """
+
+    x: jax.Array
+    fronts: tuple[int, ...] | None = None
+    exact: bool = False
+    apart: bool = False
+    growth: float = 1.0
+    second: jax.Array | None = None
+
+
+class Heard(NamedTuple):
+    """The answer to `Say`.
+
+    Attributes:
+      mean: the mean over the workers, bit-identical on all; zeros beyond a front, and zeros in a step in which
+        anything was not finite on any worker.
+      own: what this worker's x became on the wire, with the mean over the workers `mean`; x itself where nothing
+        is lost.
+      second: what this worker owes of the second stage now; None if it was not asked for.
+    """
+
+    mean: jax.Array
+    own: Any
+    second: jax.Array | None = None
+
+
+class First(NamedTuple):
+    """A request for the first worker's arrays, on all workers; only in `Codec.refresh`."""
+
+    x: Any
+
+
+class Together(NamedTuple):
+    """A request to compute something for all leaves at once, which sends nothing: compiled once, not for each leaf.
+
+    Attributes:
+      function: [x of each leaf that asks for this function] -> [answer for each].
+      x: this leaf's, any tree.
+    """
+
+    function: Callable[[list[Any]], list[Any]]
+    x: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "values"], meta_fields=["shape"])
+@dataclasses.dataclass(frozen=True)
+class Sparse:
+    """A tensor that is zero but at some places.
+
+    Attributes:
+      indices: int32 [k], places in C order, different ones; of those beyond the end nothing is meant.
+      values: [k].
+      shape: the tensor's.
+    """
+
+    indices: jax.Array
+    values: jax.Array
+    shape: tuple[int, ...]
+
+    def dense(self) -> jax.Array:
+        """The tensor itself."""
+        zeros = jnp.zeros(math.prod(self.shape), self.values.dtype)
+        return zeros.at[self.indices].set(self.values, mode="drop", unique_indices=True).reshape(self.shape)
+
+
+def dense(x: Any) -> jax.Array:
+    """`x`, a tensor or `Sparse`, as a tensor."""
+    return x.dense() if isinstance(x, Sparse) else x
+
+
+class Result(NamedTuple):
+    """What a talk returns.
+
+    Attributes:
+      mean: what every worker will apply, of the leaf's shape; made only of what was heard and of state.
+      own: what this worker added to the mean, times the number of workers; an array or `Sparse`.
+      news: fields of the leaf's state that change, by name; small ones, as they may pass through a conditional.
+      affine: whether the mean may differ from zero where all that was heard is zero.
+    """
+
+    mean: jax.Array
+    own: Any
+    news: dict[str, Any] = {}  # noqa: RUF012, never changed
+    affine: bool = False
+
+
+Talk = Generator[Any, Any, Result]
+
+
+class Context(NamedTuple):
+    """What a talk is told beside its tensor and state.
+
+    Attributes:
+      step: int32, exchanges done, those that were skipped not counted; the same on all workers.
+      salt: a whole number that is this leaf's own, the same on all workers and in every run.
+      feedback: whether what is left out comes back in a later step.
+      strength: int32, the place of the leaf's strength among those of the codec; None where it has one.
+      learning_rate: as given to the transformation's update, or None.
+    """
+
+    step: jax.Array
+    salt: int
+    feedback: bool
+    strength: jax.Array | None = None
+    learning_rate: Any = None
+
+
+class Mine(NamedTuple):
+    """Marks a part of a codec's state that differs between the workers.
+
+    Attributes:
+      value: what does.
+    """
+
+    value: Any
+
+
+class Strength(NamedTuple):
+    """What a codec offers to those who switch its strength, such as `accordion`.
+
+    Attributes:
+      setting: the name of the setting that makes the strength, such as "rank".
+      value: its value in this codec.
+      more_sends_more: whether a larger value sends more.
+      others: the codec's other settings, by name.
+    """
+
+    setting: str
+    value: Any
+    more_sends_more: bool
+    others: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """An algorithm for one tensor. Subclasses are frozen dataclasses whose fields are the settings.
+
+    Its state is a NamedTuple. The fields that `by_leaf` names are dicts by path, perhaps in `Mine`, of which a talk
+    sees its leaf's entry; the others are the whole's.
+    """
+
+    name: ClassVar[str]
+    by_leaf: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def coder(self) -> Any:
+        """How numbers become bytes, a `Coder`; None: they travel as they are, and are summed on the way."""
+        return None
+
+    @property
+    def phases(self) -> int:
+        """How many kinds of steps there are, of which `phase` chooses."""
+        return 1
+
+    @property
+    def strength(self) -> Strength | None:
+        """What of it can be switched; None if nothing."""
+        return None
+
+    def default(self, path: str, leaf: Any) -> bool:
+        """Whether the paper compresses such a leaf; by default those of two axes or more."""
+        del path
+        return leaf.ndim > 1
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        """Whether it can send such a leaf in fewer bytes than it has."""
+        raise NotImplementedError
+
+    def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
+        """The first state of one leaf, of whose shape and dtype alone it may depend: the fields of `by_leaf`."""
+        del path, leaf, salt
+        return {}
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
+        """The first state of the whole, around the fields by leaf, which are dicts by path."""
+        del leaves
+        return ()
+
+    def leaf(self, state: Any, path: str) -> Any:
+        """What a talk sees of the state."""
+        entries = {name: bare(getattr(state, name)) for name in self.by_leaf}
+        entries = {name: x[path] for name, x in entries.items() if isinstance(x, dict) and path in x}
+        return state._replace(**entries) if entries else state
+
+    def merge(self, state: Any, news: dict[str, dict[str, Any]]) -> Any:
+        """The state with what is new of its leaves, by path and then by field."""
+        for name in self.by_leaf:
+            old, new = getattr(state, name), {path: x[name] for path, x in news.items() if name in x}
+            if new:
+                state = state._replace(**{name: Mine(new) if isinstance(old, Mine) else {**old, **new}})
+        return state
+
+    def coder_state(self, state: Any) -> Any:
+        """The part of the state that is the coder's own."""
+        del state
+        return ()
+
+    def with_coder_state(self, state: Any, coder_state: Any) -> Any:
+        """The state with another part of the coder's."""
+        del coder_state
+        return state
+
+    def step(self, state: Any) -> jax.Array:
+        """int32, the exchanges done."""
+        return state.step if hasattr(state, "step") else jnp.int32(0)
+
+    def phase(self, state: Any) -> jax.Array:
+        """int32, the kind of the step, below `phases`."""
+        raise NotImplementedError
+
+    def strengths(self, state: Any, learning_rate: Any) -> dict[str, jax.Array]:
+        """int32, each leaf's place among the strengths; empty where there is one."""
+        del state, learning_rate
+        return {}
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
+        """The algorithm: a generator that yields `Say` or a tuple of them, is sent `Heard`, and returns a `Result`.
+
+        Args:
+          phase: the kind of the step.
+          d: terms whose sum is to be averaged: the gradient, and what error feedback owes. Apart, as some
+            algorithms need no sum of the gradient's size.
+          leaf: the state, with this leaf's entries of the fields `by_leaf`.
+          ctx: what else there is.
+        """
+        raise NotImplementedError
+
+    def absorb(
+        self, leaf: Any, d: tuple[jax.Array, ...], mean: jax.Array, ok: jax.Array, ctx: Context
+    ) -> dict[str, Any]:
+        """Large fields of the leaf's state that change, outside of any conditional, which would copy them.
+
+        They must stay as they are where not `ok`, that is where something was not finite on some worker.
+        """
+        del leaf, d, mean, ok, ctx
+        return {}
+
+    def due(self, state: Any) -> jax.Array | None:
+        """Whether `refresh` is to run in this step, the same on all workers; None: never."""
+        del state
+        return None
+
+    def refresh(self, before: Any, after: Any, mean: jax.Array) -> Generator[First, Any, dict[str, Any]]:
+        """Rarely: fields of a leaf's state, from those before and after the step; it may ask for the first worker's."""
+        raise NotImplementedError
+
+    def kept(self, leaf: Any) -> dict[str, Any]:
+        """The fields that `refresh` renews, as they are."""
+        raise NotImplementedError
+
+    def tick(self, state: Any, after: Any, ctx: Context) -> Any:
+        """`after`, the state with its leaves renewed, with what belongs to the whole renewed too."""
+        del state, ctx
+        return after
+
+    def at(self, values: tuple[Any, ...]) -> "Codec":
+        """The codec of several strengths, by the values of the setting that `strength` names."""
+        raise NotImplementedError
+
+    def flushed(self, state: Any) -> Any:
+        """The state once the residual has been sent, for codecs whose state repeats a part of it."""
+        return state
+
+    def forget(self, leaf: Any, where: jax.Array) -> Any:
+        """A leaf's state without what it learned, where `where`."""
+        del where
+        return leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Uncompressed(Codec):
+    """No compression: the mean of each tensor as it is."""
+
+    name: ClassVar[str] = "none"
+
+    def default(self, path: str, leaf: Any) -> bool:
+        return True
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        return True
+
+    def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
+        heard = yield Say(total(d), apart=True)
+        return Result(heard.mean, heard.own)
+
+
+def alongside(talk: Talk, more: Any) -> Generator[Any, Any, tuple[Result, Any]]:
+    """A talk, with one more thing asked in its first message: its result, and the answer to that."""
+    answer = extra = None
+    while True:
+        try:
+            ask = talk.send(answer)
+        except StopIteration as end:
+            return end.value, extra
+        single = isinstance(ask, Say | First | Together)
+        asks = [ask] if single else list(ask)
+        if extra is None and any(isinstance(x, Say) for x in asks):
+            *answers, extra = yield (*asks, more)
+            answer = answers[0] if single else tuple(answers)
+        else:
+            answer = yield ask
+
+
+def bare(x: Any) -> Any:
+    """`x` without its mark, if it has one."""
+    return x.value if isinstance(x, Mine) else x
+
+
+class AlreadyReducedError(ValueError):
+    """A gradient that the types show to be summed over the workers already."""
+
+
+def total(d: tuple[jax.Array, ...]) -> jax.Array:
+    """The sum of the terms of which a talk is given its tensor."""
+    return d[0] if len(d) == 1 else d[0] + d[1]
+
+
+def require_static(name: str, value: Any) -> None:
+    """Raises ValueError for an argument that jax traces."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"{name} is a value that jax traces, but a codec's settings are fixed when it is made: under "
+            f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
+        )
+
+
+def require_whole(name: str, value: Any, least: int) -> None:
+    """Raises ValueError for an argument that is not a whole number of at least `least`."""
+    require_static(name, value)
+    if not isinstance(value, numbers.Integral) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+
+
+def require_fraction(fraction: Any) -> None:
+    """Raises ValueError for a share of a leaf's elements that is not above 0 and at most 1."""
+    require_static("fraction", fraction)
+    if not 0 < fraction <= 1:
+        raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
+
+
+def require_indexable(codec: str, path: str, leaf: Any) -> None:
+    """Raises ValueError for a leaf whose elements an int32 cannot number."""
+    if leaf.size >= 2**31:
+        raise ValueError(
+            f"leaf {path!r} of shape {leaf.shape} has 2^31 elements or more, which codec {codec!r} cannot number: "
+            "leave it out by compress=, or split it"
+        )

@@ -1,0 +1,1 @@
+"""The only rooms that talk: what travels (plan), in which order (rounds), how (ways), by what (collectives)."""

@@ -1,0 +1,129 @@
+"""How many bits travelled, counted in the state while training.
+
+Three quantities bear three names. *Payload* is what one worker encodes. *Wire* is what one worker sends by
+the ring laws, padding and uncompressed leaves included. *Entropy* is the length of a variable code inside a
+fixed buffer. `wire_bits` speaks of the wire, as does `gradcomp_jax.hlo.collective_bytes`.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradcomp_jax.coder import CodeLength
+
+
+class WireCount(NamedTuple):
+    """Bits one worker sent, as part of a codec's state; `wire_bits` reads it.
+
+    jax has no int64 by default and a uint32 wraps at 512 MiB, so a count is a uint32 (high, low) pair.
+
+    Attributes:
+      last: uint32 [2], in the last step.
+      total: uint32 [2], in all steps so far, skipped ones included: their bits travelled too.
+    """
+
+    last: jax.Array
+    total: jax.Array
+
+
+class WireBits(NamedTuple):
+    """Bits one worker sent, in the last step and in total; Python ints."""
+
+    last: int
+    total: int
+
+
+def no_bits() -> WireCount:
+    """The count before the first step."""
+    return WireCount(jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32))
+
+
+Bits = int | jax.Array
+"""A number of bits: a Python int, or where the step decides it a uint32 (high, low) pair, see `bit_pair`."""
+
+
+def bit_pair(bits: Bits) -> jax.Array:
+    """`bits` as a uint32 (high, low) pair, [2]."""
+    if isinstance(bits, int):
+        return jnp.asarray([bits >> 32, bits & 0xFFFFFFFF], jnp.uint32)
+    return bits
+
+
+def sum_bits(first: Bits, second: Bits) -> Bits:
+    """The sum; a pair if one of them is."""
+    if isinstance(first, int) and isinstance(second, int):
+        return first + second
+    a, b = bit_pair(first), bit_pair(second)
+    low = a[1] + b[1]
+    carry = (low < b[1]).astype(jnp.uint32)
+    return jnp.stack([a[0] + b[0] + carry, low])
+
+
+def add_bits(count: WireCount, bits: Bits) -> WireCount:
+    """`count` after a step that sent `bits`."""
+    last = bit_pair(bits)
+    return WireCount(last, bit_pair(sum_bits(count.total, last)))
+
+
+def code_bits(opt_state: Any) -> float:
+    """The true length of codes that fill their buffers only in part: QSGD's Elias code, adaptive's columns.
+
+    What travels is the buffer, and `wire_bits` counts that; this is what a runtime with messages of any length would
+    have had to send (the *entropy*, see the module), before it is multiplied by the ring laws.
+
+    Args:
+      opt_state: an optimiser state that holds the state of such codecs: they add up. Any form.
+
+    Returns:
+      Bits that a worker encoded in the last step, in both stages if there are two; the mean over the workers whose
+      state this is.
+
+    Raises:
+      ValueError: there is no such codec.
+    """
+    is_length = lambda x: isinstance(x, CodeLength)  # noqa: E731
+    found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_length) if is_length(x)]
+    if not found:
+        raise ValueError(f"opt_state holds no code of variable length: got {type(opt_state).__name__}")
+    pairs = [np.asarray(length.last, np.float64).reshape(-1, 2) for length in found]
+    return float(sum((high * 2.0**32 + low).mean() for high, low in (pair.T for pair in pairs)))
+
+
+def wire_bits(opt_state: Any) -> WireBits:
+    """Bits that one worker sent, by the ring laws of `gradcomp_jax.collectives`.
+
+    Skipped steps count: their gradients were not finite, but they travelled. `average` is not counted, as
+    it stands for the links on which bytes are cheap, nor is anything the step sends beside the gradients
+    (the loss, batch statistics). A count that the ring law makes a fraction, as among three workers, is
+    rounded up.
+
+    Args:
+      opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
+        the local form, the global one, or one replicated for pmap.
+
+    Returns:
+      `(last, total)`, Python ints.
+
+    Raises:
+      ValueError: `opt_state` holds no codec's state.
+    """
+    last = total = 0
+    counts = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_count) if _is_count(x)]
+    if not counts:
+        raise ValueError(f"opt_state holds no codec's state, so no bits were counted: got {type(opt_state).__name__}")
+    for count in counts:
+        last += _join(count.last)
+        total += _join(count.total)
+    return WireBits(last, total)
+
+
+def _is_count(x: Any) -> bool:
+    return isinstance(x, WireCount)
+
+
+def _join(pair: jax.Array) -> int:
+    # pmap keeps one copy a device; all are the same.
+    high, low = np.asarray(pair).reshape(-1, 2)[0]
+    return int(high) << 32 | int(low)

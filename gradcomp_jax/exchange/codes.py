@@ -1,0 +1,558 @@
+"""Codes on their way: tensors are cut into shards, their messages travel as one buffer, with riders beside them."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradcomp_jax.coder import Coder, Message, Part
+from gradcomp_jax.contract import Heard, Say, Sparse, dense
+from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
+from gradcomp_jax.exchange.collectives import Wire, of_ring
+from gradcomp_jax.exchange.ways import Sent, agreed, within
+from gradcomp_jax.views import pack_front, unpack_front
+from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
+
+
+class Group(NamedTuple):
+    """Tensors that are cut into shards together: one, or of a pooled coder all.
+
+    Attributes:
+      coder: theirs.
+      ys: as the coder lays them out.
+      each: places of the last axis in a shard.
+      shards: how many shards there are.
+      keys: a random key for each tensor.
+      strength: int32, or None.
+    """
+
+    coder: Coder
+    ys: list[jax.Array]
+    each: int
+    shards: int
+    keys: list[jax.Array]
+    strength: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a shard."""
+        return (*self.ys[0].shape[:-1], self.each)
+
+    def part(self, index: Any, key: jax.Array | None = None) -> Part:
+        """What the coder is told of the shard at `index`."""
+        length = self.each * self.shards if self.coder.pooled else self.ys[0].shape[-1]
+        return Part(index, self.shards, length, self.keys[0] if key is None else key, self.strength)
+
+    def restore(self, message: Message, index: Any = 0) -> jax.Array:
+        """What the message of one shard stands for."""
+        return self.coder.restore(message, self.shape, self.part(index))
+
+    def starts(self) -> list[int]:
+        """Where each tensor begins among the places of all, tensors being whole units."""
+        starts, unit = [0], self.coder.unit
+        for y in self.ys:
+            starts.append(starts[-1] + -(-y.shape[-1] // unit) * unit)
+        return starts
+
+
+def grouped(
+    coder: Coder, ys: Sequence[Any], shards: int, key: Any, strengths: Sequence[Any], draws: bool = True
+) -> list[Group]:
+    """Tensors in groups, to be cut into so many shards."""
+    keys = [jax.random.fold_in(key, place) if coder.draws and draws else key for place in range(len(ys))]
+    groups = []
+    for places in [list(range(len(ys)))] if coder.pooled else [[place] for place in range(len(ys))]:
+        mine = [ys[i] for i in places]
+        if shards == 1 and not coder.rowwise:
+            each = mine[0].shape[-1]
+        else:
+            units = sum(-(-y.shape[-1] // coder.unit) for y in mine)
+            each = max(1, -(-units // shards)) * coder.unit
+        groups.append(Group(coder, mine, each, shards, [keys[i] for i in places], strengths[places[0]]))
+    return groups
+
+
+def encode_all(group: Group) -> Message:
+    """The messages of all shards, arrays [shards, ...]."""
+    coder, n = group.coder, group.shards
+    if coder.rowwise:  # whole tensors are encoded, and messages cut
+        pairs = zip(group.ys, group.keys, strict=True)
+        whole = [coder.encode(y, Part(0, 1, y.shape[-1], key, group.strength)) for y, key in pairs]
+        rows = jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *whole)
+        return jax.tree.map(lambda x: cut(x, n, group.each // coder.unit, axis=0), rows)
+    if n == 1:
+        return jax.tree.map(lambda x: x[None], coder.encode(group.ys[0], group.part(0)))
+    shards = cut(group.ys[0], n, group.each)
+    indices = jnp.arange(n, dtype=jnp.int32)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(group.keys[0], indices)
+    # One after another: a shard's choice between branches stays a choice.
+    return lax.map(lambda shard: coder.encode(shard[0], group.part(*shard[1:])), (shards, indices, keys))
+
+
+def decode_all(group: Group, messages: Message) -> list[jax.Array]:
+    """The group's tensors, from the messages of all shards."""
+    coder = group.coder
+    if coder.rowwise:
+        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), messages)
+        starts, ys = group.starts(), []
+        for y, start, end in zip(group.ys, starts, starts[1:], strict=False):
+            mine = jax.tree.map(lambda x, a=start // coder.unit, b=end // coder.unit: x[a:b], rows)
+            whole = coder.restore(mine, (*y.shape[:-1], end - start), group.part(0))
+            ys.append(whole[..., : y.shape[-1]])
+        return ys
+    if group.shards == 1:
+        return [group.restore(row(messages, 0))]
+    return [uncut(jax.vmap(group.restore)(messages), group.ys[0].shape[-1])]
+
+
+def cut(y: jax.Array, shards: int, each: int, axis: int = -1) -> jax.Array:
+    """An axis in shards of `each`, filled up with zeros: [shards, ..., each, ...]."""
+    axis %= y.ndim
+    missing = shards * each - y.shape[axis]
+    if missing:
+        y = jnp.pad(y, [(0, missing if i == axis else 0) for i in range(y.ndim)])
+    return jnp.moveaxis(y.reshape(*y.shape[:axis], shards, each, *y.shape[axis + 1 :]), axis, 0)
+
+
+def uncut(shards: jax.Array, length: int) -> jax.Array:
+    """The inverse of `cut` along the last axis."""
+    y = jnp.moveaxis(shards, 0, -2)
+    return y.reshape(*y.shape[:-2], -1)[..., :length]
+
+
+def row(tree: Any, index: Any) -> Any:
+    """Row `index` of each array."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+def add_window(y: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:
+    """`y` [..., length] plus `window` [..., w] from place `start` of the last axis on, of which any may lie outside."""
+    length, width = y.shape[-1], window.shape[-1]
+    size = min(length, width)
+    inside = jnp.clip(start, 0, length - size)
+    around = jnp.pad(window, [(0, 0)] * (window.ndim - 1) + [(size, size)])
+    # What of the window lies from `inside` on: zeros where nothing does.
+    part = lax.dynamic_slice_in_dim(around, jnp.clip(inside - start + size, 0, width + size), size, axis=-1)
+    old = lax.dynamic_slice_in_dim(y, inside, size, axis=-1)
+    return lax.dynamic_update_slice_in_dim(y, old + part, inside, axis=-1)
+
+
+def sound(groups: list[Group], messages: list[Message], growth: float) -> jax.Array:
+    """Whether all that messages [n, ...] stand for is finite, and stays so when it grows so many times, and twice."""
+    bounds = []
+    for group, message in zip(groups, messages, strict=True):
+        bound = jax.vmap(lambda one, g=group: g.coder.largest(one, g.shape, g.part(0)))(message)
+        bounds.append(bound.reshape(-1))
+    return within(jnp.concatenate(bounds), 2 * growth)
+
+
+def lengths(groups: list[Group], messages: list[Message]) -> jax.Array | None:
+    """The true length of messages [shards, ...] of all groups, as a pair; None where it is not told."""
+    pairs: list[Bits] = []
+    for group, message in zip(groups, messages, strict=True):
+        if group.coder.tells_length:
+            pairs += list(jax.vmap(lambda one, g=group: g.coder.code_length(one, g.shape, g.part(0)))(message))
+    return bit_pair(functools.reduce(sum_bits, pairs)) if pairs else None
+
+
+class Riders(NamedTuple):
+    """Arrays that travel exactly beside codes, in as many shards as those.
+
+    Attributes:
+      arrays: the arrays.
+      shards: how many.
+      checked: how many of the first must be finite.
+    """
+
+    arrays: Sequence[jax.Array]
+    shards: int
+    checked: int
+
+    def _types(self) -> list[Any]:
+        return sorted({x.dtype for x in self.arrays}, key=str)
+
+    def _size(self, dtype: Any) -> int:
+        return -(-sum(x.size for x in self.arrays if x.dtype == dtype) // self.shards)
+
+    def pack(self) -> jax.Array:
+        """Their bytes, uint8 [shards, b]."""
+        flats = [jnp.concatenate([x.reshape(-1) for x in self.arrays if x.dtype == dtype]) for dtype in self._types()]
+        parts = [cut(flat, self.shards, self._size(flat.dtype)) for flat in flats]
+        return pack_arrays(parts, 1) if parts else jnp.zeros((self.shards, 0), jnp.uint8)
+
+    def unpack(self, data: jax.Array) -> list[jax.Array]:
+        """A vector for each type, [..., elements of a shard], from bytes [..., b]."""
+        like = [jax.ShapeDtypeStruct((self._size(dtype),), dtype) for dtype in self._types()]
+        return unpack_arrays(data, like)
+
+    def sound(self, shards: list[jax.Array]) -> list[jax.Array]:
+        """Whether those that are checked are finite, from vectors [shards, ...] for each type."""
+        sizes = {dtype: sum(x.size for x in self.arrays[: self.checked] if x.dtype == dtype) for dtype in self._types()}
+        return [within(x.reshape(-1)[: sizes[x.dtype]], 1) for x in shards if sizes[x.dtype]]
+
+    def restore(self, shards: list[jax.Array]) -> list[jax.Array]:
+        """The arrays, from vectors [shards, ...] for each type."""
+        flats = {str(x.dtype): x.reshape(-1) for x in shards}
+        arrays, start = [], dict.fromkeys(flats, 0)
+        for x in self.arrays:
+            at = start[str(x.dtype)]
+            arrays.append(flats[str(x.dtype)][at : at + x.size].reshape(x.shape))
+            start[str(x.dtype)] = at + x.size
+        return arrays
+
+
+Collective = Callable[[jax.Array], tuple[jax.Array, Bits]]
+Consume = Callable[[list[Message], jax.Array], Any]
+
+
+def send(
+    groups: list[Group],
+    messages: list[Message],
+    riding: jax.Array,
+    collective: Collective,
+    consume: Consume,
+    wire: Wire,
+) -> tuple[Any, Bits, jax.Array | None]:
+    """Sends messages, and bytes of riders, as one buffer.
+
+    Args:
+      groups: the groups.
+      messages: of each; for a collective that sends to each worker something else, arrays [n, ...].
+      riding: bytes [b], or [n, b].
+      collective: what sends a buffer.
+      consume: what to make of the messages [n, ...] and riders' bytes [n, b] that arrive.
+      wire: the link.
+
+    Returns:
+      What `consume` made; the bits this worker sent; the true length of its messages, if that is told.
+    """
+    lead = riding.ndim - 1
+    if groups[0].coder.fronts(groups[0].shape) is not None:
+        result, bits = _send_fronts(groups, messages, riding, collective, consume, wire)
+        return result, bits, lengths(groups, messages if lead else [row(m, None) for m in messages])
+    like = [row(message, 0) for message in messages] if lead else messages
+    compact = groups[0].coder.compact(groups[0].each // groups[0].coder.unit)
+
+    def plain() -> tuple[Any, Bits]:
+        unpack = functools.partial(unpack_arrays, like=like)
+        return _carry(pack_arrays(messages, lead), riding, collective, consume, unpack)
+
+    if compact is None:
+        return *plain(), lengths(groups, messages if lead else [row(m, None) for m in messages])
+    pack, unpack = compact.pack, jax.vmap(compact.unpack)
+    payload, fits, length = (jax.vmap(pack) if lead else pack)(messages[0])
+    agreed_to, asking = wire.all_(jnp.all(fits))
+
+    def shorter() -> tuple[Any, Bits]:
+        return _carry(payload, riding, collective, consume, lambda data: [unpack(data)])
+
+    result, bits = wire.switch(agreed_to.astype(jnp.int32), [_paired(plain), _paired(shorter)])
+    whole = functools.reduce(sum_bits, length) if lead else length
+    return result, sum_bits(bits, asking), bit_pair(whole)
+
+
+def _paired(branch: Callable[[], tuple[Any, Bits]]) -> Callable[[], tuple[Any, jax.Array]]:
+    """A branch whose bits are a pair."""
+
+    def paired() -> tuple[Any, jax.Array]:
+        result, bits = branch()
+        return result, bit_pair(bits)
+
+    return paired
+
+
+def _carry(
+    payload: jax.Array, riding: jax.Array, collective: Collective, consume: Consume, unpack: Any
+) -> tuple[Any, Bits]:
+    received, bits = collective(jnp.concatenate([payload, riding], axis=-1) if riding.shape[-1] else payload)
+    end = payload.shape[-1]
+    return consume(unpack(received[..., :end]), received[..., end:]), bits
+
+
+def _send_fronts(
+    groups: list[Group],
+    messages: list[Message],
+    riding: jax.Array,
+    collective: Collective,
+    consume: Consume,
+    wire: Wire,
+) -> tuple[Any, Bits]:
+    """As `send`, of messages of which only a front counts: one buffer, filled from its front."""
+    fronts = [group.coder.fronts(group.shape) or () for group in groups]
+    used = [jnp.array(f, jnp.int32)[group.strength] for f, group in zip(fronts, groups, strict=True)]
+    beside = riding.shape[-1]
+    least, most = (beside + sum(end(f) for f in fronts) for end in (min, max))
+    if most >= 2**31:
+        largest = groups[max(range(len(groups)), key=lambda i: max(fronts[i]))].ys[0].shape
+        raise ValueError(
+            f"leaves at two strengths share one buffer, here of up to {most} bytes, which an int32 cannot count: leave "
+            f"the largest, of shape {largest}, out by compress=, or send less of it at the low level"
+        )
+    pack = lambda *pieces: pack_front(pieces, used)  # noqa: E731
+    pieces = [message["data"] for message in messages]
+    buffer = (jax.vmap(pack) if riding.ndim > 1 else pack)(*pieces)
+    buffer = jnp.concatenate([riding, buffer], axis=-1) if beside else buffer
+    length = functools.reduce(jnp.add, used) + beside
+    received, bits = wire.front(collective, buffer, length, least, most)
+    got = jax.vmap(lambda data: unpack_front(data, used, [max(f) for f in fronts]))(received[..., beside:])
+    return consume([{"data": x} for x in got], received[..., :beside]), bits
+
+
+def coded(
+    says: Sequence[Say],
+    coder: Coder,
+    way: str,
+    riders: Sequence[jax.Array],
+    wire: Wire,
+    key: jax.Array,
+    strengths: Sequence[Any],
+    *,
+    before: jax.Array | None,
+    checked: int,
+) -> Sent:
+    """The means of numbers that travel as codes; by "gather" and "shuffle" with riders beside them, exactly.
+
+    Args:
+      says: what is said.
+      coder: how it becomes bytes.
+      way: one of `coder.ways`.
+      riders: what travels along.
+      wire: the link.
+      key: this worker's own random key, of this round.
+      strengths: int32 for each that is said, or None.
+      before: whether all that arrived before in this step was finite; None: nothing did.
+      checked: how many of the first riders must be finite.
+    """
+    growth = max(say.growth for say in says)
+    ys = [coder.lay(say.x) for say in says]
+    if way == "gather":
+        sent = _gather(ys, coder, Riders(riders, 1, checked), wire, key, strengths, before, growth)
+    elif way == "shuffle":
+        seconds = [None if say.second is None else coder.lay(say.second) for say in says]
+        sent = _shuffle(ys, seconds, coder, Riders(riders, wire.workers, checked), wire, key, strengths, before, growth)
+    else:
+        sent = _ring(ys, coder, wire, key, strengths, before, growth)
+    heard = [Heard(*(_unlaid(coder, x, say.x) for x in one)) for one, say in zip(sent.heard, says, strict=True)]
+    return sent._replace(heard=heard)
+
+
+def _unlaid(coder: Coder, x: Any, like: jax.Array) -> Any:
+    if x is None:
+        return None
+    if isinstance(x, Sparse):  # of a flat tensor
+        return Sparse(x.indices, x.values.astype(like.dtype), like.shape)
+    return coder.unlay(x, like)
+
+
+def _silenced(groups: list[Group], messages: list[Message], ok: jax.Array) -> list[Message]:
+    return [group.coder.silenced(message, ok) for group, message in zip(groups, messages, strict=True)]
+
+
+def _hushed(group: Group, ys: list[jax.Array], ok: jax.Array) -> list[jax.Array]:
+    """Zeros where not `ok`, of tensors whose messages could not be silenced."""
+    return ys if group.coder.silences else [jnp.where(ok, y, 0) for y in ys]
+
+
+def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:
+    n = wire.workers
+    groups = grouped(coder, ys, 1, key, strengths)
+    messages = [encode_all(group) for group in groups]
+
+    def consume(received: list[Message], rode: jax.Array) -> tuple[Any, Any, jax.Array]:
+        exact = [jnp.sum(x, axis=0, keepdims=True) / n for x in ride.unpack(rode)]
+        ok = agreed([sound(groups, received, n * growth), *ride.sound(exact)], before)
+        received = _silenced(groups, received, ok)
+        means = _mean_of_all(groups, received, n)
+        means = [_hushed(group, mean, ok) for group, mean in zip(groups, means, strict=True)]
+        return [_voted(group, mean) for group, mean in zip(groups, means, strict=True)], exact, ok
+
+    mine = [row(message, 0) for message in messages]
+    (means, exact, ok), bits, length = send(groups, mine, ride.pack()[0], wire.gather, consume, wire)
+    heard = []
+    for group, message, (voted, mean) in zip(groups, messages, means, strict=True):
+        owns = (
+            [coder.own(group.ys[0], row(message, 0), group.part(0))]
+            if not coder.rowwise
+            else decode_all(group, message)
+        )
+        if coder.votes:
+            owns = [dense(x) + (v - m) for x, v, m in zip(owns, voted, mean, strict=True)]
+        heard += [Heard(v, own) for v, own in zip(voted, owns, strict=True)]
+    return Sent(heard, ride.restore(exact), ok, bits, length)
+
+
+def _mean_of_all(groups: list[Group], received: list[Message], n: int) -> list[list[jax.Array]]:
+    """The mean of what the messages [n, ...] of whole tensors decode to."""
+
+    def of_worker(worker: Any) -> list[list[jax.Array]]:
+        return [
+            decode_all(g, jax.tree.map(lambda x: x[worker][None], m)) for g, m in zip(groups, received, strict=True)
+        ]
+
+    if n == 1:
+        return of_worker(0)
+
+    # One after another: memory holds one decoded copy however many workers there are. By index, as a scan would copy
+    # the payloads.
+    def add(worker: jax.Array, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
+        sums = []
+        for group, total, message in zip(groups, totals, received, strict=True):
+            one = row(message, worker)
+            if group.coder.rowwise:
+                parts = decode_all(group, jax.tree.map(lambda x: x[None], one))
+                sums.append([t + y / n for t, y in zip(total, parts, strict=True)])
+            else:
+                sums.append([group.coder.add(total[0], one, group.part(0), 1 / n)])
+        return sums
+
+    zeros = [[jnp.zeros(y.shape, y.dtype) for y in group.ys] for group in groups]
+    return functools.reduce(lambda t, w: add(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, add, zeros)
+
+
+def _voted(group: Group, mean: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What the mean becomes if it is encoded too, and the mean."""
+    if not group.coder.votes:
+        return mean, mean
+    again = group._replace(ys=mean)
+    return decode_all(again, encode_all(again)), mean
+
+
+def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:
+    n, me = wire.workers, wire.index
+    # What the second stage owes is in the tensors n times, as it is one worker's share of a mean.
+    firsts = [y if e is None else y - n * e for y, e in zip(ys, seconds, strict=True)]
+    groups = grouped(coder, firsts, n, key, strengths)
+    owed = [None if e is None else cut(e, n, group.each) for e, group in zip(seconds, groups, strict=False)]
+    messages = [encode_all(group) for group in groups]
+
+    def average(received: list[Message], rode: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        means = [_mean_of_shard(group, message, n, me) for group, message in zip(groups, received, strict=True)]
+        return means, [jnp.sum(x, axis=0) / n for x in ride.unpack(rode)]
+
+    def restore(received: list[Message], rode: jax.Array) -> tuple[Any, list[jax.Array], jax.Array]:
+        exact = ride.unpack(rode)
+        ok = agreed([sound(groups, received, n * growth), *ride.sound(exact)], before)
+        received = _silenced(groups, received, ok)
+        means = [_hushed(g, decode_all(g, m), ok) for g, m in zip(groups, received, strict=True)]
+        return means, exact, ok
+
+    (exact, rode), first_bits, first_length = send(groups, messages, ride.pack(), wire.scatter, average, wire)
+    exact = (
+        [x if e is None else x + e[me] for x, e in zip(exact, owed, strict=True)] if seconds[0] is not None else exact
+    )
+    key = jax.random.fold_in(key, n)
+    again = [
+        g.coder.encode(x, g.part(me, jax.random.fold_in(key, i)))
+        for i, (g, x) in enumerate(zip(groups, exact, strict=True))
+    ]
+    lost = [g.restore(m, me) - x for g, m, x in zip(groups, again, exact, strict=True)]
+    riding = pack_arrays(rode) if ride.arrays else jnp.zeros(0, jnp.uint8)
+    (means, rode, ok), bits, length = send(groups, again, riding, wire.gather, restore, wire)
+    heard = []
+    for place, (group, message, mean) in enumerate(zip(groups, messages, means, strict=True)):
+        owns = decode_all(group, message)
+        second = None
+        if seconds[0] is not None:
+            second = add_window(jnp.zeros_like(ys[place]), -lost[place], me * group.each)
+            lost[place] = lost[place] + owed[place][me]
+        for own, start, one in zip(owns, group.starts(), mean, strict=False):
+            heard.append(Heard(one, add_window(own, n * lost[place], me * group.each - start), second))
+    if length is not None:
+        length = bit_pair(sum_bits(first_length, length))
+    return Sent(heard, ride.restore(rode), ok, sum_bits(first_bits, bits), length)
+
+
+def _mean_of_shard(group: Group, received: Message, n: int, me: jax.Array) -> jax.Array:
+    """The mean of this worker's shard, from the messages [n, ...] of all for it."""
+
+    def add(worker: jax.Array, total: jax.Array) -> jax.Array:
+        return group.coder.add(total, row(received, worker), group.part(me), 1 / n)
+
+    first = group.restore(row(received, 0), me) / n
+    return lax.fori_loop(1, n, add, first)
+
+
+def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:
+    n = wire.workers
+    groups = grouped(coder, ys, n, key, strengths)
+    shards = [cut(_pooled(group), n, group.each) for group in groups]
+
+    def encode(parts: list[jax.Array], index: jax.Array) -> list[Message]:
+        keys = [jax.random.fold_in(group.keys[0], index) for group in groups]
+        return [g.coder.encode(x, g.part(index, k)) for g, x, k in zip(groups, parts, keys, strict=True)]
+
+    def restore(messages: list[Message]) -> list[jax.Array]:
+        return [group.restore(message) for group, message in zip(groups, messages, strict=True)]
+
+    like = jax.eval_shape(encode, row(shards, 0), jnp.int32(0))
+    unpack = functools.partial(unpack_arrays, like=like)
+
+    def first(part: Any) -> tuple[jax.Array, list[jax.Array]]:
+        messages = encode(*part)
+        return pack_arrays(messages), restore(messages)
+
+    def hop(data: jax.Array, part: Any) -> tuple[jax.Array, list[jax.Array]]:
+        """What came in, this worker's shard added, goes on; its own part is the difference."""
+        received = restore(unpack(data))
+        messages = encode(jax.tree.map(jnp.add, received, part[0]), part[1])
+        return pack_arrays(messages), jax.tree.map(jnp.subtract, restore(messages), received)
+
+    mine, own, passing = wire.around_ring((shards, jnp.arange(n, dtype=jnp.int32)), first, hop)
+    payloads, gathering = wire.gather(mine)
+    received = unpack(of_ring(payloads))
+    ok = agreed([sound(groups, received, n * growth)], before)
+    heard = []
+    for group, message, parts in zip(groups, _silenced(groups, received, ok), own, strict=True):
+        sums = decode_all(group, message)
+        heard += [Heard(x / n, o) for x, o in zip(sums, _unpooled(group, parts), strict=True)]
+    return Sent(heard, [], ok, passing + gathering)
+
+
+def _pooled(group: Group) -> jax.Array:
+    """The group's tensors one after another, each filled up to whole units."""
+    starts = group.starts()
+    sizes = [end - start for start, end in itertools.pairwise(starts)]
+    filled = [cut(y, 1, size)[0] for y, size in zip(group.ys, sizes, strict=True)]
+    return jnp.concatenate(filled, axis=-1) if len(filled) > 1 else filled[0]
+
+
+def _unpooled(group: Group, shards: jax.Array) -> list[jax.Array]:
+    """The inverse, from shards."""
+    starts = group.starts()
+    flat = uncut(shards, starts[-1])
+    return [flat[..., start : start + y.shape[-1]] for y, start in zip(group.ys, starts, strict=False)]
+
+
+def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array, before: jax.Array | None) -> Sent:
+    """The means of numbers that travel as integers of scales that all workers share, and are summed as those.
+
+    The scales are the largest of all workers' for each unit.
+    """
+    n = wire.workers
+    ys = [coder.lay(say.x) for say in says]
+    (group,) = grouped(coder, ys, 1, key, [None] * len(ys))
+    scales = jnp.concatenate([coder.scale(y) for y in ys])
+    # As integers, whose order is that of floats without their signs: a maximum of floats may drop a NaN, and of
+    # Inf / Inf a processor makes a NaN that has a sign.
+    order, asking = wire.largest(lax.bitcast_convert_type(scales, jnp.int32) & 0x7FFFFFFF)
+    scales = lax.bitcast_convert_type(order, jnp.float32)
+    ok = agreed([within(scales, 2 * n)], before)
+    scales = jnp.where(ok, scales, 0)
+    ends = [start // coder.unit for start in group.starts()]
+    each = list(zip(ys, ends, ends[1:], group.keys, strict=False))
+    mine = [coder.quantize_by(y, scales[a:b], k, n) for y, a, b, k in each]
+    flat = jnp.concatenate(mine)
+    if way == "ring":
+        sums, bits = wire.ring_total(flat.reshape(-1))
+        sums = sums.reshape(flat.shape)
+    else:
+        sums, bits = wire.total(flat)
+    heard = []
+    for say, y, own, (_, a, b, _) in zip(says, ys, mine, each, strict=True):
+        values = [coder.of_integers(x, scales[a:b], n)[: y.shape[-1]] for x in (sums[a:b], own)]
+        heard.append(Heard(coder.unlay(values[0] / n, say.x), coder.unlay(values[1], say.x)))
+    return Sent(heard, [], ok, asking + bits)

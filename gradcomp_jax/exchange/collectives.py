@@ -1,0 +1,306 @@
+"""The wire: every collective the library runs, each returning what it cost beside its result.
+
+This is the only file that calls `jax.lax`'s collectives. Each method of `Wire` that moves data returns
+`(result, bits)`, where `bits` is what one worker sends for it by the ring laws, computed from the very
+operands handed to the collective, so that nothing can be declared as less than it is:
+
+| collective | bits one worker sends, operand of p bits, n workers |
+|---|---|
+| `total`, `largest`, `all_`, `from_first` (all-reduce) | 2 (n - 1) / n p |
+| `ring_total` (n - 1 permutes of p / n, an all-gather of p / n) | 2 (n - 1) / n p |
+| `gather` (all-gather) | (n - 1) p |
+| `scatter` (all-to-all) | (n - 1) / n p |
+| `around_ring` (n - 1 permutes) | (n - 1) p |
+
+All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, with `check_vma` on or off.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AxisType
+
+from gradcomp_jax.contract import AlreadyReducedError, AxisName
+from gradcomp_jax.exchange.bits import Bits, bit_pair
+
+T = TypeVar("T")
+
+# What `front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
+FRONT_STEP = 1.25
+
+
+def axis_names(axis_name: AxisName) -> tuple[str, ...]:
+    """`axis_name` as a tuple of mesh axis names."""
+    return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+
+
+def workers(axis_name: AxisName) -> int:
+    """How many workers there are along `axis_name`; raises ValueError where no such axis is bound."""
+    try:
+        return lax.axis_size(axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here: call this inside shard_map, pmap or "
+            f"vmap(axis_name={axis_name!r}), or through train_step or simulate, with the codec's axis_name "
+            "equal to the mesh's axis"
+        ) from error
+
+
+def worker_index(axis_name: AxisName) -> jax.Array:
+    """This worker's index along `axis_name`, int32."""
+    return lax.axis_index(axis_name)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """The mesh axes along which `x` may differ, where shard_map tracks that; else empty."""
+    return jax.typeof(x).mat.varying
+
+
+def tracked(axis_name: AxisName) -> bool:
+    """Whether types here tell what differs along `axis_name`: inside `shard_map(check_vma=True)` only."""
+    return set(axis_names(axis_name)) <= _varying(lax.axis_index(axis_name))
+
+
+def known_equal(x: Any, axis_name: AxisName) -> bool:
+    """Whether the types prove that `x` is the same along one of the axes of `axis_name`."""
+    return tracked(axis_name) and not set(axis_names(axis_name)) <= _varying(x)
+
+
+def known_different(x: Any, axis_name: AxisName) -> bool:
+    """Whether the types say that `x` may differ along one of the axes of `axis_name`."""
+    return bool(set(axis_names(axis_name)) & _varying(x))
+
+
+def vary(tree: T, axis_name: AxisName) -> T:
+    """Marks every leaf of `tree` as this worker's own, so that `jax.grad` with respect to it stays local.
+
+    Under `shard_map(check_vma=True)` the gradient with respect to a replicated parameter is summed over
+    the workers before anyone sees it. `jax.grad(loss)(vary(params, "data"), batch)` gives the worker's own
+    gradient in every context; where types are not tracked this function returns `tree` as it is.
+
+    Args:
+      tree: arrays, usually the parameters.
+      axis_name: the mesh axis, or axes, over which the batch is split.
+
+    Returns:
+      The same values, of a type that varies along `axis_name`.
+
+    Raises:
+      ValueError: no such axis is bound.
+    """
+    workers(axis_name)
+    if not tracked(axis_name):
+        return tree
+
+    def leaf(x):
+        missing = tuple(name for name in axis_names(axis_name) if name not in _varying(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(leaf, tree)
+
+
+def require_local(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> None:
+    """Raises AlreadyReducedError, by name of the leaf, for a gradient that the types show to be reduced already.
+
+    Types are tracked under `shard_map(check_vma=True)` only; elsewhere nothing can be seen here.
+    """
+    for path, leaf in leaves:
+        if known_equal(leaf, axis_name):
+            raise AlreadyReducedError(
+                f"gradient leaf {path!r} is already reduced over axis {axis_name!r}: shard_map sums the "
+                "gradients of replicated parameters, and reducing them again would multiply them by the "
+                f"number of workers; use jax.grad(loss)(vary(params, {axis_name!r}), batch), or train_step, and "
+                "put wrappers such as optax.MultiSteps after the codec, not around it"
+            )
+
+
+def require_same_elsewhere(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> None:
+    """Raises ValueError, by name of the leaf, for a gradient that differs along a mesh axis beside `axis_name`.
+
+    A codec's state would then differ along it too, and be stored as if it did not.
+    """
+    for path, leaf in leaves:
+        further = sorted(_varying(leaf) - set(axis_names(axis_name)))
+        if further:
+            names = ", ".join(map(repr, further))
+            raise ValueError(
+                f"gradient leaf {path!r} differs along mesh axis {names} too, beside axis_name={axis_name!r}, and the "
+                "codec's state would differ along it and be stored as if it did not: for an axis of workers, name it "
+                f"in axis_name or put average({names}) before the codec, or the updates still differ between the "
+                "workers; for an axis of sharded parameters, leave it to the compiler, with shard_map's axis_names= "
+                "the workers' axes alone"
+            )
+
+
+def others_are_automatic() -> bool:
+    """Whether the mesh here has a further axis that the compiler shards arrays over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and AxisType.Auto in mesh.axis_types
+
+
+def _size_bits(tree: Any) -> int:
+    return sum(8 * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _all_reduce_bits(tree: Any, n: int) -> int:
+    return -(-2 * (n - 1) * _size_bits(tree) // n)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wire:
+    """The link between the workers along an axis. What is sent goes through its methods alone.
+
+    Attributes:
+      axis: the mesh axis, or axes, of the workers.
+    """
+
+    axis: AxisName
+
+    @property
+    def workers(self) -> int:
+        """How many workers there are; raises ValueError where no such axis is bound."""
+        return workers(self.axis)
+
+    @property
+    def index(self) -> jax.Array:
+        """This worker's index, int32."""
+        return lax.axis_index(self.axis)
+
+    def total(self, tree: T) -> tuple[T, int]:
+        """All-reduces every leaf to its sum. Integers wrap: their type must hold the sum."""
+        return self._sum(tree), _all_reduce_bits(tree, self.workers)
+
+    def ring_total(self, x: jax.Array) -> tuple[jax.Array, int]:
+        """The sum of a vector, added as it passes in a ring of our own instead of the platform's all-reduce."""
+        n = self.workers
+        if n == 1 or not x.size:
+            return self._sum(x), 0  # for its type
+        parts = jnp.pad(x, (0, -x.size % n)).reshape(n, -1)
+        mine, _, passing = self.around_ring(parts, lambda part: (part, ()), lambda got, part: (got + part, ()))
+        sums, gathering = self.gather(mine)
+        return of_ring(sums).reshape(-1)[: x.size], passing + gathering
+
+    def around_ring(
+        self, parts: Any, first: Callable[[Any], tuple[T, Any]], hop: Callable[[T, Any], tuple[T, Any]]
+    ) -> tuple[T, Any, int]:
+        """The first half of a ring all-reduce (GradiVeQ's Algorithm 1): each part passes all workers once.
+
+        Worker w begins with part w; then n - 1 times it receives what its neighbour w - 1 made of a part, makes its
+        own of it, and sends that on. So it ends with part w + 1, which has passed all.
+
+        Args:
+          parts: arrays [n, ...], this worker's own part of each kind.
+          first: this worker's part -> (message, output).
+          hop: (message received, this worker's part) -> (message, output).
+
+        Returns:
+          The message of part w + 1, see `of_ring`; the outputs of all parts, [n, ...]; the bits this worker sent.
+        """
+        n = self.workers
+        # Part (w - i) mod n is the i-th here; the map is its own inverse.
+        order = (self.index - jnp.arange(n, dtype=jnp.int32)) % n
+        ordered = jax.tree.map(lambda x: x[order], parts)
+        message, output = first(jax.tree.map(lambda x: x[0], ordered))
+
+        def turn(message, part):
+            return hop(self._pass_on(message), part)
+
+        message, outputs = self.scan(turn, message, jax.tree.map(lambda x: x[1:], ordered))
+        outputs = jax.tree.map(lambda one, more: jnp.concatenate([one[None], more])[order], output, outputs)
+        return message, outputs, (n - 1) * _size_bits(message)
+
+    def gather(self, x: jax.Array) -> tuple[jax.Array, int]:
+        """All-gathers `x` [...] into [n, ...], the same on all workers."""
+        return self._all_gather(x), (self.workers - 1) * _size_bits(x)
+
+    def scatter(self, x: jax.Array) -> tuple[jax.Array, int]:
+        """Sends row j of `x` [n, ...] to worker j: gives what all sent to this one, [n, ...] by sender."""
+        n = self.workers
+        return self._all_to_all(x), (n - 1) * _size_bits(x) // n
+
+    def largest(self, tree: T) -> tuple[T, int]:
+        """The elementwise maximum of every leaf, the same on all, by an all-reduce."""
+        return self._max(tree), _all_reduce_bits(tree, self.workers)
+
+    def all_(self, flag: jax.Array) -> tuple[jax.Array, int]:
+        """Whether `flag`, a truth value, holds on all workers; by an all-reduce of an int32."""
+        fails, bits = self.largest(1 - flag.astype(jnp.int32))
+        return fails == 0, bits
+
+    def from_first(self, x: jax.Array) -> tuple[jax.Array, int]:
+        """The first worker's array, on all; by an all-reduce."""
+        return self.total(jnp.where(self.index == 0, x, jnp.zeros_like(x)))
+
+    def front(
+        self,
+        collective: Callable[[jax.Array], tuple[jax.Array, Bits]],
+        buffer: jax.Array,
+        length: jax.Array,
+        least: int,
+        most: int,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Sends the first `length` elements of `buffer`'s last axis through a collective, and little more than those.
+
+        Shapes are static, so one of some fixed sizes from `least` to `most` is sent, the smallest that holds them;
+        each is at most `FRONT_STEP` times the one before.
+
+        Args:
+          collective: what sends: an array to an array of the same last axis, and its bits.
+          buffer: an array of at least `most` elements along its last axis.
+          length: int32, the same on all workers, from `least` to `most`.
+          least: the smallest length there can be, at least 1.
+          most: the largest.
+
+        Returns:
+          What the collective gave, its last axis as long as the buffer's, zero beyond what was sent; and the bits
+          this worker sent, as a pair.
+        """
+        sizes = [least]
+        while sizes[-1] < most:
+            sizes.append(min(most, max(sizes[-1] + 1, int(sizes[-1] * FRONT_STEP))))
+
+        def send(size: int):
+            received, bits = collective(buffer[..., :size])
+            padding = [(0, 0)] * (received.ndim - 1) + [(0, buffer.shape[-1] - size)]
+            return jnp.pad(received, padding), bit_pair(bits)
+
+        smallest = jnp.sum(jnp.array(sizes, jnp.int32) < length, dtype=jnp.int32)
+        return self.switch(smallest, [functools.partial(send, size) for size in sizes])
+
+    # What follows is jax's own, in one place each: a recorder takes these over.
+
+    def switch(self, index: jax.Array, branches: Sequence[Callable[[], T]]) -> T:
+        """One of some branches that talk, by an index that is the same on all workers."""
+        return lax.switch(index, branches)
+
+    def scan(self, turn: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+        """A loop whose turns talk."""
+        return lax.scan(turn, carry, xs)
+
+    def _sum(self, tree: T) -> T:
+        return lax.psum(tree, self.axis)
+
+    def _max(self, tree: T) -> T:
+        return lax.pmax(tree, self.axis)
+
+    def _all_gather(self, x: jax.Array) -> jax.Array:
+        # vmap knows no `to`; what it gathers is the same everywhere by itself.
+        return lax.all_gather(x, self.axis, to="invarying" if tracked(self.axis) else "varying")
+
+    def _all_to_all(self, x: jax.Array) -> jax.Array:
+        return lax.all_to_all(x, self.axis, 0, 0)
+
+    def _pass_on(self, tree: T) -> T:
+        """Each worker's arrays to the next worker."""
+        to_next = [(worker, (worker + 1) % self.workers) for worker in range(self.workers)]
+        return jax.tree.map(lambda x: lax.ppermute(x, self.axis, to_next), tree)
+
+
+def of_ring(gathered: jax.Array) -> jax.Array:
+    """What the workers held after `around_ring`, [n, ...] by worker, by part."""
+    return jnp.roll(gathered, 1, axis=0)

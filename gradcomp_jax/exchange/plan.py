@@ -1,0 +1,187 @@
+"""What is decided from shapes alone: which leaves are compressed, by which way codes travel, what rides with them."""
+
+import collections
+import logging
+import zlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gradcomp_jax.coder import Coder
+from gradcomp_jax.contract import AxisName, Codec, Predicate
+from gradcomp_jax.exchange.codes import grouped
+
+# By how much riders may lengthen a gather; else they take an all-reduce of their own.
+RIDE = 0.01
+logger = logging.getLogger(__name__)
+
+
+class Settings(NamedTuple):
+    """The keywords of every factory that `compressor` serves; see there.
+
+    Attributes:
+      axis_name: the workers' axis.
+      error_feedback: a `feedback.Feedback`.
+      min_size: leaves of fewer elements travel dense.
+      compress: which leaves to compress, or None.
+      allow_dense: whether none may be.
+      aggregate: the way codes, or numbers, travel; None leaves it to the plan.
+    """
+
+    axis_name: AxisName
+    error_feedback: Any
+    min_size: int
+    compress: Predicate | None
+    allow_dense: bool
+    aggregate: str | None = None
+
+
+class Plan(NamedTuple):
+    """The leaves of a tree.
+
+    Attributes:
+      treedef: its structure.
+      leaves: their paths, in order.
+      compressed: paths of those that the codec compresses.
+    """
+
+    treedef: Any
+    leaves: tuple[str, ...]
+    compressed: tuple[str, ...]
+
+    @property
+    def dense(self) -> tuple[str, ...]:
+        """Paths of those that travel as they are."""
+        return tuple(path for path in self.leaves if path not in self.compressed)
+
+
+def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
+    """The leaves of a tree by path, in the tree's order, and its structure."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    below = collections.Counter(path[:depth] for path, _ in leaves for depth in range(len(path)))
+
+    def name(path: tuple) -> str:
+        # An nnx.Variable wraps its array as its only attribute, "value"; nnx.Optimizer initialises from
+        # variables and updates from arrays, and both must give the same names.
+        if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and below[path[:-1]] == 1:
+            path = path[:-1]
+        return jax.tree_util.keystr(path, simple=True, separator="/")
+
+    by_path = {name(path): leaf for path, leaf in leaves}
+    if len(by_path) < len(leaves):
+        raise ValueError("two leaves of the gradients have the same path: a key holds a '/', rename it")
+    return by_path, treedef
+
+
+def plan(codec: Codec, settings: Settings, tree: Any) -> Plan:
+    """Which leaves of a tree are compressed.
+
+    Raises:
+      TypeError: a leaf is not of real floating type.
+      ValueError: none would be compressed, and that is not allowed; or what the codec refuses.
+    """
+    leaves, treedef = flatten(tree)
+    choose = settings.compress or codec.default
+    compressed = []
+    for path, leaf in leaves.items():
+        _require_real(codec.name, path, leaf)
+        if bool(choose(path, leaf)) and leaf.size >= settings.min_size and codec.shrinks(path, leaf):
+            compressed.append(path)
+    if leaves and not compressed and not settings.allow_dense:
+        path, leaf = max(leaves.items(), key=lambda item: item[1].size)
+        raise ValueError(
+            f"codec {codec.name!r} would compress none of the {len(leaves)} leaves: each is below "
+            f"min_size={settings.min_size}, would not shrink, or is left out by "
+            f"{'compress=' if settings.compress else 'the rule for its shape'} (the largest is {path!r} of shape "
+            f"{leaf.shape}); lower min_size, change compress= or the codec's settings, or pass "
+            "allow_dense=True to mean it"
+        )
+    return Plan(treedef, tuple(leaves), tuple(compressed))
+
+
+def _require_real(codec: str, path: str, leaf: Any) -> None:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(
+            f"codec {codec!r} takes gradients of real floating type, leaf {path!r} is {leaf.dtype}: keep it "
+            "out of the gradients (jax.grad with allow_int=False, optax.masked) or split complex ones into "
+            "real and imaginary parts"
+        )
+
+
+def salt(path: str) -> int:
+    """A number that is a leaf's own, whatever other leaves there are."""
+    return zlib.crc32(path.encode()) & 0x7FFFFFFF
+
+
+class Route(NamedTuple):
+    """How a round of codes travels.
+
+    Attributes:
+      way: "gather", "shuffle" or "ring".
+      ride: whether riders travel in the codes' messages; else they are one all-reduce beside them.
+    """
+
+    way: str
+    ride: bool
+
+
+def route(coder: Coder, xs: Sequence[Any], riding: int, aggregate: str | None, workers: int) -> Route:
+    """How codes of some tensors travel, beside so many bytes of riders; by default in whichever way sends less.
+
+    That is "gather" for two workers, which encodes once and where both send the same, but for rounding. What is chosen
+    among more is logged, at level INFO, whenever a program is traced.
+
+    Args:
+      coder: the coder.
+      xs: the tensors, of which only shapes count.
+      riding: bytes that ride.
+      aggregate: the way, or None.
+      workers: how many there are.
+    """
+    alone = -(-2 * (workers - 1) * riding // workers)
+    gathered = payload_bytes(coder, xs, 1)
+    ride = workers <= 2 or (workers - 1) * riding - alone <= RIDE * ((workers - 1) * gathered + alone)
+    by_gather = Route("gather", ride)
+    if aggregate is not None:
+        return by_gather if aggregate == "gather" else Route(aggregate, aggregate == "shuffle")
+    if workers <= 2:
+        return by_gather
+    sent = {
+        "gather": (workers - 1) * gathered + ((workers - 1) * riding if ride else alone),
+        "shuffle": 2 * (workers - 1) * (payload_bytes(coder, xs, workers) + -(-riding // workers)),
+    }
+    chosen = min(sent, key=lambda way: sent[way])
+    logger.info("aggregate=%r among %d workers: a worker sends %s bytes in a step", chosen, workers, sent)
+    return by_gather if chosen == "gather" else Route("shuffle", True)
+
+
+def payload_bytes(coder: Coder, xs: Sequence[Any], shards: int) -> int:
+    """The bytes of one shard's payload, of some tensors cut into so many; in a shorter form if there is one."""
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    ys = [jax.eval_shape(coder.lay, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in xs]
+    groups = grouped(coder, ys, shards, key, [None] * len(ys), draws=False)
+    compact = coder.compact(groups[0].each // coder.unit)
+    return sum(coder.size(group.shape) for group in groups) if compact is None else compact.size
+
+
+def require_aggregate(codec: str, coder: Coder | None, aggregate: str | None) -> None:
+    """Raises ValueError for a way to aggregate that a codec cannot use; None, which stands for a choice, is legal.
+
+    Args:
+      codec: its name.
+      coder: its coder, or None.
+      aggregate: the way.
+    """
+    legal = ("psum", "ring") if coder is None or coder.shares_scale else coder.ways
+    if aggregate is None or aggregate in legal:
+        return
+    reasons = {
+        "psum": f"codec {codec!r} is not linear: aggregate='psum' would add packed codes",
+        "gather": f"codec {codec!r} is linear: aggregate='gather' would send each payload to all, where a sum will do",
+        "shuffle": f"codec {codec!r} is linear: aggregate='shuffle' would decode before the sum, for nothing",
+        "ring": f"codec {codec!r} loses too much at once: aggregate='ring' would encode the sum anew at each hop",
+    }
+    reason = reasons.get(aggregate, f"aggregate={aggregate!r} is not known for codec {codec!r}")
+    raise ValueError(f"{reason}; use {', '.join(map(repr, legal))}")

@@ -1,0 +1,175 @@
+"""The ways from what each worker says to the mean over all: one message a round, whatever is in it.
+
+| what is sent | aggregate | a worker of n sends, for a payload p |
+|---|---|---|
+| numbers as they are | "psum": an all-reduce | 2 (n - 1) / n p |
+| numbers as they are | "ring": added as they pass, hop by hop (GradiVeQ's Algorithm 1) | 2 (n - 1) / n p |
+| codes | "gather": all-gather; each worker decodes all | (n - 1) p |
+| codes | "shuffle": each worker decodes, averages and encodes again its shard of all tensors | 2 (n - 1) / n p |
+| codes | "ring": decoded, added and encoded again at each hop | 2 (n - 1) / n p |
+| integers of a scale that all share | "psum", "ring": the largest scale, then the sum of integers | 2 (n - 1) / n p |
+
+What a second encoding loses is the loss of the worker who encoded: it is part of its `own`, so one residual serves
+every way. *Riders* are what travels beside codes and is to arrive exactly, as dense leaves do.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradcomp_jax.contract import Heard, Say
+from gradcomp_jax.exchange.bits import Bits
+from gradcomp_jax.exchange.collectives import Wire, others_are_automatic
+from gradcomp_jax.views import pack_front, unpack_front
+
+# A whole gradient of more bytes is a message of its own: it needs no copy, and can overlap with others.
+APART = 2**20
+
+
+class Sent(NamedTuple):
+    """What became of a round.
+
+    Attributes:
+      heard: the answer to each `Say`, in their order.
+      rode: the means of the riders.
+      ok: bool, whether all that arrived was finite, the same on all workers.
+      bits: that this worker sent.
+      length: the true length of what this worker encoded, in bits as a pair; None where it is not told.
+    """
+
+    heard: list[Heard]
+    rode: list[jax.Array]
+    ok: jax.Array
+    bits: Bits
+    length: jax.Array | None = None
+
+
+def agreed(flags: Sequence[jax.Array], before: jax.Array | None = None) -> jax.Array:
+    """Whether all of some truth values hold, and the one before them if there is one."""
+    flags = [*flags, *([] if before is None else [before])]
+    if len(flags) < 2:
+        return flags[0] if flags else jnp.array(True)
+    # Not an "and" of them: XLA's CPU backend would copy it, with all its operands, into every fusion that selects by
+    # it, and programs would grow with the square of the leaves. A sort does not fuse.
+    return lax.sort(jnp.stack(flags).astype(jnp.int32))[0] == 1
+
+
+def within(x: jax.Array, growth: float) -> jax.Array:
+    """Whether all of `x` is finite and stays so when it grows so many times in magnitude."""
+    return jnp.all(jnp.abs(x) <= float(jnp.finfo(x.dtype).max) / growth)
+
+
+def exact(
+    says: Sequence[Say],
+    riders: Sequence[jax.Array],
+    wire: Wire,
+    strengths: Sequence[Any],
+    *,
+    ring: bool,
+    before: jax.Array | None,
+    checked: int | None = None,
+) -> Sent:
+    """The means of numbers that travel as they are, one buffer a type; large ones of a whole gradient apart.
+
+    Where the compiler shards arrays over a further axis of the mesh nothing is put into a buffer, for which it would
+    have to move them over that axis.
+
+    Args:
+      says: what is said.
+      riders: what travels along.
+      wire: the link.
+      strengths: int32 for each that is said, or None.
+      ring: hop by hop, instead of by the platform's all-reduce.
+      before: whether all that arrived before in this step was finite; None: nothing did.
+      checked: how many of the first riders must be finite; None: all.
+    """
+    last = len(says) + (len(riders) if checked is None else checked)
+    if any(say.fronts is not None and strength is not None for say, strength in zip(says, strengths, strict=True)):
+        return _fronts(says, riders, wire, strengths, ring, before, last - len(says))
+    arrays = [*(say.x for say in says), *riders]
+    growths = [*(say.growth for say in says), *(1.0 for _ in riders)]
+    may = [*(say.apart for say in says), *(True for _ in riders)]
+    alone = others_are_automatic() and not ring
+    groups: dict[Any, list[int]] = {}
+    for place, x in enumerate(arrays):
+        large = may[place] and x.size * x.dtype.itemsize > APART
+        groups.setdefault(place if (large and not ring) or alone else str(x.dtype), []).append(place)
+    buffers = [_flat([arrays[i] for i in places]) for places in groups.values()]
+    means, bits = _mean(buffers, wire, ring)
+    flags = []
+    for mean, places in zip(means, groups.values(), strict=True):
+        if counted := [i for i in places if i < last]:
+            size = sum(arrays[i].size for i in counted)
+            part = mean if counted == places else mean.reshape(-1)[:size]
+            flags.append(within(part, max(growths[i] for i in counted)))
+    ok = agreed(flags, before)
+    got: dict[int, jax.Array] = {}
+    for mean, places in zip(means, groups.values(), strict=True):
+        # Dense leaves that came a round before the last are selected by the last flag anyway.
+        got |= dict(zip(places, _split(mean, [arrays[i] for i in places]), strict=True))
+    heard = [Heard(jnp.where(ok, got[i], 0), say.x) for i, say in enumerate(says)]
+    return Sent(heard, [got[i] for i in range(len(says), len(arrays))], ok, bits)
+
+
+def _mean(buffers: list[jax.Array], wire: Wire, ring: bool) -> tuple[list[jax.Array], Bits]:
+    n = wire.workers
+    if not ring:
+        sums, bits = wire.total(buffers)
+        return [x / n for x in sums], bits
+    pairs = [wire.ring_total(x.reshape(-1)) for x in buffers]
+    return [x.reshape(b.shape) / n for (x, _), b in zip(pairs, buffers, strict=True)], sum(bits for _, bits in pairs)
+
+
+def _fronts(
+    says: Sequence[Say],
+    riders: Sequence[jax.Array],
+    wire: Wire,
+    strengths: Sequence[Any],
+    ring: bool,
+    before: jax.Array | None,
+    checked: int,
+) -> Sent:
+    """As `exact`, where of some only a front counts: all of it in one buffer, filled from the front."""
+    wide = functools.reduce(jnp.promote_types, [x.dtype for x in (*(say.x for say in says), *riders)])
+    fronts = [say.fronts or (say.x.size,) * 2 for say in says]
+    used = [jnp.array(f, jnp.int32)[0 if s is None else s] for f, s in zip(fronts, strengths, strict=True)]
+    riders = [*riders[checked:], *riders[:checked]]  # those that are not checked come first
+    beside = jnp.concatenate([jnp.zeros(0, wide), *(x.reshape(-1).astype(wide) for x in riders)])
+    unchecked = sum(x.size for x in riders[: len(riders) - checked])
+    buffer = jnp.concatenate([beside, pack_front([say.x.reshape(-1).astype(wide) for say in says], used)])
+    least, most = (beside.size + sum(end(f) for f in fronts) for end in (min, max))
+
+    def average(x: jax.Array) -> tuple[jax.Array, Bits]:
+        (mean,), bits = _mean([x], wire, ring)
+        return mean, bits
+
+    received, bits = wire.front(average, buffer, functools.reduce(jnp.add, used) + beside.size, least, most)
+    ok = agreed([within(received[unchecked:], max(say.growth for say in says))], before)
+    pieces = unpack_front(received[beside.size :], used, [say.x.size for say in says])
+    heard = []
+    for say, piece, count in zip(says, pieces, used, strict=True):
+        counts = (jnp.arange(piece.size, dtype=jnp.int32) < count).reshape(say.x.shape)
+        mean = jnp.where(counts & ok, piece.reshape(say.x.shape).astype(say.x.dtype), 0)
+        heard.append(Heard(mean, jnp.where(counts, say.x, 0)))
+    rode = [x.astype(like.dtype) for x, like in zip(_split(received, riders), riders, strict=True)]
+    return Sent(heard, [*rode[len(rode) - checked :], *rode[: len(rode) - checked]], ok, bits)
+
+
+def _flat(arrays: Sequence[jax.Array]) -> jax.Array:
+    """Arrays of one type in one vector; a single one as it is."""
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate([x.reshape(-1) for x in arrays])
+
+
+def _split(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """The inverse of `_flat`; what follows in the vector is left out."""
+    if len(like) == 1 and flat.shape == like[0].shape:
+        return [flat]
+    parts, start = [], 0
+    for x in like:
+        parts.append(flat[start : start + x.size].reshape(x.shape))
+        start += x.size
+    return parts

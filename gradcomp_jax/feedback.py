@@ -1,0 +1,89 @@
+"""Error feedback: what becomes of the part of a gradient that a codec did not send.
+
+For worker w at step t, with codec C, whose exchange gives mean and own_w with pmean(own_w) = mean:
+
+| feedback | C is given | memory_w becomes | invariant |
+|---|---|---|---|
+| `Feedback(decay)` | g_w + decay memory_w | that - own_w | applied + mean memory + what decayed = sum of gradients |
+| `EF21()` | g_w - memory_w | memory_w + own_w | applied = mean of the memories |
+
+The first, at decay 1, is error feedback as of Seide et al. (Interspeech 2014) and Karimireddy et al. (ICML 2019): the
+memory is a debt, the *residual*. With a decay below 1 (SparseLoCo, arXiv 2508.15706) old debts are forgotten. EF21 is
+Richtárik, Sokolov, Fatkhullin, NeurIPS 2021, arXiv 2106.05203: the memory is the worker's estimate of its gradient, of
+which it sends what changed; all workers keep the mean of the estimates, and apply that.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradcomp_jax.contract import Sparse
+
+
+@dataclasses.dataclass(frozen=True)
+class Feedback:
+    """Ordinary error feedback, what is not sent is added to the next gradient; see the module.
+
+    Attributes:
+      decay: what remains of a debt in each step, above 0 and at most 1.
+    """
+
+    decay: float = 1.0
+
+    owes = True  # the memory is a debt, which `flush` sends
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay={self.decay} must be above 0 and at most 1, what remains of a residual in a step")
+
+    def owe(self, gradient: jax.Array, memory: jax.Array) -> tuple[jax.Array, ...]:
+        """The terms whose sum the codec is given."""
+        return gradient, memory if self.decay == 1 else memory * self.decay
+
+    def settle(self, terms: tuple[jax.Array, ...], memory: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
+        """The next memory; as it was where not `ok`."""
+        return _less(jnp.where(ok, terms[0] + terms[1], memory), own, ok)
+
+
+@dataclasses.dataclass(frozen=True)
+class EF21:
+    """EF21 (Richtárik et al., 2021): each worker sends what changed of its gradient; see the module.
+
+    Keeps the mean of the estimates too, of the size of the compressed leaves, the same on all workers. For codecs that
+    are contractions: those that are unbiased are scaled to be one.
+    """
+
+    owes = False
+
+    def owe(self, gradient: jax.Array, memory: jax.Array) -> tuple[jax.Array, ...]:
+        """The terms whose sum the codec is given."""
+        return gradient, -memory
+
+    def settle(self, terms: tuple[jax.Array, ...], memory: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
+        """The next memory; as it was where not `ok`."""
+        del terms
+        own = dataclasses.replace(own, values=-own.values) if isinstance(own, Sparse) else -own
+        return _less(memory, own, ok)
+
+
+def _less(x: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
+    """`x` less `own` where `ok`."""
+    if isinstance(own, Sparse):
+        values = jnp.where(ok, -own.values, 0)
+        return x.reshape(-1).at[own.indices].add(values, mode="drop", unique_indices=True).reshape(x.shape)
+    return x - jnp.where(ok, own, 0)
+
+
+def feedback(error_feedback: bool | Feedback | EF21) -> Feedback | EF21 | None:
+    """What a factory's `error_feedback` stands for; None: what is not sent is lost.
+
+    Raises:
+      ValueError: it is none of these.
+    """
+    if isinstance(error_feedback, Feedback | EF21):
+        return error_feedback
+    if error_feedback not in (True, False):
+        raise ValueError(f"error_feedback={error_feedback!r} must be True, False, Feedback(decay=...) or EF21()")
+    return Feedback() if error_feedback else None
