@@ -2,8 +2,10 @@
 
 `--qsgd_bits=8` is `qsgd(bits=8)`: names, types, defaults and help are the factory's own, so a codec that
 gains a keyword gains its flag by itself. Keywords that are not a number, a string or a truth value, such as
-`compress`, have none, save two: a quantiser inside is given by its bits, `--powersgd_quantizer_bits=8`, and the two
-codecs of `accordion` by a codec's name and two values of what makes its strength.
+`compress`, have none, with three exceptions. A quantiser inside is given by its bits, `--powersgd_quantizer_bits=8`.
+The two codecs of `accordion` are given by a codec's name and two values of its strength. The kind of error feedback
+is one for all codecs, `--feedback_decay=0.9` or `--ef21`; each codec's own flag, such as `--qsgd_error_feedback`, says
+whether it has any.
 """
 
 import inspect
@@ -15,20 +17,8 @@ from collections.abc import Callable
 import optax
 from absl import flags
 
-from gradcomp_jax import (
-    Compressor,
-    accordion,
-    adaptive,
-    gradiveq,
-    none,
-    onebit,
-    powersgd,
-    qsgd,
-    randomblock,
-    randomk,
-    signnorm,
-    topk,
-)
+import gradcomp_jax
+from gradcomp_jax import EF21, Compressor, Feedback, accordion, qsgd
 
 FLAGS = flags.FLAGS
 
@@ -38,6 +28,7 @@ _DEFINE: dict[type, Callable[..., typing.Any]] = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
 }
+FEEDBACK = ("feedback_decay", "ef21")  # flags of all codecs that keep what they do not send
 QUANTIZER_BITS_HELP = "qsgd's bits, 2, 4 or 8, whose other settings are its defaults; 0 for no quantizer."
 
 
@@ -108,19 +99,7 @@ def between(
     )
 
 
-CODECS: dict[str, Callable[..., Compressor]] = {
-    "none": none,
-    "gradiveq": gradiveq,
-    "powersgd": powersgd,
-    "qsgd": qsgd,
-    "onebit": onebit,
-    "signnorm": signnorm,
-    "topk": topk,
-    "adaptive": adaptive,
-    "randomk": randomk,
-    "randomblock": randomblock,
-    "accordion": between,
-}
+CODECS: dict[str, Callable[..., Compressor]] = {**gradcomp_jax.CODECS, "accordion": between}
 
 
 def define_flags() -> None:
@@ -131,6 +110,9 @@ def define_flags() -> None:
         helps = argument_help(factory) | {"quantizer_bits": QUANTIZER_BITS_HELP}
         for keyword, (kind, default) in keywords(factory).items():
             _DEFINE[kind](f"{name}_{keyword}", default, helps[keyword])
+    decay_help = "What remains of a residual in a step, above 0 and at most 1, for all codecs that keep one."
+    flags.DEFINE_float("feedback_decay", 1.0, decay_help)
+    flags.DEFINE_boolean("ef21", False, "EF21 instead of a residual, for all codecs that keep one.")
 
 
 def from_flags(name: str, seed: int, course: Course) -> Compressor:
@@ -142,7 +124,7 @@ def from_flags(name: str, seed: int, course: Course) -> Compressor:
       course: of the training.
 
     Raises:
-      ValueError: the factory refuses a value.
+      ValueError: the factory refuses a value, or flags contradict each other.
     """
     more = {"course": course} if name == "accordion" else {}
     return _compressor(name, seed, _given(name) | more)
@@ -162,12 +144,12 @@ def settings(name: str) -> dict[str, typing.Any]:
 def keywords(factory: Callable[..., Compressor]) -> dict[str, tuple[type, typing.Any]]:
     """The keywords of a factory that a flag can give, each with its type and default.
 
-    `seed` is left out, as a comparison has one seed for all. `int | None` counts as int, and a quantizer as the number
-    of its bits, 0 without one.
+    `seed` is left out, because a comparison has one seed for all. `int | None` counts as int, `bool | Feedback | EF21`
+    as bool, and a quantizer as the number of its bits, 0 without one.
     """
     found: dict[str, tuple[type, typing.Any]] = {}
     for keyword, parameter in inspect.signature(factory, eval_str=True).parameters.items():
-        kind = _without_none(parameter.annotation)
+        kind = _plain(parameter.annotation)
         if keyword == "quantizer":
             found["quantizer_bits"] = (int, 0)
         elif kind in _DEFINE and keyword != "seed":
@@ -191,13 +173,23 @@ def _compressor(name: str, seed: int, given: dict[str, typing.Any]) -> Compresso
     given = dict(given)
     if bits := given.pop("quantizer_bits", 0):
         given["quantizer"] = qsgd(bits, seed=seed)
-    return CODECS[name](seed=seed, **given)
+    made = CODECS[name](seed=seed, **given)
+    if "error_feedback" not in given or made.settings.error_feedback is None:
+        return made
+    return CODECS[name](seed=seed, **given | {"error_feedback": _feedback()})
+
+
+def _feedback() -> Feedback | EF21:
+    """How codecs keep what they do not send."""
+    if FLAGS.ef21 and FLAGS.feedback_decay != 1:
+        raise ValueError(f"--ef21 has no residual that --feedback_decay={FLAGS.feedback_decay} could shrink: give one")
+    return EF21() if FLAGS.ef21 else Feedback(FLAGS.feedback_decay)
 
 
 def _strength(codec: str) -> str | None:
     """The keyword of a codec that accordion switches, as its flags have it; None if there is none."""
-    levels = _compressor(codec, 0, _given(codec)).codec.levels
-    return None if levels is None else levels.setting
+    strength = _compressor(codec, 0, _given(codec)).codec.strength
+    return None if strength is None else strength.setting
 
 
 def _at_strength(codec: str, value: float) -> dict[str, typing.Any]:
@@ -213,6 +205,10 @@ def _settings(name: str) -> dict[str, tuple[typing.Any, typing.Any]]:
     """The value and the default of each keyword; those of the codec inside accordion begin with its name."""
     defaults = keywords(CODECS[name])
     found = {keyword: (value, defaults[keyword][1]) for keyword, value in _given(name).items()}
+    if "error_feedback" in found:
+        keeps = _compressor(name, 0, _given(name)).settings.error_feedback is not None
+        shared = {key: FLAGS[key] for key in FEEDBACK}
+        found |= {key: (flag.value if keeps else flag.default, flag.default) for key, flag in shared.items()}
     if name == "accordion":
         inner = FLAGS.accordion_codec
         strength = _strength(inner)
@@ -220,10 +216,10 @@ def _settings(name: str) -> dict[str, tuple[typing.Any, typing.Any]]:
     return found
 
 
-def _without_none(annotation: typing.Any) -> typing.Any:
-    """T of `T | None`; any other annotation as it is."""
+def _plain(annotation: typing.Any) -> typing.Any:
+    """T of `T | None` and of `T | Feedback | EF21`; any other annotation as it is."""
     if isinstance(annotation, types.UnionType):
-        rest = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType]
+        rest = [kind for kind in typing.get_args(annotation) if kind not in (types.NoneType, Feedback, EF21)]
         return rest[0] if len(rest) == 1 else annotation
     return annotation
 

@@ -10,8 +10,9 @@ from rich.table import Table
 from experiments.records import Run
 
 BYTES_NOTE = (
-    "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense float32 all-reduce, over these. "
-    "Compressed steps: those that send less than it."
+    "MB: 10^6 bytes that one worker sends for the gradients, and with them for the loss, the accuracy and batch "
+    "statistics. Ratio: those of a dense float32 all-reduce, over these. Compressed steps: those that send less than "
+    "it."
 )
 EMULATED_NOTE = (
     "The workers are emulated on one CPU: ms a step is compute only and tells nothing of the time a network saves."

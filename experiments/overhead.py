@@ -7,11 +7,14 @@ For ResNet-18's gradient (11,173,962 parameters, 62 tensors) on one worker: enco
 feedback, with collectives that move nothing. The codecs run in turn, round after round, and each is reported
 by its median and as a multiple of an in-place pass over the same memory, which is the least that any step
 over the gradient can cost. GradiVeQ is reported in each of its phases, accordion at each of its levels.
+`--nopowersgd_error_feedback` times a codec without its error feedback.
 """
 
+import functools
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +26,16 @@ from rich.table import Table
 
 from experiments import codecs
 from experiments.models import resnet18_shapes
-from gradcomp_jax import CompressorState, global_state, init, local_state, make_mesh, state_specs
+from gradcomp_jax import (
+    AccordionState,
+    CompressorState,
+    GradiVeQState,
+    global_state,
+    init,
+    local_state,
+    make_mesh,
+    state_specs,
+)
 
 FLAGS = flags.FLAGS
 
@@ -39,13 +51,13 @@ class Case(NamedTuple):
     Attributes:
       program: (gradients, state) -> (updates, state); consumes the state.
       state: to start from.
-      fixed: state of the codec's by field, to stay in one phase or at one level.
+      hold: codec's own state -> the same in the phase, or at the levels, that are timed.
       seconds: to compile the program; None where another case has it too.
     """
 
     program: Any
     state: CompressorState
-    fixed: dict[str, Any]
+    hold: Callable[[Any], Any]
     seconds: float | None
 
 
@@ -69,21 +81,20 @@ def cases(name: str, grads: Any) -> dict[str, Case]:
     if name == "accordion":
         levels = {}
         for level, what in enumerate(("low", "high")):
-            state = init(codec, params, 1)
-            fixed = {"level": dict.fromkeys(state.codec.level, level)}
-            levels[f"{label}, {what}"] = Case(program, state, fixed, None if level else seconds)
+            hold = functools.partial(at_level, level)
+            levels[f"{label}, {what}"] = Case(program, init(codec, params, 1), hold, None if level else seconds)
         return levels
     if name != "gradiveq":
-        return {label: Case(program, init(codec, params, 1), {}, seconds)}
+        return {label: Case(program, init(codec, params, 1), lambda own: own, seconds)}
 
     last = FLAGS.gradiveq_train_steps - 1
 
     def at(position: int, state: CompressorState | None = None) -> Case:
-        state = with_samples(init(codec, params, 1)) if state is None else state
-        return Case(program, state, {"position": position}, None)
+        state = changed(init(codec, params, 1), with_samples) if state is None else state
+        return Case(program, state, lambda own: own._replace(position=jnp.int32(position)), None)
 
     first = at(last)
-    _, fitted = program(grads, held(first.state, first.fixed))
+    _, fitted = program(grads, changed(first.state, first.hold))
     return {
         f"{label}, training": at(0)._replace(seconds=seconds),
         "... fitting": at(last),
@@ -91,15 +102,21 @@ def cases(name: str, grads: Any) -> dict[str, Case]:
     }
 
 
-def with_samples(state: CompressorState) -> CompressorState:
-    """A state of GradiVeQ whose samples are noise, as bases of zeros are found too quickly."""
-    samples = {path: jax.random.normal(jax.random.key(0), x.shape) for path, x in state.codec.samples.items()}
-    return state._replace(codec=state.codec._replace(samples=samples))
+def at_level(level: int, own: AccordionState) -> AccordionState:
+    """Accordion's state with all leaves at one level."""
+    return own._replace(level={path: jnp.int32(level) for path in own.level})
 
 
-def held(state: CompressorState, fixed: dict[str, Any]) -> CompressorState:
-    """The state, with some of the codec's as it was told to stay; whole numbers."""
-    return state._replace(codec=state.codec._replace(**jax.tree.map(jnp.int32, fixed))) if fixed else state
+def with_samples(own: GradiVeQState) -> GradiVeQState:
+    """GradiVeQ's state with noise for samples, because bases of zeros are found too quickly."""
+    samples = {path: jax.random.normal(jax.random.key(0), x.shape) for path, x in own.samples.items()}
+    return own._replace(samples=samples)
+
+
+def changed(state: CompressorState, change: Callable[[Any], Any]) -> CompressorState:
+    """The state with a change to GradiVeQ's or accordion's own, wherever it is inside."""
+    phased = lambda x: isinstance(x, AccordionState | GradiVeQState)  # noqa: E731
+    return jax.tree.map(lambda x: change(x) if phased(x) else x, state, is_leaf=phased)
 
 
 def main(argv: list[str]) -> None:
@@ -123,7 +140,7 @@ def main(argv: list[str]) -> None:
         passed = jax.block_until_ready(in_place(passed))
         times["in-place pass"].append(time.perf_counter() - began)
         for label, case in timed.items():
-            state = jax.block_until_ready(held(states[label], case.fixed))
+            state = jax.block_until_ready(changed(states[label], case.hold))
             began = time.perf_counter()
             _, states[label] = jax.block_until_ready(case.program(grads, state))
             times[label].append(time.perf_counter() - began)

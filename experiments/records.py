@@ -12,9 +12,10 @@ The kind of a line is its "kind":
 A line "train" also has "code_bits", of the last step, for codecs whose codes vary in length: see
 `gradcomp_jax.code_bits`.
 
-All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent for the
-gradients by then, and "dense_bytes", what it would have sent by a dense float32 all-reduce. Figures that are not finite
-are written as Python's json does, NaN.
+All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent by then, and
+"dense_bytes", what it would have sent by a dense float32 all-reduce. Both are of the gradients and of what a step
+averages beside them: the loss, the accuracy and batch statistics, which travel in the same messages. Figures that are
+not finite are written as Python's json does, NaN.
 """
 
 import contextlib

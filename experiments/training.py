@@ -182,7 +182,7 @@ def train(
     schedule = learning_rate(steps_per_epoch)
     tx = optimizers.optimizer(FLAGS.optimizer, codec, schedule, FLAGS.momentum, FLAGS.weight_decay)
     step = train_step(task.loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
-    dense_bits = 32 * sum(x.size for x in jax.tree.leaves(task.params)) * 2 * (mesh.size - 1) // mesh.size
+    dense_bits = dense_step(task, mesh.size)
 
     own = checkpoints.owned(folder) if folder else contextlib.nullcontext()
     with own, interruptible() as interrupted, display.progress(screen) as progress:
@@ -249,6 +249,13 @@ def train(
             kept = f"the same command goes on from {folder}" if folder else "nothing is kept without --checkpoint_dir"
             raise InterruptedRunError(f"{run_name} was interrupted at step {done} of {steps}; {kept}")
     return run
+
+
+def dense_step(task: Task, workers: int) -> int:
+    """The bits that a worker sends in a step without compression: all that is averaged, by a float32 all-reduce."""
+    averaged = [x for x in jax.tree.leaves(task.model_state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    floats = sum(x.size for x in (*jax.tree.leaves(task.params), *averaged)) + 2  # the loss and the accuracy
+    return -(-32 * floats * 2 * (workers - 1) // workers)
 
 
 def code_length(opt_state: Any) -> dict[str, float]:

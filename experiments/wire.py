@@ -3,12 +3,13 @@
     python -m experiments.wire
     python -m experiments.wire --markdown
 
-Counted by the library itself, for 11,173,962 parameters in 62 tensors, uncompressed ones included: each codec's
-exchange is traced for that many workers, of which none is there, and tells its bits. GradiVeQ is shown in its
-compressed steps. Left out is what data decide: accordion, which sends what its two levels do and a float a layer at
-each check, and QSGD's Elias code, whose buffer is sent where the code fits, and the packed form else.
+Counted by the library itself, for 11,173,962 parameters in 62 tensors, uncompressed ones included: each codec's update
+is traced for that many workers, and its state tells the bits. Nothing is sent. GradiVeQ is shown in its compressed
+steps. The table leaves out what depends on the data: accordion, which sends what its two levels do and a float a layer,
+and QSGD's Elias code, which travels in its buffer where it fits and in the packed form elsewhere.
 """
 
+import functools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -16,50 +17,33 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags, logging
-from jax.sharding import AbstractMesh
-from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
+import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
-from gradcomp_jax import (
-    Compressor,
-    adaptive,
-    collectives,
-    gradiveq,
-    none,
-    onebit,
-    powersgd,
-    qsgd,
-    randomblock,
-    randomk,
-    signnorm,
-    topk,
-)
-from gradcomp_jax.compressor import Exchanged, compressor, flatten
 
 FLAGS = flags.FLAGS
 
 WORKERS = (2, 4, 8, 64)
 TWO_WAYS = ("gather", "shuffle")
-CODECS: dict[str, tuple[Callable[..., Compressor], Sequence[str]]] = {
-    "none": (none, ("psum",)),
-    "gradiveq, ratio 8": (gradiveq, ("psum",)),
-    "powersgd, rank 2": (powersgd, ("psum",)),
+CODECS: dict[str, tuple[Callable[..., gc.Compressor], Sequence[str]]] = {
+    "none": (gc.none, ("psum",)),
+    "gradiveq, ratio 8": (gc.gradiveq, ("psum",)),
+    "powersgd, rank 2": (gc.powersgd, ("psum",)),
     "powersgd, rank 2, in qsgd's 8 bits": (
-        lambda aggregate: powersgd(quantizer=qsgd(8, min_size=0, aggregate=aggregate)),
+        lambda aggregate: gc.powersgd(quantizer=gc.qsgd(8, aggregate=aggregate)),
         TWO_WAYS,
     ),
-    "randomk, 1 %": (randomk, ("psum",)),
-    "randomblock, 1 %": (randomblock, ("psum",)),
-    "qsgd, 4 bits": (qsgd, (*TWO_WAYS, "ring")),
-    "qsgd, 4 bits, shared scale": (lambda aggregate: qsgd(shared_scale=True, aggregate=aggregate), ("psum",)),
-    "onebit": (onebit, TWO_WAYS),
-    "signnorm": (signnorm, TWO_WAYS),
-    "topk, 1 %": (topk, TWO_WAYS),
-    "adaptive, 1 of 32": (adaptive, TWO_WAYS),
+    "randomk, 1 %": (gc.randomk, ("psum",)),
+    "randomblock, 1 %": (gc.randomblock, ("psum",)),
+    "qsgd, 4 bits": (gc.qsgd, (*TWO_WAYS, "ring")),
+    "qsgd, 4 bits, shared scale": (lambda aggregate: gc.qsgd(shared_scale=True, aggregate=aggregate), ("psum",)),
+    "onebit": (gc.onebit, TWO_WAYS),
+    "signnorm": (gc.signnorm, TWO_WAYS),
+    "topk, 1 %": (gc.topk, TWO_WAYS),
+    "adaptive, 1 of 32": (gc.adaptive, TWO_WAYS),
 }
 FAR = 2**30  # in GradiVeQ's cycle: beyond the training steps
 NOTE = (
@@ -68,34 +52,21 @@ NOTE = (
 )
 
 
-def sent(tx: Compressor, shapes: Any, workers: int) -> float:
+def sent(tx: gc.Compressor, shapes: Any, workers: int) -> float:
     """MB that one of so many workers sends in a step, for tensors of a tree of shapes."""
-    leaves, _ = flatten(jax.tree.map(jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)))
-    told: list[Any] = []
 
-    def exchange(tensors: dict[str, jax.Array], state: Any, axis_name: Any, **extra_args: Any) -> Exchanged:
-        got = tx.codec.exchange(tensors, state, axis_name, **extra_args)
-        _, dense = collectives.mean({path: x for path, x in leaves.items() if path not in tensors}, axis_name)
-        told[:] = [got.bits, dense]
-        return got
-
-    heard = compressor(tx.codec._replace(exchange=exchange), **tx.settings._asdict())
-
-    def worker() -> tuple[Any, jax.Array]:
-        state = heard.init(leaves)
+    def worker(zero: jax.Array) -> gc.WireCount:
+        zeros = functools.partial(jnp.broadcast_to, zero)
+        grads = jax.tree.map(zeros, shapes, is_leaf=lambda x: isinstance(x, tuple))
+        state = tx.init(grads)
         if tx.codec.name == "gradiveq":
             state = state._replace(codec=state.codec._replace(position=jnp.int32(FAR)))
-        mean, state = heard.update(leaves, state)
-        return mean, state.wire.last
+        _, state = tx.update(grads, state)
+        return state.wire
 
-    mesh = AbstractMesh((workers,), ("data",))
-    jax.make_jaxpr(jax.shard_map(worker, mesh=mesh, in_specs=(), out_specs=P(), check_vma=False))()
-    if all(isinstance(bits, int) for bits in told):
-        return sum(told) / 8e6
-    # The state decides. Of a program that returns the count alone, nothing but the branches' choice is left to run.
-    count = jax.jit(jax.vmap(lambda _: worker()[1], axis_name="data", out_axes=None))
-    high, low = np.asarray(count(jnp.zeros(workers)), np.float64)
-    return float(high * 2.0**32 + low) / 8e6
+    # Of a program that returns the count alone, jax leaves out all the rest.
+    count = jax.jit(jax.vmap(worker, axis_name="data", out_axes=None))
+    return gc.wire_bits(count(jnp.zeros(workers))).last / 8e6
 
 
 def rows(shapes: Any, counts: Sequence[int]) -> list[list[str]]:

@@ -5,6 +5,8 @@
 >>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
 """
 
+from collections.abc import Callable
+
 from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
 from gradcomp_jax.codecs.adaptive import AdaptiveState, adaptive
 from gradcomp_jax.codecs.gradiveq import GradiVeQState, gradiveq
@@ -26,7 +28,22 @@ from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.sharding import PerWorker, global_state, init, local_state, resize_workers, state_specs
 from gradcomp_jax.step import flush, make_mesh, simulate, train_step
 
+CODECS: dict[str, Callable[..., Compressor]] = {
+    "none": none,
+    "gradiveq": gradiveq,
+    "powersgd": powersgd,
+    "qsgd": qsgd,
+    "onebit": onebit,
+    "signnorm": signnorm,
+    "topk": topk,
+    "adaptive": adaptive,
+    "randomk": randomk,
+    "randomblock": randomblock,
+}
+"""The factories by name, but `accordion`, which is between two strengths of another codec."""
+
 __all__ = [
+    "CODECS",
     "EF21",
     "AccordionState",
     "AdaptiveState",

@@ -28,14 +28,14 @@ class Part(NamedTuple):
       index: int32, the place of the shard.
       shards: how many there are; 1: the part is the whole.
       length: of the whole tensor's last axis; the last shards are filled up with zeros beyond it.
-      key: a random key that no other part and no other worker has.
+      key: a random key that no other part and no other worker has; None where nothing is drawn.
       strength: int32, as `Context.strength`, or None.
     """
 
     index: Any
     shards: int
     length: int
-    key: jax.Array
+    key: Any
     strength: jax.Array | None = None
 
     def valid(self, each: int) -> jax.Array:
@@ -79,10 +79,12 @@ class Coder:
     Class attributes:
       name: for messages.
       ways: the aggregations that it goes with.
-      rowwise: each unit is encoded by itself, and a message's arrays [units, ...] can be cut between units, so that a
-        tensor is encoded whole and its message is cut.
+      rowwise: each unit is encoded by itself, and a message's arrays can be cut between units, so that a tensor is
+        encoded whole and its message is cut.
+      unit_axis: which axis of a message's arrays counts units, of a rowwise coder: 0 or -1.
       pooled: the units of all tensors count as one's, which shards cross; rowwise only.
       draws: whether it uses random keys.
+      branches: whether it chooses between branches while it encodes, so that shards are encoded one after another.
       votes: the mean of what was decoded is itself encoded, as in a majority vote.
       tells_length: whether messages have unused room, and `code_length` tells of it.
       shares_scale: its codes are integers of a scale that all workers share, which are summed; see `codes.shared`.
@@ -94,8 +96,10 @@ class Coder:
     name: ClassVar[str] = "coder"
     ways: ClassVar[tuple[str, ...]] = ("gather", "shuffle")
     rowwise: ClassVar[bool] = False
+    unit_axis: ClassVar[int] = 0
     pooled: ClassVar[bool] = False
     draws: ClassVar[bool] = False
+    branches: ClassVar[bool] = False
     votes: ClassVar[bool] = False
     tells_length: ClassVar[bool] = False
     unbiased: ClassVar[bool] = False
@@ -191,9 +195,16 @@ class Switched(Coder):
 
     coders: tuple[Coder, ...] = ()
 
+    branches: ClassVar[bool] = True
+
     @property
     def draws(self) -> bool:  # type: ignore[override]
         return any(coder.draws for coder in self.coders)
+
+    @property
+    def seed(self) -> int:
+        """Of the random keys, where any are used; all have one."""
+        return getattr(self.coders[0], "seed", 0)
 
     @property
     def tells_length(self) -> bool:  # type: ignore[override]
@@ -230,7 +241,8 @@ class Switched(Coder):
 
     def _read(self, message: Message, shape: tuple[int, ...], part: Part, what: Callable[[Coder, Message], Any]) -> Any:
         def branch(coder: Coder) -> Callable[[], Any]:
-            like = jax.eval_shape(lambda: coder.encode(jnp.zeros(shape, jnp.float32), part))
+            keyed = lambda: part._replace(key=jax.random.key(0))  # noqa: E731, any will do for a shape
+            like = jax.eval_shape(lambda: coder.encode(jnp.zeros(shape, jnp.float32), keyed()))
             return lambda: what(coder, unpack_arrays(message["data"][: coder.size(shape)], like))
 
         return lax.switch(part.strength, [branch(coder) for coder in self.coders])

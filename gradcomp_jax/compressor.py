@@ -195,7 +195,7 @@ def _exchange(
         estimates = {path: jnp.where(done.ok, x, estimates[path]) for path, x in mean.items()}
     residual = {}
     for path, old in memory.items():
-        lost = _lost(mean[path], leaves[path].dtype)
+        lost = _lost(mean[path], leaves[path].dtype) if feedback.owes else 0  # estimates are wide, and stay
         if flush:
             residual[path] = jnp.where(done.ok, lost, old) if feedback.owes else old
         else:

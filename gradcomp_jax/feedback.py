@@ -44,7 +44,8 @@ class Feedback:
 
     def settle(self, terms: tuple[jax.Array, ...], memory: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
         """The next memory; as it was where not `ok`."""
-        return _less(jnp.where(ok, terms[0] + terms[1], memory), own, ok)
+        gradient, owed = terms
+        return _less(jnp.where(ok, gradient[None] + owed[None], memory[None]), own, ok)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +66,20 @@ class EF21:
         """The next memory; as it was where not `ok`."""
         del terms
         own = dataclasses.replace(own, values=-own.values) if isinstance(own, Sparse) else -own
-        return _less(memory, own, ok)
+        return _less(memory[None], own, ok)
 
 
 def _less(x: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
-    """`x` less `own` where `ok`."""
+    """`x` [1, ...] less `own` [...] where `ok`, [...].
+
+    Memory lies between steps with an axis for the workers, [1, ...] on each. It is computed in that shape, as XLA's CPU
+    backend reuses an operand's buffer only for results of the operand's own shape; else each step copies the memory.
+    """
     if isinstance(own, Sparse):
         values = jnp.where(ok, -own.values, 0)
-        return x.reshape(-1).at[own.indices].add(values, mode="drop", unique_indices=True).reshape(x.shape)
-    return x - jnp.where(ok, own, 0)
+        places = jnp.unravel_index(own.indices, own.shape)
+        return x.at[(0, *places)].add(values, mode="drop", unique_indices=True)[0]
+    return (x - jnp.where(ok, own[None], 0))[0]
 
 
 def feedback(error_feedback: bool | Feedback | EF21) -> Feedback | EF21 | None:
@@ -87,3 +93,8 @@ def feedback(error_feedback: bool | Feedback | EF21) -> Feedback | EF21 | None:
     if error_feedback not in (True, False):
         raise ValueError(f"error_feedback={error_feedback!r} must be True, False, Feedback(decay=...) or EF21()")
     return Feedback() if error_feedback else None
+
+
+def as_given(feedback: Feedback | EF21 | None) -> bool | Feedback | EF21:
+    """The inverse of `feedback`, for messages."""
+    return False if feedback is None else True if feedback == Feedback() else feedback

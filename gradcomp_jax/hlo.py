@@ -16,6 +16,8 @@ class Collective(NamedTuple):
       branch: the branches of conditionals in which it stands, outermost first, such as "cond.3/1"; "" if
         it always runs.
       ring_bytes: what one worker sends for it by the ring laws.
+      operands: how many arrays it is given, each of which CPUs send as a message of its own; all-to-all is given one
+        for each worker there.
     """
 
     kind: str
@@ -24,6 +26,7 @@ class Collective(NamedTuple):
     workers: int
     branch: str
     ring_bytes: float
+    operands: int = 1
 
 
 _RING_LAW = {
@@ -125,7 +128,7 @@ def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str,
     size = times * sum(_shape_bytes(*part) for part in parts)
     n = _group_size(i.rest, devices) if kind != "collective-permute" else devices
     dtype = "+".join(sorted({part[0] for part in parts}))
-    return Collective(kind, dtype, size, n, branch, _RING_LAW[kind](n, size))
+    return Collective(kind, dtype, size, n, branch, _RING_LAW[kind](n, size), len(operands))
 
 
 def _arguments(rest: str) -> str:
@@ -161,7 +164,7 @@ def _group_size(rest: str, devices: int) -> int:
     """Workers in a group, from the three ways to write one: lists, an iota, axes of a mesh."""
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
         return int(iota[2])
-    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([\w',\s\\]*)\}", rest):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=[^{]*)?\s*\{([\w',\s\\]*)\}", rest):
         sizes = dict(re.findall(r"(\w+)\W*=(\d+)", mesh[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", mesh[2]))
     if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):

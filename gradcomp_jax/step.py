@@ -313,7 +313,7 @@ def _update(
     """
     axes = tuple(sizes)
     try:
-        updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra_args)
+        updates, state = _call(tx, grads, state, params, extra_args)
     except (TypeError, AlreadyReducedError) as error:
         if not collectives.tracked(axes):
             raise
@@ -325,6 +325,17 @@ def _update(
     if refusals := _differing(updates, axes, _UPDATES_DIFFER) + _differing(state, axes, _STATE_DIFFERS):
         raise ValueError(refusals[0])
     return updates, state
+
+
+def _call(tx: Any, grads: Any, state: Any, params: Any, extra_args: Mapping[str, Any]) -> tuple[Any, Any]:
+    update = optax.with_extra_args_support(tx).update
+    try:
+        return update(grads, state, params, **extra_args)
+    except TypeError:
+        if not extra_args:
+            raise
+        # Perhaps of a transformation, such as optax's sam, that takes no further arguments but its own.
+        return update(grads, state, params)
 
 
 def _vary_per_worker(x: Any) -> Any:

@@ -4,7 +4,6 @@ A decoder takes one payload, the shapes of the tensors by path, and among how ma
 not at all), and gives that shard of each tensor: its elements, or [rows, columns] where tensors are cut by columns.
 """
 
-import jax
 import numpy as np
 
 from gradcomp_jax.wire import elias
@@ -21,6 +20,11 @@ class Reader:
         size = count * np.dtype(dtype).itemsize
         part, self.rest = self.rest[:size], self.rest[size:]
         return part.copy().view(dtype)
+
+    def read(self, shard):
+        """`shard`, from all there was to read."""
+        assert not len(self.rest)
+        return shard
 
     def fields(self, k, width):
         """k numbers of `width` bits, which travel as whole bytes, then 4, 2 and 1 bits."""
@@ -56,6 +60,7 @@ def qsgd(bits, bucket, gain=1.0, code="packed"):
             codes = unpacked(reader.take(rows * bucket * bits // 8).reshape(rows, -1), bits)
             signed = codes.astype(np.float64) - levels
             scale = reader.take(rows, np.float32)
+            assert not len(reader.rest)
         else:
             scale = reader.take(rows, np.float32)
             lengths = reader.fields(rows, (bucket * bits).bit_length())
@@ -78,25 +83,27 @@ def of_buckets(bucket, flat, shapes):
 
 
 def onebit(payload, shapes, shards):
-    """A bit an element, and two values a column."""
-    reader, shard = Reader(payload), {}
+    """Two values a column, then a bit an element."""
+    reader, shard, each = Reader(payload), {}, {}
     for path in sorted(shapes):
         rows, columns = matrix(shapes[path])
         columns = -(-columns // shards)
-        bits = unpacked(reader.take(-(-rows // 8) * columns).reshape(-1, columns).T, 1).T[:rows]
-        high, low = reader.take(columns, np.float32), reader.take(columns, np.float32)
-        shard[path] = np.where(bits == 1, high, low).astype(np.float64)
-    return shard
+        each[path] = (rows, columns), reader.take(columns, np.float32), reader.take(columns, np.float32)
+    bits = reader.fields(sum(elements(shape) for shape, _, _ in each.values()), 1)
+    for path, (shape, high, low) in each.items():
+        mine, bits = bits[: elements(shape)].reshape(shape), bits[elements(shape) :]
+        shard[path] = np.where(mine == 1, high, low).astype(np.float64)
+    return reader.read(shard)
 
 
 def signnorm(payload, shapes, shards):
     """A norm a tensor, and a bit an element."""
     reader, shard = Reader(payload), {}
-    norms, signs = reader.take(len(shapes), np.float32), unpacked(reader.rest, 1)
-    for path, norm in zip(sorted(shapes), norms, strict=True):
-        size = -(-elements(shapes[path]) // shards)
+    sizes = {path: -(-elements(shapes[path]) // shards) for path in sorted(shapes)}
+    norms, signs = reader.take(len(shapes), np.float32), reader.fields(sum(sizes.values()), 1)
+    for (path, size), norm in zip(sizes.items(), norms, strict=True):
         shard[path], signs = (2.0 * signs[:size] - 1) * norm, signs[size:]
-    return shard
+    return reader.read(shard)
 
 
 def count_topk(shape, fraction, shards):
@@ -106,17 +113,21 @@ def count_topk(shape, fraction, shards):
 
 
 def topk(fraction):
-    """Indices and values of a shard's largest elements."""
+    """Values of a shard's largest elements, then indices: those of fewer bits first."""
 
     def decode(payload, shapes, shards):
-        reader, shard = Reader(payload), {}
-        for path in sorted(shapes):
-            n, k, width = count_topk(shapes[path], fraction, shards)
-            indices, values = reader.fields(k, width), reader.take(k, np.float32)
-            assert len(set(indices)) == k
-            shard[path] = np.zeros(n)
-            shard[path][indices] = values
-        return shard
+        reader = Reader(payload)
+        counts = {path: count_topk(shapes[path], fraction, shards) for path in sorted(shapes)}
+        values = {path: reader.take(k, np.float32) for path, (_, k, _) in counts.items()}
+        shard = {path: np.zeros(n) for path, (n, _, _) in counts.items()}
+        for width in sorted({width for _, _, width in counts.values()}):
+            of_width = {path: k for path, (_, k, w) in counts.items() if w == width}
+            indices = reader.fields(sum(of_width.values()), width)
+            for path, k in of_width.items():
+                mine, indices = indices[:k], indices[k:]
+                assert len(set(mine)) == k
+                shard[path][mine] = values[path]
+        return reader.read(shard)
 
     return decode
 
@@ -136,7 +147,7 @@ def adaptive(capacity):
             for column in range(m):
                 for entry in entries[starts[column] : starts[column + 1]]:
                     shard[path][entry >> 1, column] = values[column, 1 - (entry & 1)]
-        return shard
+        return reader.read(shard)
 
     return decode
 
@@ -159,19 +170,43 @@ def mean(decode, aggregate, payloads, shapes):
     return {path: [part[path] for part in parts] for path in parts[0]}
 
 
+def alone(recorded, count, aggregate, place=-1, first=False):
+    """Codes without the `count` floats that rode with them, and the mean of those.
+
+    Args:
+      recorded: what the workers handed to each collective, [workers, ...].
+      count: how many floats rode: in an all-reduce before the codes, or beside them.
+      aggregate: how the codes travelled; by "shuffle" each worker sends on a shard of the mean.
+      place: the message with which they rode.
+      first: whether they are before the codes in it.
+    """
+    if not count or recorded[0].dtype == np.float32:
+        return (recorded[1:], reduced(recorded[:1])[0]) if count else (recorded, np.zeros(0))
+    data = recorded[place]
+    size = 4 * (-(-count // len(data)) if aggregate == "shuffle" else count)
+    riders, codes = (data[:, :size], data[:, size:]) if first else (data[:, -size:], data[:, :-size])
+    riders = riders.copy().view(np.float32).astype(np.float64)
+    riders = riders.reshape(-1)[:count] if aggregate == "shuffle" else riders.mean(0)
+    recorded = list(recorded)
+    recorded[place] = codes
+    return recorded, riders
+
+
 def reduced(recorded, aggregate="psum"):
     """The mean that each all-reduce gave, flat; of a ring, whose parts are filled up, with more at its end."""
     if aggregate == "ring":  # what passed, then what each worker ended with: part w + 1 of the sum
         return [np.roll(ends, 1, axis=0).reshape(-1) / len(ends) for ends in recorded[1::2]]
-    leaves = [jax.tree.leaves(operand) for operand in recorded]
-    return [np.concatenate([x.astype(np.float64).mean(0).reshape(-1) for x in operand]) for operand in leaves]
+    return [x.astype(np.float64).mean(0).reshape(-1) for x in recorded]
 
 
-def split(flat, shapes):
-    """Tensors by path from their elements, one after another."""
-    tensors, start = {}, 0
-    for path in sorted(shapes):
-        size = elements(shapes[path])
-        tensors[path] = flat[start : start + size].reshape(shapes[path])
-        start += size
-    return tensors
+class Flat:
+    """Takes a mean apart, element by element."""
+
+    def __init__(self, flat):
+        self.rest = flat
+
+    def take(self, shape):
+        size = elements(shape)
+        part, self.rest = self.rest[:size], self.rest[size:]
+        assert len(part) == size
+        return part.reshape(shape)

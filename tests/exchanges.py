@@ -7,8 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import gradcomp_jax as gc
-from gradcomp_jax.compressor import flatten
-from gradcomp_jax.metrics import bit_pair
+from gradcomp_jax.compressor import _marked, _unmarked
+from gradcomp_jax.contract import dense
+from gradcomp_jax.exchange.bits import bit_pair
+from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.exchange.plan import flatten, plan, salt
+from gradcomp_jax.exchange.rounds import Exchange
 from tests import trees
 
 
@@ -26,37 +30,59 @@ class Got(NamedTuple):
     state: Any
 
 
-def exchanged(tx: gc.Compressor, tensors: dict[str, np.ndarray], state: Any = None, **extra_args: Any) -> Got:
+def first_state(tx: gc.Compressor, tensors: dict[str, Any]) -> Any:
+    """The codec's first state for tensors by path, all of which it compresses, as an exchange has it."""
+    return tx.codec.start({path: tx.codec.init(path, x, salt(path)) for path, x in tensors.items()})
+
+
+def exchanged(
+    tx: gc.Compressor,
+    tensors: dict[str, np.ndarray],
+    state: Any = None,
+    feedback: bool = False,
+    learning_rate: Any = None,
+) -> Got:
     """The exchange of tensors [workers, ...] by path; without a residual."""
+    exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"), feedback)
 
     def worker(tensors):
-        local = tx.codec.init(tensors) if state is None else state
-        return tx.codec.exchange(tensors, local, "data", **extra_args)._replace(bits=())
+        local = first_state(tx, tensors) if state is None else _unmarked(state)
+        got = exchange({path: (x,) for path, x in tensors.items()}, local, (), learning_rate)
+        return got.mean, {path: dense(x) for path, x in got.own.items()}, _marked(got.state, tx.settings)
 
-    got = jax.device_get(jax.jit(jax.vmap(worker, axis_name="data"))(tensors))
-    return Got({path: x[0] for path, x in got.mean.items()}, got.own, got.state)
+    mean, own, state = jax.device_get(jax.jit(jax.vmap(worker, axis_name="data"))(tensors))
+    return Got({path: x[0] for path, x in mean.items()}, own, state)
+
+
+def means(tx: gc.Compressor, x: np.ndarray, states: Any) -> np.ndarray:
+    """The mean of x [workers, ...] by each of some states [draws, ...]; without feedback."""
+    exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"))
+
+    def step(state):
+        worker = lambda x: exchange({"w": (x,)}, state).mean["w"]  # noqa: E731
+        return jax.vmap(worker, axis_name="data")(x)[0]
+
+    return np.asarray(jax.jit(jax.vmap(step))(states), np.float64)
 
 
 def declared(tx: gc.Compressor, shapes: Any, workers: int) -> int:
-    """The bits that a worker sends for a tree of shapes, dense leaves included; gradients are not computed.
-
-    Of a codec under error feedback, whose residual tells what it compresses.
-    """
+    """The bits that a worker sends for a tree of shapes, dense leaves included; gradients are not computed."""
     params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=trees.is_shape)
-    leaves, _ = flatten(params)
-    compressed = jax.eval_shape(tx.init, params).residual.value
-    dense = sum(x.size for path, x in leaves.items() if path not in compressed)
+    leaves, the = flatten(params)[0], plan(tx.codec, tx.settings, params)
+    exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"), tx.settings.error_feedback is not None)
     told = []
 
-    def bits(rows):
-        got = tx.codec.exchange(rows, tx.codec.init(rows), "data")
+    def bits(leaves):
+        tensors = {path: leaves[path] for path in the.compressed}
+        riders = [leaves[path] for path in the.dense]
+        got = exchange({path: (x,) for path, x in tensors.items()}, first_state(tx, tensors), riders)
         told.append(got.bits)
         return bit_pair(got.bits)
 
     each = jax.vmap(bits, axis_name="data")
-    rows = {path: jax.ShapeDtypeStruct((workers, *x.shape), jnp.float32) for path, x in compressed.items()}
-    jax.eval_shape(each, rows)
+    leaves = {path: jax.ShapeDtypeStruct((workers, *x.shape), jnp.float32) for path, x in leaves.items()}
+    jax.eval_shape(each, leaves)
     if not isinstance(told[0], int):  # then all but the bits is left out of the program
-        high, low = jax.jit(each)({path: np.zeros(x.shape, x.dtype) for path, x in rows.items()})[0]
+        high, low = jax.jit(each)({path: np.zeros(x.shape, x.dtype) for path, x in leaves.items()})[0]
         told[0] = int(high) << 32 | int(low)
-    return told[0] + -(-2 * (workers - 1) * 32 * dense // workers)
+    return told[0]

@@ -6,8 +6,8 @@ import numpy as np
 
 from gradcomp_jax import Compressor, accordion, gradiveq, qsgd
 from tests import decoders
-from tests.decoders import elements
-from tests.rows import Row, checked_too, payload_dense, rebuild_none, size_qsgd
+from tests.decoders import Flat, elements
+from tests.rows import GATHER, REDUCE, RING, SUM, Row, payload_dense, rebuild_none, size_qsgd, with_norms
 
 
 class Cycle(NamedTuple):
@@ -24,10 +24,19 @@ class Cycle(NamedTuple):
             return "dense"
         return "fit" if since == self.train - 1 else "compressed"
 
-    def phases(self) -> dict[int, tuple[bool, ...]]:
-        """Steps of the warm-up and of each phase: whether they compress, and whether they fit."""
+    @property
+    def steps(self) -> tuple[int, int, int, int]:
+        """Steps of the warm-up and of each phase: dense, fit, compressed."""
         first = self.warmup + self.settling + self.train
-        return {0: (False, False), first - 2: (False, False), first - 1: (False, True), first: (True, False)}
+        return 0, first - 2, first - 1, first
+
+    def taken(self, step: int) -> tuple[int, int]:
+        """The kind of the step, and whether the bases are fitted."""
+        return int(self.phase(step) == "compressed"), int(self.phase(step) == "fit")
+
+    def messages(self, once: tuple[str, ...] = SUM) -> dict[int, tuple[str, ...]]:
+        """One message a step, and another for the bases."""
+        return {step: once + SUM * self.taken(step)[1] for step in range(8)}
 
 
 def cut(shape, k, reuse):
@@ -59,25 +68,23 @@ def payload_gradiveq(cycle, k, ratios, reuse, most):
 def rebuild_gradiveq(cycle, k, ratios, reuse, most, aggregate="psum"):
     """U (c - U^T mu) + mu of each slice, from the mean of the flat coefficients."""
 
-    def rebuild(recorded, state, shapes):
-        flat, levels = decoders.reduced(recorded, aggregate)[0], getattr(state, "level", None)
-        state = state if levels is None else state.codec
-        if state.position < cycle.train:
-            return decoders.split(flat, shapes)
-        if len(ratios) != 1:
-            flat = flat[len(shapes) :]  # the losses come first
-        mean = {}
+    def rebuild(recorded, state, shapes, riding):
+        flat, levels = Flat(decoders.reduced(recorded, aggregate)[0]), getattr(state, "level", None)
+        state, mean = state if levels is None else state.codec, {}
+        compressed = state.position >= cycle.train
+        fronts = compressed and len(ratios) != 1  # before which is what rides
+        rode = flat.take((riding,)) if fronts else None
         for path in sorted(shapes):
             length, slices, groups = cut(shapes[path], k, reuse)
             widths, size = rungs(length, most, ratios), elements(shapes[path])
             rung = len(widths) - 1 - int(levels[path]) if levels else int(state.rung[path]) if not ratios else 0
-            if rung == len(widths):
-                mean[path], flat = flat[:size].reshape(shapes[path]), flat[size:]
-                continue
-            d = widths[rung]
-            c, flat = flat[: slices * d].reshape(slices, d), flat[slices * d :]
-            mean[path] = restored(c, state, path, groups).reshape(-1)[:size].reshape(shapes[path])
-        return mean
+            if not compressed or rung == len(widths):
+                mean[path] = flat.take(shapes[path])
+            else:
+                c = flat.take((widths[rung], slices)).T
+                mean[path] = restored(c, state, path, groups).reshape(-1)[:size].reshape(shapes[path])
+            flat.take((int(compressed) + bool(levels),))  # the loss, the norm
+        return mean, flat.take((riding,)) if rode is None else rode
 
     return rebuild
 
@@ -106,7 +113,9 @@ def gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float | None = None, reus
     def payload(shapes, step):
         return payload_gradiveq(*by_paper)(shapes, step) + slack
 
-    return Row(id, make, True, payload, rebuild_gradiveq(*by_paper, aggregate), cycle.phases(), 3)
+    messages = cycle.messages(RING if slack else SUM)
+    phases = {step: cycle.taken(step) for step in cycle.steps}
+    return Row(id, make, True, payload, rebuild_gradiveq(*by_paper, aggregate), messages, phases, 3)
 
 
 def quantized_gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float, bits: int, bucket: int) -> Row:
@@ -131,24 +140,27 @@ def quantized_gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float, bits: in
         bases = [cut(shape, k, None)[0] for shape in shapes] if cycle.phase(step) == "fit" else []
         return size(shapes, 1) + 4 * sum(length * int(length / ratio) for length in bases)
 
-    def rebuild(recorded, state, shapes):
+    def rebuild(recorded, state, shapes, riding):
         if state.position < 0:
-            return rebuild_none()(recorded, state, shapes)
-        if state.position < cycle.train:
-            rows = decoders.mean(decode, "gather", recorded[0], shapes)[""][0]
-            return decoders.of_buckets(bucket, rows, shapes)
-        sizes = {path: coefficients(shape) for path, shape in shapes.items()}
-        rows = decoders.mean(decode, "gather", recorded[1], sizes)[""][0]  # the losses come first
-        c = decoders.of_buckets(bucket, rows, sizes)
-        return {p: restored(c[p], state, p, 1).reshape(-1)[: elements(s)].reshape(s) for p, s in shapes.items()}
+            return rebuild_none()(recorded, state, shapes, riding)
+        compressed = state.position >= cycle.train
+        sizes = {path: coefficients(shape) if compressed else shape for path, shape in shapes.items()}
+        losses = len(shapes) if compressed else 0  # ride too, in front
+        recorded, rode = decoders.alone(recorded, losses + riding, "gather", place=0)
+        rows = decoders.mean(decode, "gather", recorded[0], sizes)[""][0]
+        if not compressed:
+            return decoders.of_buckets(bucket, rows, shapes), rode
+        c = decoders.of_buckets(bucket, rows, {path: size[::-1] for path, size in sizes.items()})
+        mean = {p: restored(c[p].T, state, p, 1).reshape(-1)[: elements(s)].reshape(s) for p, s in shapes.items()}
+        return mean, rode[losses:]
 
     def taken(step):
-        dense, fit, compressed = (cycle.phase(step) == phase for phase in ("dense", "fit", "compressed"))
-        return (True, False) if compressed else (False, step >= cycle.warmup, fit and not dense)
+        kind, fits = cycle.taken(step)
+        return kind or 2 * (step >= cycle.warmup), fits
 
-    first = cycle.warmup + cycle.train
-    phases = {step: taken(step) for step in (0, first - 2, first - 1, first)}
-    return Row(id, make, False, payload, rebuild, phases, 4)
+    messages = {step: (GATHER if step >= cycle.warmup else REDUCE, *SUM * cycle.taken(step)[1]) for step in range(8)}
+    phases = {step: taken(step) for step in cycle.steps}
+    return Row(id, make, False, payload, rebuild, messages, phases, 4, "gather")
 
 
 def accordion_gradiveq_row(id: str, cycle: Cycle, k: int, low: float, high: float) -> Row:
@@ -159,14 +171,15 @@ def accordion_gradiveq_row(id: str, cycle: Cycle, k: int, low: float, high: floa
         return accordion(gradiveq(k, ratio=low, **choice), gradiveq(k, ratio=high, **choice), interval=4, window=1)
 
     by_paper = cycle, k, (low, high), None, cycle.train - 1
-    # Whether it compresses, fits, checks: dense, fitted, low and then high.
-    phases = {
-        0: (False, False, True),
-        1: (False, False, False),
-        2: (False, True, False),
-        3: (True, False, False),
-        4: (True, False, True),
-        5: (True, False, False),
-    }
-    payload = checked_too(payload_gradiveq(*by_paper))
-    return Row(id, make, False, payload, rebuild_gradiveq(*by_paper), phases, 6)
+    # Dense, fitted, low and then high.
+    phases = {step: cycle.taken(step) for step in range(6)}
+    low_steps = tuple(step for step in phases if step < 5)
+
+    def payload(shapes, step):
+        ratios = by_paper[2] if step not in low_steps else (low,)
+        if cycle.phase(step) != "compressed":
+            ratios = by_paper[2]
+        return payload_gradiveq(cycle, k, ratios, None, cycle.train - 1)(shapes, step)
+
+    rebuild = rebuild_gradiveq(*by_paper)
+    return with_norms(Row(id, make, False, payload, rebuild, cycle.messages(), phases, 4, fills=low_steps))

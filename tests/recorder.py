@@ -1,87 +1,114 @@
-"""What a codec hands to jax's collectives, kept while it is traced."""
+"""A wire that keeps what it is given, to be handed to an exchange."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import pytest
 from jax import lax
 
-COLLECTIVES = ("psum", "pmean", "pmax", "pmin", "all_gather", "all_to_all", "ppermute", "psum_scatter")
+from gradcomp_jax.exchange.collectives import Wire
 
 
-class Branches(NamedTuple):
-    """What the collectives of a conditional were given: in each of its branches, and which of them was taken."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["kind"])
+@dataclasses.dataclass
+class Message:
+    """What one collective was given.
+
+    Attributes:
+      kind: as `gradcomp_jax.Collective` names it.
+      operands: an array, or a tree of several.
+    """
+
+    kind: str
+    operands: Any
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "messages"], meta_fields=["sizes"])
+@dataclasses.dataclass
+class Branches:
+    """What the collectives of a conditional were given.
+
+    Attributes:
+      index: of the branch taken.
+      messages: a list of `Message` and `Branches` for each branch.
+      sizes: whether the branches differ in how much of one buffer they send, as those of `Wire.front` do.
+    """
 
     index: Any
-    operands: tuple[list, ...]
+    messages: tuple[list, ...]
+    sizes: bool = False
 
 
-class Recorder:
-    """Stands in the place of jax's collectives while a codec is traced, and keeps what they are given.
+@dataclasses.dataclass(frozen=True)
+class Recorder(Wire):
+    """Keeps what its collectives are given.
 
     Of a conditional it has all branches run, one beside the other, and the result of one taken: so that all they are
     given can leave the program, and one program shows every phase. What is given to a collective in a scan is kept
     with an axis for the turns, [workers, turns, ...].
     """
 
-    def __init__(self):
-        self.operands = []
+    given: list = dataclasses.field(default_factory=list)
 
-    def trace(self, function):
-        """`function`, which returns what the collectives in it were given too."""
+    def _sum(self, tree):
+        return super()._sum(self._keep("all-reduce", tree))
 
-        def recorded(*args):
-            self.operands = []
-            with pytest.MonkeyPatch.context() as patch:
-                for name in COLLECTIVES:
-                    patch.setattr(lax, name, self._recording(getattr(lax, name)))
-                patch.setattr(lax, "cond", lambda pred, yes, no, *args: self._branches(pred, (no, yes), args))
-                patch.setattr(lax, "switch", lambda index, branches, *args: self._branches(index, branches, args))
-                patch.setattr(lax, "scan", functools.partial(self._turns, lax.scan))
-                out = function(*args)
-            return out, self.operands
+    def _max(self, tree):
+        return super()._max(self._keep("all-reduce", tree))
 
-        return recorded
+    def _all_gather(self, x):
+        return super()._all_gather(self._keep("all-gather", x))
 
-    def _recording(self, collective):
-        def record(operand, *args, **kwargs):
-            self.operands.append(operand)
-            return collective(operand, *args, **kwargs)
+    def _all_to_all(self, x):
+        return super()._all_to_all(self._keep("all-to-all", x))
 
-        return record
+    def _pass_on(self, tree):
+        return super()._pass_on(self._keep("collective-permute", tree))
 
-    def _turns(self, scan, body, *args, **kwargs):
-        outside = self.operands
+    def scan(self, turn, carry, xs):
+        def kept(carry, x):
+            (carry, y), inside = self._apart(lambda: turn(carry, x))
+            assert not any(isinstance(x, Branches) for x in inside), "which branch, in which turn?"
+            return carry, (y, inside)
 
-        def turn(carry, x):
-            self.operands = []
-            carry, y = body(carry, x)
-            assert not any(isinstance(operand, Branches) for operand in self.operands), "which branch, in which turn?"
-            return carry, (y, self.operands)
-
-        carry, (ys, inside) = scan(turn, *args, **kwargs)
-        self.operands = [*outside, *inside]
+        carry, (ys, inside) = lax.scan(kept, carry, xs)
+        self.given.extend(inside)
         return carry, ys
 
-    def _branches(self, index, branches, args):
-        outside, outs, operands = self.operands, [], []
-        for branch in branches:
-            self.operands = []
-            outs.append(branch(*args))
-            operands.append(self.operands)
-        self.operands = outside
+    def switch(self, index, branches):
+        outs, messages = zip(*map(self._apart, branches), strict=True)
         index = lax.clamp(0, lax.convert_element_type(index, jnp.int32), len(branches) - 1)
-        if any(operands):
-            self.operands.append(Branches(index, tuple(operands)))
+        if any(messages):
+            self.given.append(Branches(index, messages))
         return jax.tree.map(lambda *cases: lax.select_n(index, *map(jnp.asarray, cases)), *outs)
 
+    def front(self, *args):
+        out = super().front(*args)
+        self.given[-1].sizes = True
+        return out
 
-def sent(operands, choose):
-    """The operands of the branches that `choose` chooses."""
-    for operand in operands:
-        if isinstance(operand, Branches):
-            yield from sent(operand.operands[choose(operand)], choose)
+    def _keep(self, kind: str, operands: Any) -> Any:
+        self.given.append(Message(kind, operands))
+        return operands
+
+    def _apart(self, function: Callable[[], Any]) -> tuple[Any, list]:
+        """What a function returns, and what the collectives in it are given."""
+        outside = self.given[:]
+        self.given.clear()
+        try:
+            out = function()
+            return out, self.given[:]
+        finally:
+            self.given[:] = outside
+
+
+def sent(given: list, choose: Callable[[Branches], int]) -> Iterator[Message]:
+    """The messages of the branches that `choose` chooses."""
+    for x in given:
+        if isinstance(x, Branches):
+            yield from sent(x.messages[choose(x)], choose)
         else:
-            yield operand
+            yield x

@@ -5,24 +5,19 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from gradcomp_jax import (
-    Compressor,
-    accordion,
-    adaptive,
-    none,
-    onebit,
-    powersgd,
-    qsgd,
-    randomk,
-)
-from gradcomp_jax.codecs import randomblock as randomblock_module
-from gradcomp_jax.random import distinct, step_key
+from gradcomp_jax import Compressor, accordion, adaptive, none, onebit, powersgd, qsgd, randomk
+from gradcomp_jax.codecs.randomk import Draw, block, scattered
+from gradcomp_jax.exchange.plan import salt
+from gradcomp_jax.random import step_key
 from gradcomp_jax.wire.packing import fields_bytes
 from tests import decoders
-from tests.decoders import elements, matrix
+from tests.decoders import Flat, elements, matrix
+
+REDUCE, GATHER, PASS = "all-reduce", "all-gather", "collective-permute"
+SUM, RING, SHUFFLE = (REDUCE,), (PASS, GATHER), ("all-to-all", GATHER)
+ALWAYS = types.MappingProxyType({0: ()})
 
 
 class Row(NamedTuple):
@@ -33,26 +28,55 @@ class Row(NamedTuple):
       make: keywords of the factory -> Compressor.
       linear: whether law 3 holds.
       payload: (shapes of the compressed leaves, step) -> bytes one worker hands to its collectives, by the paper.
-      rebuild: (what each worker handed to the collectives, in order, each [workers, ...]; the state before;
-        shapes by path) -> the mean by path, in numpy.
+      rebuild: (what each worker handed to the collectives, in order, each [workers, ...]; the state before; shapes by
+        path; how many floats travel dense) -> the mean by path, and the dense ones' flat, in numpy.
+      messages: step -> the kinds of the collectives in that step, or in any; of one operand, if no leaf is large.
       phases: where what is sent depends on the step, one step of each kind, and which branches its conditionals
-        that hold collectives take.
+        that hold collectives take, but for those that choose a size.
       amounts: how many different numbers of bytes the phases send.
+      way: how codes travel, beside which what is dense rides, or sums, "psum" or "ring".
+      fills: steps in which the largest size is sent, where there are several, instead of the smallest.
+      beside: the trees, or (tree, step), whose dense leaves are an all-reduce beside codes that are gathered by more
+        than two workers, as in the same message they would add more than 1 % to what is sent.
     """
 
     id: str
     make: Callable[..., Compressor]
     linear: bool
     payload: Callable[[list[tuple[int, ...]], int], int]
-    rebuild: Callable[..., dict[str, np.ndarray]]
-    phases: Mapping[int, tuple[bool, ...]] = types.MappingProxyType({0: ()})
+    rebuild: Callable[..., tuple[dict[str, np.ndarray], np.ndarray]]
+    messages: Mapping[int, tuple[str, ...]] | tuple[str, ...]
+    phases: Mapping[int, tuple[int, ...]] = ALWAYS
     amounts: int = 1
+    way: str = "psum"
+    fills: tuple[int, ...] = ()
+    beside: tuple[str | tuple[str, int], ...] = ()
+
+    def dense(self, floats: int) -> int:
+        """Bytes of so many floats that ride, among four workers."""
+        return 4 * (5 * -(-floats // 4) if self.way == "shuffle" else floats)
+
+    def kinds(self, step: int, tree: str, workers: int = 4) -> tuple[str, ...]:
+        """The messages of one step."""
+        kinds = self.messages if isinstance(self.messages, tuple) else self.messages[step]
+        beside = self.way in ("ring", "shared") or (workers > 2 and bool({tree, (tree, step)} & {*self.beside}))
+        return (REDUCE, *kinds) if beside else kinds
+
+
+def none_row(id: str, aggregate: str = "psum") -> Row:
+    def make(**kwargs: Any) -> Compressor:
+        return none(aggregate=aggregate, **kwargs)
+
+    slack = 16 if aggregate == "ring" else 0  # a ring fills up its parts
+    messages = RING if slack else SUM
+    return Row(id, make, True, lambda *args: payload_dense(*args) + slack, rebuild_none(aggregate), messages)
 
 
 def rebuild_none(aggregate="psum"):
-    def rebuild(recorded, state, shapes):
+    def rebuild(recorded, state, shapes, riding):
         del state
-        return decoders.split(decoders.reduced(recorded, aggregate)[0], shapes)
+        flat = Flat(decoders.reduced(recorded, aggregate)[0])
+        return {path: flat.take(shapes[path]) for path in sorted(shapes)}, flat.take((riding,))
 
     return rebuild
 
@@ -66,33 +90,24 @@ def payload_powersgd(rank):
     return lambda shapes, step: sum(4 * min(n, m, rank) * (n + m) for n, m in map(matrix, shapes))
 
 
-def rebuild_powersgd(ranks, flats):
-    """Flat P and flat Q -> P^ Q^T, with numpy's own QR.
+def factored(shapes, factors):
+    """P^ Q^T, with numpy's own QR, from P^T and Q^T by path."""
+    # A basis is known up to signs, which each column of Q shares: take them from LAPACK's convention, the one that
+    # both sides use.
+    return {path: (np.linalg.qr(p.T)[0] @ q).reshape(shapes[path]) for path, (p, q) in factors.items()}
 
-    Args:
-      ranks: of each level.
-      flats: what was recorded -> the means of P and of Q, flat.
-    """
 
-    def rebuild(recorded, state, shapes):
-        p_flat, q_flat = flats(recorded, state, shapes)[:2]
-        mean = {}
-        for path in sorted(shapes):
-            (n, m), r = matrix(shapes[path]), ranks[int(state.level[path]) if len(ranks) > 1 else 0]
-            p, p_flat = p_flat[: r * n].reshape(r, n), p_flat[r * n :]
-            q, q_flat = q_flat[: r * m].reshape(r, m), q_flat[r * m :]
-            basis = np.linalg.qr(p.T)[0]
-            # A basis is known up to signs, which each column of Q shares: take them from LAPACK's convention,
-            # the one that both sides use.
-            mean[path] = (basis @ q).reshape(shapes[path])
-        return mean
+def rebuild_powersgd(rank, flats):
+    """Flat P and flat Q -> P^ Q^T; flats: what was recorded -> the means of P and of Q, flat, and of what rode."""
+
+    def rebuild(recorded, state, shapes, riding):
+        *means, rode = flats(recorded, shapes, riding)
+        p, q = map(Flat, means)
+        sides = {path: matrix(shapes[path]) for path in sorted(shapes)}
+        factors = {path: (p.take((rank, n)), q.take((rank, m))) for path, (n, m) in sides.items()}
+        return factored(shapes, factors), p.take((riding,)) if rode is None else rode
 
     return rebuild
-
-
-def ignoring(flats, **kwargs):
-    """`decoders.reduced` for those who are given the state and the shapes too."""
-    return lambda recorded, state, shapes: flats(recorded, **kwargs)
 
 
 def payload_coded(size, aggregate):
@@ -106,11 +121,16 @@ def payload_coded(size, aggregate):
     return payload
 
 
+def messages_coded(aggregate):
+    return {"gather": (GATHER,), "shuffle": SHUFFLE, "ring": RING}[aggregate]
+
+
 def rebuild_coded(decode, aggregate):
-    def rebuild(recorded, state, shapes):
+    def rebuild(recorded, state, shapes, riding):
         del state
+        recorded, rode = decoders.alone(recorded, riding, aggregate)
         shards = decoders.mean(decode, aggregate, recorded[-1], shapes)
-        return {path: decoders.joined(shards[path], shape) for path, shape in shapes.items()}
+        return {path: decoders.joined(shards[path], shape) for path, shape in shapes.items()}, rode
 
     return rebuild
 
@@ -124,30 +144,39 @@ def size_qsgd(bits, bucket):
 
 
 def rebuild_qsgd(decode, bucket, aggregate):
-    def rebuild(recorded, state, shapes):
+    def rebuild(recorded, state, shapes, riding):
         del state
+        recorded, rode = decoders.alone(recorded, riding, aggregate)
         rows = decoders.mean(decode, aggregate, recorded[-1], shapes)[""]
-        return decoders.of_buckets(bucket, np.concatenate(rows), shapes)
+        return decoders.of_buckets(bucket, np.concatenate(rows), shapes), rode
 
     return rebuild
 
 
-def qsgd_row(id: str, bits: int, bucket: int, aggregate: str = "gather", error_feedback: bool = False, **kwargs) -> Row:
+def contraction(bits, values):
+    """What QSGD scales by under error feedback: 1 / (1 + omega), of a bucket of so many values."""
     s = 2 ** (bits - 1) - 1
-    gain = 1 / (1 + min(bucket / s**2, bucket**0.5 / s)) if error_feedback else 1.0
+    return 1 / (1 + min(values / s**2, values**0.5 / s))
+
+
+def qsgd_row(id: str, bits: int, bucket: int, aggregate: str = "gather", error_feedback: Any = False, **kwargs) -> Row:
+    gain = contraction(bits, bucket) if error_feedback else 1.0
     settings = {"min_size": 0, "error_feedback": error_feedback, "aggregate": aggregate, "code": "packed", **kwargs}
 
     def make(**kwargs: Any) -> Compressor:
         return qsgd(bits, bucket_size=bucket, **{**settings, **kwargs})
 
     # Elias' code, where it fits, is what a conditional chooses in both stages; each asks first, by 4 bytes.
-    fits = settings["code"] == "elias" and settings.get("capacity", 9) > 1
-    stages = 2 if aggregate == "shuffle" else 1
-    phases = {0: (fits,) * stages} if settings["code"] == "elias" else {0: ()}
+    elias, fits = settings["code"] == "elias", settings.get("capacity", 9) > 1
+    messages = messages_coded(aggregate)
+    if elias:
+        messages = tuple(kind for carrying in messages for kind in (REDUCE, carrying))
+    phases = {0: (int(fits),) * (2 if aggregate == "shuffle" else 1)} if elias else ALWAYS
     size = size_qsgd(bits, bucket)
-    decode = decoders.qsgd(bits, bucket, gain, "elias" if fits else "packed")
-    payload = payload_coded(lambda shapes, shards: size(shapes, shards) + 4 * bool(phases[0]), aggregate)
-    return Row(id, make, False, payload, rebuild_qsgd(decode, bucket, aggregate), phases)
+    decode = decoders.qsgd(bits, bucket, gain, "elias" if elias and fits else "packed")
+    payload = payload_coded(lambda shapes, shards: size(shapes, shards) + 4 * elias, aggregate)
+    rebuild = rebuild_qsgd(decode, bucket, aggregate)
+    return Row(id, make, False, payload, rebuild, messages, phases, way=aggregate)
 
 
 def shared_row(id: str, bits: int, bucket: int, aggregate: str, error_feedback: bool = False) -> Row:
@@ -163,55 +192,68 @@ def shared_row(id: str, bits: int, bucket: int, aggregate: str, error_feedback: 
         rows = sum(-(-elements(shape) // bucket) for shape in shapes)
         return rows * (bucket + 4) + 4  # a ring fills up its parts
 
-    def rebuild(recorded, state, shapes):
+    def rebuild(recorded, state, shapes, riding):
         del state
-        scale = recorded[0].max(0).view(np.float32).astype(np.float64)
-        n = len(recorded[0])
-        values = n * bucket
-        gain = 1 / (1 + min(values / s**2, values**0.5 / s)) if error_feedback else 1.0
+        (scale, *_, numbers), rode = decoders.alone(recorded, riding, aggregate)
+        scale = scale.max(0).view(np.float32).astype(np.float64)
+        n = len(numbers)
+        gain = contraction(bits, n * bucket) if error_feedback else 1.0
         if aggregate == "ring":
-            total = np.roll(recorded[-1], 1, axis=0).reshape(-1)[: scale.size * bucket]
+            total = np.roll(numbers, 1, axis=0).reshape(-1)[: scale.size * bucket]
         else:
-            total = recorded[-1].astype(int).sum(0)
+            total = numbers.astype(int).sum(0)
         rows = total.reshape(-1, bucket) * (scale / s * gain / n)
-        return decoders.of_buckets(bucket, rows.reshape(-1), shapes)
+        return decoders.of_buckets(bucket, rows.reshape(-1), shapes), rode
 
-    return Row(id, make, False, payload, rebuild)
+    messages = (REDUCE, *(RING if aggregate == "ring" else SUM))
+    return Row(id, make, False, payload, rebuild, messages, way="shared")
 
 
 def powersgd_row(id: str, rank: int, aggregate: str = "psum", **settings: Any) -> Row:
     def make(**kwargs: Any) -> Compressor:
         return powersgd(rank, aggregate=aggregate, **{**settings, **kwargs})
 
-    rebuild = rebuild_powersgd([rank], ignoring(decoders.reduced, aggregate=aggregate))
+    def flats(recorded, shapes, riding):
+        return *decoders.reduced(recorded, aggregate), None
+
     # In a ring of four, three parts and the sum's, each filled up.
-    slack = 2 * 4 * 4 if aggregate == "ring" else 0
-    return Row(id, make, True, lambda *args: payload_powersgd(rank)(*args) + slack, rebuild)
+    slack, messages = (2 * 4 * 4, RING) if aggregate == "ring" else (0, SUM)
+
+    def payload(shapes, step):
+        return payload_powersgd(rank)(shapes, step) + slack
+
+    return Row(id, make, True, payload, rebuild_powersgd(rank, flats), 2 * messages)
 
 
 def quantized_powersgd_row(id: str, rank: int, bits: int, bucket: int) -> Row:
     """P and Q through QSGD, scaled for error feedback, by "gather"."""
-    s = 2 ** (bits - 1) - 1
-    decode = decoders.qsgd(bits, bucket, 1 / (1 + min(bucket / s**2, bucket**0.5 / s)))
+    decode = decoders.qsgd(bits, bucket, contraction(bits, bucket))
 
     def make(**kwargs: Any) -> Compressor:
         return powersgd(rank, quantizer=qsgd(bits, bucket_size=bucket, aggregate="gather"), **kwargs)
 
+    def sides(shapes, place):
+        return {path: (min(*matrix(shape), rank) * matrix(shape)[place],) for path, shape in shapes.items()}
+
     def payload(shapes, step):
         del step
-        sides = [sum(min(*matrix(shape), rank) * matrix(shape)[i] for shape in shapes) for i in (0, 1)]
-        return sum(size_qsgd(bits, bucket)([(side,)], 1) for side in sides)
+        named = dict(enumerate(shapes))
+        return sum(size_qsgd(bits, bucket)(list(sides(named, place).values()), 1) for place in (0, 1))
 
-    def flats(recorded, state, shapes):
-        sides = [sum(rank * matrix(shape)[i] for shape in shapes.values()) for i in (0, 1)]
-        pairs = zip(recorded, sides, strict=True)
-        return [decoders.mean(decode, "gather", sent, {"": (side,)})[""][0][:side] for sent, side in pairs]
+    def flats(recorded, shapes, riding):
+        recorded, rode = decoders.alone(recorded, riding, "gather", place=0)
+        for place, sent in enumerate(recorded):
+            rows = decoders.mean(decode, "gather", sent, sides(shapes, place))[""][0]
+            by_leaf = decoders.of_buckets(bucket, rows, sides(shapes, place))
+            yield np.concatenate([by_leaf[path] for path in sorted(shapes)])
+        yield rode
 
-    return Row(id, make, False, payload, rebuild_powersgd([rank], flats))
+    return Row(id, make, False, payload, rebuild_powersgd(rank, flats), (GATHER, GATHER), way="gather")
 
 
 def size_onebit(shapes, shards):
-    return sum(-(-m // shards) * (-(-n // 8) + 8) for n, m in map(matrix, shapes))
+    cut = [(n, -(-m // shards)) for n, m in map(matrix, shapes)]
+    return sum(8 * m for _, m in cut) + -(-sum(n * m for n, m in cut) // 8)
 
 
 def onebit_row(id: str, aggregate: str, **settings: Any) -> Row:
@@ -219,7 +261,8 @@ def onebit_row(id: str, aggregate: str, **settings: Any) -> Row:
 
     def payload(shapes, step):
         short = [shape for shape in shapes if matrix(shape)[0] < 64]  # dense
-        return row.payload([shape for shape in shapes if shape not in short], step) + payload_dense(short, step)
+        long = [shape for shape in shapes if shape not in short]
+        return row.payload(long, step) + row.dense(sum(map(elements, short)))
 
     return row._replace(payload=payload)
 
@@ -253,7 +296,8 @@ def coded_row(id: str, factory, decode, size, aggregate: str, **settings: Any) -
     def make(**kwargs: Any) -> Compressor:
         return factory(aggregate=aggregate, **{**settings, **kwargs})
 
-    return Row(id, make, False, payload_coded(size, aggregate), rebuild_coded(decode, aggregate))
+    payload, rebuild = payload_coded(size, aggregate), rebuild_coded(decode, aggregate)
+    return Row(id, make, False, payload, rebuild, messages_coded(aggregate), way=aggregate)
 
 
 def adaptive_row(id: str, aggregate: str, **settings: Any) -> Row:
@@ -262,46 +306,91 @@ def adaptive_row(id: str, aggregate: str, **settings: Any) -> Row:
     return coded_row(id, adaptive, decoders.adaptive(room), size_adaptive(room), aggregate, **settings)
 
 
+def count_subset(fraction, shape):
+    return max(1, int(fraction * elements(shape)))
+
+
+def placed(factory, fraction, values, state, shapes, gain):
+    """Tensors by path that have values [k], by path, at the places that all workers draw."""
+    draw, mean = scattered if factory is randomk else block, {}
+    for path, shape in shapes.items():
+        size, k = elements(shape), count_subset(fraction, shape)
+        (indices,) = draw([Draw(step_key(0, state.step), salt(path), size, k)])
+        mean[path] = np.zeros(size)
+        # Without error feedback the rows scale what they have.
+        mean[path][np.asarray(indices)] = values[path] * (size / k if gain else 1)
+        mean[path] = mean[path].reshape(shape)
+    return mean
+
+
 def subset_row(id: str, factory, fraction: float, aggregate: str = "psum", error_feedback: bool = True) -> Row:
     def make(**kwargs: Any) -> Compressor:
         return factory(fraction, aggregate=aggregate, **{"error_feedback": error_feedback, **kwargs})
 
     def payload(shapes, step):
         del step
-        return 4 * sum(max(1, int(fraction * elements(shape))) for shape in shapes) + 4 + 16 * (aggregate == "ring")
+        return 4 * sum(count_subset(fraction, shape) for shape in shapes) + 16 * (aggregate == "ring")
 
-    def rebuild(recorded, state, shapes):
-        flat = decoders.reduced(recorded, aggregate)[0]
-        draw = distinct if factory is randomk else randomblock_module.block
-        mean, key = {}, step_key(0, state.step)
-        for place, path in enumerate(sorted(shapes)):
-            size = elements(shapes[path])
-            k = max(1, int(fraction * size))
-            mean[path] = np.zeros(size)
-            # Without error feedback the rows scale what they have.
-            indices = np.asarray(draw(jax.random.fold_in(key, place), size, k))
-            mean[path][indices] = flat[:k] * (1 if error_feedback else size / k)
-            mean[path], flat = mean[path].reshape(shapes[path]), flat[k:]
-        return mean
+    def rebuild(recorded, state, shapes, riding):
+        flat = Flat(decoders.reduced(recorded, aggregate)[0])
+        values = {path: flat.take((count_subset(fraction, shapes[path]),)) for path in sorted(shapes)}
+        return placed(factory, fraction, values, state, shapes, not error_feedback), flat.take((riding,))
 
-    return Row(id, make, True, payload, rebuild)
+    return Row(id, make, True, payload, rebuild, RING if aggregate == "ring" else SUM)
+
+
+def quantized_subset_row(id: str, factory, fraction: float, bits: int, bucket: int) -> Row:
+    """The values through QSGD, scaled for error feedback, by "shuffle"."""
+    decode = decoders.qsgd(bits, bucket, contraction(bits, bucket))
+
+    def make(**kwargs: Any) -> Compressor:
+        return factory(fraction, quantizer=qsgd(bits, bucket_size=bucket, aggregate="shuffle"), **kwargs)
+
+    def payload(shapes, step):
+        counts = [(count_subset(fraction, shape),) for shape in shapes]
+        return payload_coded(size_qsgd(bits, bucket), "shuffle")(counts, step)
+
+    def rebuild(recorded, state, shapes, riding):
+        counts = {path: (count_subset(fraction, shape),) for path, shape in shapes.items()}
+        values, rode = rebuild_qsgd(decode, bucket, "shuffle")(recorded, state, counts, riding)
+        return placed(factory, fraction, values, state, shapes, False), rode
+
+    return Row(id, make, False, payload, rebuild, SHUFFLE, way="shuffle")
 
 
 # Gradients of noise have sums of like norms, so the second check, in step 3, takes all to high.
-NOISE = {0: (False,), 1: (True,), 4: (False,), 5: (True,)}
+NOISE = {0: (), 1: (), 4: (), 5: ()}
+LOW = (0, 1)
 
 
-def checked_too(payload):
-    """With a norm a leaf, which a check sends, of matrices and of ResNet-18's 41 vectors."""
-    return lambda shapes, step: payload(shapes, step) + 4 * (len(shapes) + 41)
+def with_norms(row: Row) -> Row:
+    """With a norm a leaf, which rides in every step; of ResNet-18's 41 vectors too."""
+
+    def payload(shapes, step):
+        return row.payload(shapes, step) + row.dense(len(shapes) + 41)
+
+    return row._replace(payload=payload)
 
 
 def accordion_powersgd_row(id: str, low: int, high: int) -> Row:
+    ranks = low, high
+
     def make(**kwargs: Any) -> Compressor:
         return accordion(powersgd(low, **kwargs), powersgd(high, **kwargs), interval=2)
 
-    rebuild = rebuild_powersgd((low, high), ignoring(decoders.reduced))
-    return Row(id, make, False, checked_too(payload_powersgd(high)), rebuild, NOISE, 4)
+    def rebuild(recorded, state, shapes, riding):
+        p, q = map(Flat, decoders.reduced(recorded))
+        rode, factors = p.take((riding,)), {}
+        for path in sorted(shapes):
+            (n, m), r = matrix(shapes[path]), ranks[int(state.level[path])]
+            factors[path] = p.take((r, n)), q.take((r, m))
+            p.take((1,))  # the norm
+        return factored(shapes, factors), rode
+
+    def payload(shapes, step):
+        return payload_powersgd(low if step in LOW else high)(shapes, step)
+
+    return with_norms(Row(id, make, False, payload, rebuild, (REDUCE, REDUCE), NOISE, 2, fills=LOW))
 
 
 def accordion_coded_row(id: str, make_level, levels, decode, size, aggregate: str, bucket: int | None = None) -> Row:
@@ -311,8 +400,9 @@ def accordion_coded_row(id: str, make_level, levels, decode, size, aggregate: st
         low, high = (make_level(level, aggregate=aggregate, **kwargs) for level in levels)
         return accordion(low, high, interval=2)
 
-    def rebuild(recorded, state, shapes):
-        payloads = next(x for x in reversed(recorded) if x.dtype == np.uint8)
+    def rebuild(recorded, state, shapes, riding):
+        recorded, rode = decoders.alone(recorded, len(shapes) + riding, aggregate, first=True)
+        payloads = recorded[-1]
         shards, mean = 1 if aggregate == "gather" else len(payloads), {}
         for path in sorted(shapes):
             level, one = levels[int(state.level[path])], {path: shapes[path]}
@@ -323,14 +413,14 @@ def accordion_coded_row(id: str, make_level, levels, decode, size, aggregate: st
                 mean |= decoders.of_buckets(bucket, np.concatenate(parts[""]), one)
             else:
                 mean[path] = decoders.joined(parts[path], shapes[path])
-        return mean
+        return mean, rode[len(shapes) :]
 
-    payload = payload_coded(size(levels[1]), aggregate)
-    return Row(id, make, False, checked_too(payload), rebuild, NOISE, 4)
+    def payload(shapes, step):
+        of_leaves = lambda shapes, shards: sum(size(levels[step not in LOW])([x], shards) for x in shapes)  # noqa: E731
+        return payload_coded(of_leaves, aggregate)(shapes, step)
 
-
-def ring_of_none(**kwargs: Any) -> Compressor:
-    return none(aggregate="ring", **kwargs)
+    messages = messages_coded(aggregate)
+    return with_norms(Row(id, make, False, payload, rebuild, messages, NOISE, 2, aggregate, LOW))
 
 
 def level_of_qsgd(bits: int, **kwargs: Any) -> Compressor:
@@ -339,5 +429,4 @@ def level_of_qsgd(bits: int, **kwargs: Any) -> Compressor:
 
 def gained(bits: int):
     """QSGD's decoder under error feedback, buckets of 32."""
-    s = 2 ** (bits - 1) - 1
-    return decoders.qsgd(bits, 32, 1 / (1 + min(32 / s**2, 32**0.5 / s)))
+    return decoders.qsgd(bits, 32, contraction(bits, 32))

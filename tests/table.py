@@ -1,23 +1,21 @@
 """The table of codecs, over which every law is tested. A new codec adds its rows here and inherits all."""
 
-from gradcomp_jax import none, randomblock, randomk, signnorm, topk
+from gradcomp_jax import EF21, Feedback, randomblock, randomk, signnorm, topk
 from tests import decoders
 from tests.gradiveq_rows import Cycle, accordion_gradiveq_row, gradiveq_row, quantized_gradiveq_row
 from tests.rows import (
-    Row,
     accordion_coded_row,
     accordion_powersgd_row,
     adaptive_row,
     coded_row,
     gained,
     level_of_qsgd,
+    none_row,
     onebit_row,
-    payload_dense,
     powersgd_row,
     qsgd_row,
     quantized_powersgd_row,
-    rebuild_none,
-    ring_of_none,
+    quantized_subset_row,
     shared_row,
     size_qsgd,
     size_signnorm,
@@ -26,18 +24,21 @@ from tests.rows import (
 )
 
 ROWS = [
-    Row("none", none, True, payload_dense, rebuild_none()),
-    Row("none-ring", ring_of_none, True, lambda *args: payload_dense(*args) + 16, rebuild_none("ring")),
+    none_row("none"),
+    none_row("none-ring", "ring"),
     powersgd_row("powersgd-1", 1),
     powersgd_row("powersgd-4", 4),
     powersgd_row("powersgd-2-plain", 2, error_feedback=False),
     powersgd_row("powersgd-1-ring", 1, "ring"),
+    powersgd_row("powersgd-2-ef21", 2, error_feedback=EF21()),
+    powersgd_row("powersgd-2-decay", 2, error_feedback=Feedback(decay=0.9)),
     quantized_powersgd_row("powersgd-2-qsgd", 2, 8, 16),
     qsgd_row("qsgd-4", 4, 64),
     qsgd_row("qsgd-2", 2, 32),
     qsgd_row("qsgd-8-l2", 8, 64, norm="l2"),
     qsgd_row("qsgd-4-ef", 4, 64, error_feedback=True),
     qsgd_row("qsgd-2-l2-ef", 2, 32, norm="l2", error_feedback=True),
+    qsgd_row("qsgd-4-ef21", 4, 64, error_feedback=EF21()),
     qsgd_row("qsgd-4-shuffle", 4, 64, "shuffle"),
     qsgd_row("qsgd-2-ef-shuffle", 2, 32, "shuffle", error_feedback=True),
     qsgd_row("qsgd-4-ring", 4, 64, "ring"),
@@ -63,8 +64,10 @@ ROWS = [
     adaptive_row("adaptive-column", "shuffle", threshold_scope="column"),
     coded_row("topk", topk, decoders.topk(0.1), size_topk(0.1), "gather", fraction=0.1),
     coded_row("topk-shuffle", topk, decoders.topk(0.1), size_topk(0.1), "shuffle", fraction=0.1),
+    coded_row("topk-ef21", topk, decoders.topk(0.1), size_topk(0.1), "shuffle", fraction=0.1, error_feedback=EF21()),
     subset_row("randomk", randomk, 0.1),
     subset_row("randomk-plain-ring", randomk, 0.1, "ring", error_feedback=False),
+    quantized_subset_row("randomk-qsgd", randomk, 0.1, 8, 16),
     subset_row("randomblock", randomblock, 0.1),
     coded_row("signnorm", signnorm, decoders.signnorm, size_signnorm, "gather"),
     coded_row("signnorm-shuffle", signnorm, decoders.signnorm, size_signnorm, "shuffle"),

@@ -124,11 +124,12 @@ def test_nodes_of_workers_are_as_one_worker_each():
     got = trained(gc.train_step(problem.loss_fn, nodes, mesh), nodes, mesh, on_all)
     expected = trained(gc.simulate(problem.loss_fn, alone, 2), alone, 2, params)
     chex.assert_trees_all_close(got[0], expected[0], atol=1e-5, rtol=0)
-    assert got[1] == expected[1]
+    # Two simulated workers send the step's loss along; where a codec is between nodes alone it travels by itself.
+    assert got[1] == (expected[1].last - 32, expected[1].total - 3 * 32)
     assert any((a != b).any() for a, b in zip(*map(jax.tree.leaves, (got[0], params)), strict=True))
 
 
 def test_the_choice_is_logged(caplog):
-    with caplog.at_level(logging.INFO, "gradcomp_jax.aggregation"):
+    with caplog.at_level(logging.INFO, "gradcomp_jax.exchange.plan"):
         declared(gc.signnorm(), {"w": (64, 64)}, 4)
     assert "aggregate='shuffle' among 4 workers: a worker sends {'gather': 1548, 'shuffle': 792} bytes" in caplog.text

@@ -20,7 +20,9 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import cifar, codecs, data, display, models, records, training
 from gradcomp_jax import (
+    EF21,
     DelayedState,
+    Feedback,
     accordion,
     gradiveq,
     init,
@@ -52,7 +54,7 @@ def default_flags():
 @pytest.mark.parametrize("name", codecs.CODECS)
 def test_every_plain_keyword_of_a_codec_has_its_flag(name):
     parameters = inspect.signature(codecs.CODECS[name]).parameters
-    without = {"axis_name", "seed", "compress", "stacked", "quantizer", "course"}
+    without = {"axis_name", "seed", "compress", "stacked", "split", "quantizer", "course"}
     for keyword in parameters.keys() - without:
         flag = FLAGS[f"{name}_{keyword}"]
         assert flag.value == parameters[keyword].default, keyword
@@ -90,6 +92,26 @@ def test_flags_that_are_not_given_may_be_none():
     assert (FLAGS.randomk_rank, FLAGS.randomk_fraction) == (2, None)
     assert (FLAGS.signnorm_error_feedback, FLAGS.onebit_aggregate) == (False, None)
     assert (FLAGS.adaptive_sample, FLAGS.adaptive_capacity, FLAGS.qsgd_capacity) == (True, None, 3.0)
+
+
+def test_the_kind_of_error_feedback_is_one_for_all_codecs_that_have_any():
+    FLAGS(["test", "--feedback_decay=0.9", "--qsgd_bits=8", "--accordion_codec=topk", "--accordion_low=0.1"])
+    kept = {name: codecs.from_flags(name, 0, COURSE).settings.error_feedback for name in ("topk", "signnorm", "qsgd")}
+    assert kept == {"topk": Feedback(0.9), "signnorm": Feedback(0.9), "qsgd": None}
+    assert [codecs.label(name) for name in kept] == [
+        "topk feedback_decay=0.9",
+        "signnorm feedback_decay=0.9",
+        "qsgd bits=8",
+    ]
+    FLAGS(["test", "--feedback_decay=1", "--ef21", "--qsgd_error_feedback", "--accordion_high=0.01"])
+    for name in ("qsgd", "accordion"):
+        assert codecs.from_flags(name, 0, COURSE).settings.error_feedback == EF21()
+    assert codecs.label("accordion") == "accordion codec=topk low=0.1 high=0.01 topk_ef21=True"
+    assert codecs.settings("qsgd")["qsgd_ef21"] is True
+    assert codecs.settings("none")["none_ef21"] is False
+    FLAGS(["test", "--feedback_decay=0.5"])
+    with pytest.raises(ValueError, match=r"--ef21 has no residual that --feedback_decay=0\.5 could"):
+        codecs.from_flags("topk", 0, COURSE)
 
 
 @pytest.mark.parametrize(("name", "inside"), [("powersgd", powersgd), ("gradiveq", gradiveq)])
@@ -208,10 +230,15 @@ def run(*args):
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-def sent(codec, params, workers):
-    """MB that a worker sends in a step."""
-    step = simulate(lambda params, batch: sum(jnp.sum(x) for x in jax.tree.leaves(params)), codec, workers)
-    _, opt_state, _ = step(params, init(codec, params, workers), jnp.zeros(workers))
+def sent(codec, params, workers, stats=()):
+    """MB that a worker sends in a step, with its batch statistics, loss and accuracy."""
+
+    def loss_fn(params, stats, batch):
+        loss = sum(jnp.sum(x) for x in jax.tree.leaves(params)) + 0 * jnp.sum(batch)
+        return loss, (stats, loss)
+
+    step = simulate(loss_fn, codec, workers, has_state=True, has_aux=True)
+    _, opt_state, *_ = step(params, init(codec, params, workers), stats, jnp.zeros(workers))
     return wire_bits(opt_state).last / 8e6
 
 
@@ -230,11 +257,11 @@ def test_a_short_training_gives_a_table_and_a_figure(tmp_path):
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout)
     assert done.stdout.count("test accuracy ") == 2 * 2 + 1  # two evaluations of each codec, and the table's head
 
-    _, params, _ = models.create("resnet8", (8, 8, 1), 10, 0)
+    _, params, stats = models.create("resnet8", (8, 8, 1), 10, 0)
     for name in ("none", "qsgd"):
         (row,) = re.findall(rf"^│ {name} .*", done.stdout, re.MULTILINE)
         accuracy, step, total, ratio = (cell.strip() for cell in row.split("│")[2:6])
-        expected, dense = (sent(codecs.CODECS[codec](), params, 2) for codec in (name, "none"))
+        expected, dense = (sent(codecs.CODECS[codec](), params, 2, stats) for codec in (name, "none"))
         assert accuracy.endswith("%")
         assert (step, total, ratio) == (f"{expected:.4f}", f"{2 * expected:.2f}", f"{dense / expected:.2f}")
 

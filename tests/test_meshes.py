@@ -1,5 +1,6 @@
 """Meshes of more than one axis: nodes of several workers, and parameters sharded over a model axis."""
 
+import dataclasses
 import functools
 
 import chex
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from tests import problem
+from tests.contexts import map_state
 from tests.table import BY_ID, EACH
 from tests.test_refusals import refuses
 
@@ -42,10 +44,22 @@ def trained(step, params, state):
 
 @functools.cache
 def simulated(id, workers):
-    """Training with the codec of that row of the table, without a mesh."""
+    """Training with the codec of that row of the table, without a mesh, by a step that sends gradients alone."""
     tx = problem.optimizer(BY_ID[id].make())
     params = problem.params()
-    return trained(gc.simulate(problem.loss_fn, tx, workers), params, gc.init(tx, params, workers))
+    state = gc.init(tx, params, workers)
+    axes = map_state(lambda _: 0, lambda _: None, state)
+
+    def worker(params, state, batch):
+        updates, state = tx.update(jax.grad(problem.loss_fn)(params, batch), state, params)
+        return optax.apply_updates(params, updates), state
+
+    workers_step = jax.vmap(worker, in_axes=(None, axes, 0), out_axes=(None, axes), axis_name="data")
+
+    def step(params, state, batch):
+        return workers_step(params, state, jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), batch))
+
+    return trained(jax.jit(step), params, state)
 
 
 def assert_same(got, expected):
@@ -123,7 +137,10 @@ def test_gradients_may_be_gathered_over_the_model_axis_first(id):
 
 @pytest.mark.parametrize(
     ("row", "check_vma"),
-    [*((row, True) for row in EACH if keeps_residuals(row)), (BY_ID["powersgd-4"], False)],
+    [
+        *((row, True) for row in (*EACH, BY_ID["onebit-shuffle"]) if keeps_residuals(row)),
+        (BY_ID["powersgd-4"], False),
+    ],
     ids=lambda x: getattr(x, "id", "checked" if x else "unchecked"),
 )
 def test_residuals_may_be_split_as_the_parameters_are(row, check_vma):
@@ -131,12 +148,38 @@ def test_residuals_may_be_split_as_the_parameters_are(row, check_vma):
     params, (codec, momentum) = start(tx, mesh)
     whole = codec.residual.value
     split = {path: P("data", *SPLIT[path.split("/")[0]][path.split("/")[1]]) for path in whole}
-    residual = gc.PerWorker(jax.device_put(whole, shardings(split, mesh)), codec.residual.axis)
+    residual = dataclasses.replace(codec.residual, value=jax.device_put(whole, shardings(split, mesh)))
     params, (codec, _) = by_shard_map(tx, mesh, params, (codec._replace(residual=residual), momentum), check_vma)
     expected, (other, _) = simulated(row.id, 4)
     assert_same((params, codec), (expected, other))
     for path, x in codec.residual.value.items():
         assert x.sharding.shard_shape(x.shape) == NamedSharding(mesh, split[path]).shard_shape(x.shape), path
+
+
+@pytest.mark.parametrize(("tx", "most"), [(gc.none(), 0), (gc.powersgd(4), 24 * 1024)], ids=["none", "powersgd"])
+def test_what_moves_over_the_model_axis(tx, most):
+    """Nothing for a mean; of PowerSGD a sum or half a factor for each of two factors a leaf; beside them some flags."""
+    mesh = gc.make_mesh({"data": 4, "model": 2})
+    split = {"wq": P(None, "model"), "wo": P("model"), "w1": P(None, "model"), "w2": P("model")}
+    params = jax.device_put(dict.fromkeys(split, jnp.zeros((256, 256))), shardings(split, mesh))
+    state = gc.init(tx, params, mesh)
+    per_worker = shardings({path: P("data", *spec) for path, spec in split.items()}, mesh)
+    residual = jax.device_put(state.residual.value, {path: per_worker[path] for path in state.residual.value})
+    state = state._replace(residual=dataclasses.replace(state.residual, value=residual))
+    specs = gc.state_specs(tx, params)
+
+    def worker(grads, state):
+        updates, state = tx.update(jax.tree.map(lambda x: x[0], grads), gc.local_state(state))
+        return updates, gc.global_state(state)
+
+    step = jax.shard_map(worker, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs), axis_names={"data"})
+    step = jax.jit(step, out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)))
+    like = {path: jax.ShapeDtypeStruct((4, 256, 256), jnp.float32, sharding=per_worker[path]) for path in split}
+    moved = [c for c in gc.collective_bytes(step.lower(like, state).compile()) if c.workers != 4]
+    assert all(c.workers == 2 for c in moved)
+    flags = [c for c in moved if c.operand_bytes <= 32]
+    assert sum(c.ring_bytes for c in flags) <= 64
+    assert sum(c.ring_bytes for c in moved if c not in flags) <= most
 
 
 def test_nodes_and_a_model_axis():

@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from gradcomp_jax.metrics import add_bits, no_bits
+from gradcomp_jax.exchange.bits import add_bits, no_bits
 
 
 @hypothesis.given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20))
@@ -142,6 +142,7 @@ def test_asynchronous_pairs_count_once():
         ("{}", 8),
         ("mesh['data'=2,'m'=4] {'data'}", 2),
         ("mesh['data'=2,'m'=4] {'data','m'}", 8),
+        ("mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([2,4]T(1,0)) {'axis_1'}", 2),
     ],
 )
 def test_groups_in_every_notation(groups, workers):

@@ -96,10 +96,10 @@ class TestOneBit:
         np.testing.assert_allclose(own.reshape(6, 140).T, onebit_of(x["w"][0].reshape(6, 140).T), rtol=1e-5)
 
     def test_payload(self):
-        """A bit an element, filled up to bytes in each column, and two floats a column; short columns go dense."""
+        """A bit an element, those of all leaves filled up to bytes, and two floats a column; short columns go dense."""
         shapes = {"long": (100, 7), "conv": (4, 4, 4, 3), "short": (63, 5), "bias": (500,)}
         assert list(gc.onebit().init(trees.zeros(shapes)).residual.value) == ["conv", "long"]
-        one_bit = 7 * (8 * 13 + 64) + 3 * (64 + 64)
+        one_bit = 8 * -(-(7 * 100 + 3 * 64) // 8) + (7 + 3) * 64
         assert declared(gc.onebit(aggregate="gather"), shapes, 2) == one_bit + 32 * (63 * 5 + 500)
 
 

@@ -44,7 +44,7 @@ ROOT = pathlib.Path(__file__).parent.parent
         ("qsgd", ["--qsgd_norm=l2", "--qsgd_code=elias", "--qsgd_bucket_size=64"]),
         ("onebit", ["--optimizer=adagrad"]),
         ("adaptive", ["--delayed"]),
-        ("accordion", []),
+        ("accordion", ["--ef21"]),
     ],
 )
 def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path):
@@ -73,7 +73,7 @@ def test_records_tell_true_code_lengths_and_what_accordion_decided(tmp_path):
     run = train()
     assert all(line["code_bits"] > 0 for line in run.train)
     assert not run.levels
-    given(tmp_path / "accordion", codec="accordion")
+    given(tmp_path / "accordion", "--ef21", codec="accordion")
     said = io.StringIO()
     run = train(said=said)
     assert "code_bits" not in run.train[0]
@@ -125,8 +125,9 @@ def test_on_another_number_of_workers_it_goes_on_and_says_what_was_carried_over(
         np.testing.assert_array_equal(residual, old.reshape(2, 2, *old.shape[1:]).mean(1))
     assert [(line["step"], line["workers"]) for line in run.resumed] == [(6, 2)]
     assert run.end["step"] == 12
-    # What dense all-reduces would have sent: 2 x 3/4 of the parameters on four workers, 2 x 1/2 on two.
-    dense = 4 * sum(x.size for x in jax.tree.leaves(task.params))
+    # What dense all-reduces would have sent: 2 x 3/4 of the parameters on four workers, 2 x 1/2 on two; and of the loss
+    # and the accuracy.
+    dense = 4 * (sum(x.size for x in jax.tree.leaves(task.params)) + 2)
     assert run.end["dense_bytes"] == dense * (6 * 1.5 + 6 * 1.0)
 
 

@@ -107,16 +107,22 @@ def test_uniform_numbers():
     assert len(np.unique(uniform16(jax.random.key(2), 8, 512))) > 3900
 
 
+def draw(key, *of):
+    """Of one key, for each n and k."""
+    sizes, counts = of[::2], of[1::2]
+    return distinct(jnp.broadcast_to(jax.random.key_data(key), (len(sizes), 2)), sizes, counts)
+
+
 @pytest.mark.parametrize("n", [*range(1, 10), 97, 1000, 65_537])
 def test_distinct_of_all_is_a_permutation(n):
-    drawn = distinct(step_key(3, n), n, n)
+    (drawn,) = draw(step_key(3, n), n, n)
     assert drawn.dtype == jnp.int32
     np.testing.assert_array_equal(np.sort(drawn), np.arange(n))
 
 
 def many(n, k, draws):
     keys = jax.vmap(lambda step: step_key(0, step))(jnp.arange(draws))
-    return np.asarray(jax.jit(jax.vmap(lambda key: distinct(key, n, k)))(keys))
+    return np.asarray(jax.jit(jax.vmap(lambda key: draw(key, n, k)[0]))(keys))
 
 
 def excess(counts, expected_variance=1.0):
@@ -147,25 +153,34 @@ def test_which_numbers_are_included_is_uniform():
 
 @pytest.mark.parametrize("n", [2**31 - 1, 2**30])
 def test_distinct_of_the_largest_ranges(n):
-    drawn = np.asarray(distinct(step_key(1, 2), n, 20_000))
+    drawn = np.asarray(draw(step_key(1, 2), n, 20_000)[0])
     assert len(np.unique(drawn)) == 20_000
     assert 0 <= drawn.min() < n / 1000
     assert n - n / 1000 < drawn.max() < n
     assert excess(np.histogram(drawn, 100, (0, n))[0]) < 5
 
 
+def test_distinct_of_several_are_those_of_each():
+    """In one loop, of which the last to fall inside decides the length."""
+    sizes, counts = (1000, 7, 1, 65_537), (100, 7, 0, 3)
+    words = jax.vmap(lambda step: jax.random.key_data(step_key(5, step)))(jnp.arange(4))
+    together = jax.jit(lambda words: distinct(words, sizes, counts))(words)
+    for got, word, n, k in zip(together, words, sizes, counts, strict=True):
+        np.testing.assert_array_equal(got, distinct(word[None], [n], [k])[0])
+
+
 def test_distinct_refuses():
-    assert distinct(step_key(0, 0), 5, 0).shape == (0,)
+    assert draw(step_key(0, 0), 5, 0)[0].shape == (0,)
     for n, k, message in ((0, 0, "n=0"), (2**31, 1, "n=2147483648"), (3, 4, "k=4"), (3, -1, "k=-1")):
         with pytest.raises(ValueError, match=f"{message} must be from"):
-            distinct(step_key(0, 0), n, k)
+            draw(step_key(0, 0), 5, 2, n, k)
 
 
 @every_context
 @pytest.mark.parametrize("own", [False, True])
 def test_distinct_in_every_context(context, own):
     def worker(i):
-        return distinct(step_key(0, i if own else 7), 1000, 100)[None]
+        return draw(step_key(0, i if own else 7), 1000, 100)[0][None]
 
     steps = jnp.arange(4)
     spec = jax.sharding.PartitionSpec("data")
@@ -183,4 +198,4 @@ def test_distinct_in_every_context(context, own):
     )
     rows = np.asarray(got()).reshape(-1, 100)
     for i, row in enumerate(rows):
-        np.testing.assert_array_equal(row, distinct(step_key(0, i if own else 7), 1000, 100))
+        np.testing.assert_array_equal(row, draw(step_key(0, i if own else 7), 1000, 100)[0])

@@ -31,7 +31,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from gradcomp_jax.compressor import Compressor, compressor, compressor_states
+from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import (
     Codec,
     Context,
@@ -45,6 +45,7 @@ from gradcomp_jax.contract import (
     require_static,
     require_whole,
 )
+from gradcomp_jax.feedback import as_given
 from gradcomp_jax.sharding import PerWorker
 from gradcomp_jax.views import l2_norm
 
@@ -304,10 +305,11 @@ def accordion_log(opt_state: Any) -> list[str]:
     Returns:
       Such as "conv1/kernel: high from step 780 on, as the norm changed from 3.1 to 2.9, by 0.06"; empty without one.
     """
+    is_accordion = lambda x: isinstance(x, AccordionState)  # noqa: E731
     lines = []
-    for state in compressor_states(opt_state):
-        if isinstance(state.codec, AccordionState):
-            read = jax.tree.map(_first, state.codec._replace(codec=(), gradients=PerWorker((), "")))
+    for state in jax.tree.leaves(opt_state, is_leaf=is_accordion):
+        if is_accordion(state):
+            read = jax.tree.map(_first, state._replace(codec=(), gradients=PerWorker((), "")))
             lines += [f"{path}: {_reason(read, path)}" for path in read.level]
     return lines
 
@@ -355,6 +357,7 @@ def _require_strengths(low: Compressor, high: Compressor) -> tuple[Strength, Str
         *zip(low.settings._fields, low.settings, high.settings, strict=True),
     ]:
         if a != b:
+            a, b = (as_given(x) if name == "error_feedback" else x for x in (a, b))
             raise ValueError(
                 f"low has {name}={a!r}, high has {name}={b!r}: they must agree in all but {weak.setting} (pass one "
                 "function object to both)"

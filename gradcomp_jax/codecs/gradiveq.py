@@ -375,7 +375,7 @@ class GradiVeQ(Codec):
     def refresh(self, before: Any, after: Any, mean: jax.Array) -> Any:
         basis, rung = self.fit(after.samples, self.layout("", mean).widths)
         # As one type, for one message.
-        basis, rung = yield First((basis, rung.astype(basis.dtype)))
+        basis, rung = yield First((basis, () if self.select == "ratio" else rung.astype(basis.dtype)))
         # Of the last row and the mean before it: with the next mu as an operand a copy of that would be made.
         rows = buckets(mean, before.mu.shape[-1])
         _, row = self.row(before.position)

@@ -30,8 +30,8 @@ from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Context, Mine, Predicate, Result, Say, Talk, total
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.views import columns, from_columns
-from gradcomp_jax.wire.packing import pack, unpack
+from gradcomp_jax.views import columns, from_columns, sum_of
+from gradcomp_jax.wire.packing import Field
 
 # Below this length a column's two float32 cost more than a bit an element.
 SHORTEST = 64
@@ -66,11 +66,8 @@ def means(v: jax.Array, threshold: str) -> tuple[jax.Array, jax.Array, jax.Array
         return v >= middle[None], middle - deviation, middle + deviation
     above = v >= 0
     count = jnp.sum(above, axis=0).astype(v.dtype)
-
-    def mean(side: jax.Array, count: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(side, v, 0), axis=0) / jnp.maximum(count, 1)
-
-    return above, mean(~above, len(v) - count), mean(above, count)
+    low, high = (sum_of(part, v, 0) for part in (lambda x: jnp.minimum(x, 0), lambda x: jnp.maximum(x, 0)))
+    return above, low / jnp.maximum(len(v) - count, 1), high / jnp.maximum(count, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +84,7 @@ class Bits(Coder):
 
     name: ClassVar[str] = "onebit"
     rowwise: ClassVar[bool] = True  # a column is a unit
+    unit_axis: ClassVar[int] = -1
     scales: ClassVar[tuple[str, ...]] = ("high", "low")
 
     def lay(self, x: jax.Array) -> jax.Array:
@@ -97,15 +95,18 @@ class Bits(Coder):
 
     def encode(self, y: jax.Array, part: Part) -> Message:
         bits, low, high = means(y, self.threshold)
-        codes = jnp.pad(bits.astype(jnp.uint8), [(0, -len(y) % 8), (0, 0)])
-        return {"bits": pack(codes, 1, axis=0).T, "high": high, "low": low}
+        return {"bits": Field(bits.astype(jnp.uint8), 1), "high": high, "low": low}
 
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        bits = unpack(message["bits"].T, 1, axis=0)[: shape[0]]
-        return jnp.where(bits == 1, message["high"][None], message["low"][None])
+        return jnp.where(message["bits"].values == 1, message["high"][None], message["low"][None])
+
+    def own(self, y: jax.Array, message: Message, part: Part) -> jax.Array:
+        if self.threshold == "mean":
+            return self.restore(message, y.shape, part)
+        return jnp.where(y >= 0, message["high"][None], message["low"][None])
 
     def size(self, shape: tuple[int, ...]) -> int:
-        return shape[1] * (-(-shape[0] // 8) + 8)
+        return -(-shape[0] * shape[1] // 8) + 8 * shape[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,10 +43,12 @@ from gradcomp_jax.contract import (
     Talk,
     Tensors,
     require_whole,
+    total,
 )
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import scattered, step_key
+from gradcomp_jax.views import others_are_automatic
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +158,9 @@ class PowerSGD(Codec):
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
         layers, r, m = leaf.q.shape
-        terms = [x.reshape(layers, -1, m) for x in d]  # apart: their sum is as large as the gradient, a product is not
+        # Apart, as their sum is as large as the gradient, a product is not; but a product with what the compiler shards
+        # is summed over its axis, each by itself.
+        terms = [x.reshape(layers, -1, m) for x in ((total(d),) if others_are_automatic() else d)]
         n = terms[0].shape[1]
 
         def product(subscripts: str, factor: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_whole
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.random import uniform16
+from gradcomp_jax.random import uniform24
 from gradcomp_jax.views import filled, l2_norm, max_norm
 from gradcomp_jax.wire import elias
 from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
@@ -76,7 +76,9 @@ def quantize(v: jax.Array, scale: jax.Array, levels: int, key: jax.Array) -> jax
     usable = scale >= jnp.finfo(jnp.float32).tiny
     down = jnp.where(scale > 2.0**100, jnp.float32(2.0**-64), 1)
     y = jnp.where(usable, v * down / jnp.where(usable, scale * down, 1), 0) * levels
-    return jnp.clip(jnp.floor(y + uniform16(key, *v.shape)), -levels, levels)
+    floor = jnp.floor(y)
+    # Not the floor of a sum, which would be rounded: whole numbers stay what they are.
+    return jnp.clip(jnp.where(uniform24(key, *v.shape) < y - floor, floor + 1, floor), -levels, levels)
 
 
 def expected_elias(d: int, s: int) -> float:
@@ -104,6 +106,7 @@ class Buckets(Coder):
       norm: "max" or "l2".
       s: levels.
       room: of the buffer for Elias' code, bits an element; None: packed.
+      insists: whether to refuse tensors that are too large for it, instead of packing them.
       seed: of the rounding.
       contracts: whether what is decoded is scaled by 1 / (1 + omega), under error feedback.
     """
@@ -113,6 +116,7 @@ class Buckets(Coder):
     norm: str
     s: int
     room: float | None = None
+    insists: bool = False
     seed: int = 0
     contracts: bool = False
 
@@ -162,11 +166,18 @@ class Buckets(Coder):
             return None
         d, s, room, width = self.d, self.s, math.ceil(units * self.d * self.room / 8), length_width(self.d, self.bits)
         if room > elias.MOST_BYTES:
+            if self.insists:
+                raise ValueError(
+                    f"codec 'qsgd': Elias' code of {units * d} elements takes {room} bytes, above the "
+                    f"{elias.MOST_BYTES} that it can address: use code='packed', aggregate='shuffle', or compress= less"
+                )
             return None
         form, scales, fields = elias.shorter_form(d, s), 4 * units, fields_bytes(units, width)
 
         def shorten(message: Message) -> tuple[jax.Array, jax.Array, jax.Array]:
             signed = unpack(message["codes"], self.bits).astype(jnp.int32) - s
+            # What fills up the last shard is all zeros, which are codes of -s.
+            signed = jnp.where(message["scale"] > 0, signed, 0)
             data, lengths = elias.encode(signed, room, form)
             # Up to the first sum that is too large, none has wrapped.
             fits = jnp.all(jnp.cumsum(lengths, dtype=jnp.uint32) <= 8 * room) & jnp.all(lengths < 1 << width)
@@ -314,7 +325,7 @@ def qsgd(
         aggregate = aggregate or "psum"
     s = levels or 2 ** (bits - 1) - 1
     kind = SharedBuckets if shared_scale else Buckets
-    coder = kind(bits, bucket_size, norm, s, None, seed)
+    coder = kind(bits, bucket_size, norm, s, None, code == "elias", seed)
     require_aggregate("qsgd", coder, aggregate)
     room = _room(coder, code, capacity, aggregate)
     switchable = levels is None and not shared_scale and room is None

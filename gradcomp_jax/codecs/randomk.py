@@ -50,11 +50,21 @@ class SubsetState(NamedTuple):
 
     Attributes:
       step: int32, exchanges done; seeds the indices.
-      quantizer: the quantiser's state; empty without one.
     """
 
     step: jax.Array
-    quantizer: Any = ()
+
+
+class QuantizedSubsetState(NamedTuple):
+    """The same with a quantizer.
+
+    Attributes:
+      step: int32, exchanges done; seeds the indices.
+      quantizer: the quantiser's state.
+    """
+
+    step: jax.Array
+    quantizer: Any
 
 
 class Draw(NamedTuple):
@@ -145,15 +155,16 @@ class Subset(Codec):
         return leaf.size > 0 and self.counts(leaf)[-1] < leaf.size
 
     def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
-        return SubsetState(jnp.int32(0), self.numbers.start() if self.numbers else ())
+        zero = jnp.int32(0)
+        return QuantizedSubsetState(zero, self.numbers.start()) if self.numbers else SubsetState(zero)
 
-    def coder_state(self, state: SubsetState) -> Any:
-        return state.quantizer
+    def coder_state(self, state: Any) -> Any:
+        return state.quantizer if self.numbers else ()
 
-    def with_coder_state(self, state: SubsetState, coder_state: Any) -> SubsetState:
-        return state._replace(quantizer=coder_state)
+    def with_coder_state(self, state: Any, coder_state: Any) -> Any:
+        return state._replace(quantizer=coder_state) if self.numbers else state
 
-    def tick(self, state: SubsetState, after: SubsetState, ctx: Context) -> SubsetState:
+    def tick(self, state: Any, after: Any, ctx: Context) -> Any:
         return after._replace(step=state.step + 1)
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
@@ -162,7 +173,8 @@ class Subset(Codec):
         indices = yield Together(self.draw, Draw(key, ctx.salt, n, max(counts)))
         values = functools.reduce(jnp.add, [x.reshape(-1)[indices] for x in d])
         # Zero, unless something is not finite; the values alone might not show it.
-        mark = functools.reduce(jnp.add, [jnp.sum(0 * x) for x in d])
+        finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in d])
+        mark = jnp.where(finite, jnp.zeros((), values.dtype), jnp.nan)
         fronts = counts if len(counts) > 1 else None
         heard = yield Say(values + mark, fronts, growth=n / min(counts))
         # Unbiased where nothing that is left out comes back.

@@ -26,8 +26,8 @@ from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate, require_indexable
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.views import filled
-from gradcomp_jax.wire.packing import pack, unpack
+from gradcomp_jax.views import l1_norm
+from gradcomp_jax.wire.packing import Field
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,18 +50,14 @@ class Signs(Coder):
     def encode(self, y: jax.Array, part: Part) -> Message:
         count = part.valid(y.size)
         # Where a shard is filled up, what was decoded has signs too.
-        magnitude = jnp.abs(y)
-        if part.shards > 1:
-            magnitude = jnp.where(jnp.arange(y.size, dtype=jnp.int32) < count, magnitude, 0)
-        norm = jnp.sum(magnitude) / jnp.maximum(count, 1).astype(jnp.float32)
+        valid = y if part.length % part.shards == 0 else jnp.where(jnp.arange(y.size, dtype=jnp.int32) < count, y, 0)
+        norm = l1_norm(valid) / jnp.maximum(count, 1).astype(jnp.float32)
         if self.majority:
             norm = jnp.where(norm == 0, 0, norm / norm)  # what is not finite becomes NaN
-        signs = (filled(y, -(-y.size // 8) * 8) >= 0).astype(jnp.uint8)
-        return {"norm": norm, "signs": pack(signs, 1)}
+        return {"norm": norm, "signs": Field((y >= 0).astype(jnp.uint8), 1)}
 
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        signs = unpack(message["signs"], 1)[: shape[0]]
-        return jnp.where(signs == 1, message["norm"], -message["norm"])
+        return jnp.where(message["signs"].values == 1, message["norm"], -message["norm"])
 
     def own(self, y: jax.Array, message: Message, part: Part) -> jax.Array:
         return jnp.where(y >= 0, message["norm"], -message["norm"])

@@ -24,7 +24,7 @@ from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.select import largest
 from gradcomp_jax.views import share
-from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
+from gradcomp_jax.wire.packing import Field, fields_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Largest(Coder):
     fraction: float
 
     name: ClassVar[str] = "topk"
+    branches: ClassVar[bool] = True
     scales: ClassVar[tuple[str, ...]] = ("values",)
 
     def count(self, n: int) -> tuple[int, int]:
@@ -47,21 +48,18 @@ class Largest(Coder):
     def encode(self, y: jax.Array, part: Part) -> Message:
         k, width = self.count(y.size)
         chosen = largest(y, k)
-        return {"indices": pack_fields(chosen.astype(jnp.uint32), width), "values": y[chosen]}
-
-    def indices(self, message: Message, n: int) -> jax.Array:
-        """The places below n."""
-        return unpack_fields(message["indices"], *self.count(n)).astype(jnp.int32)
+        places = chosen.astype(jnp.uint8 if width <= 8 else jnp.uint32)
+        return {"indices": Field(places, width), "values": y[chosen]}
 
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         return self.add(jnp.zeros(shape, jnp.float32), message, part, 1)
 
     def add(self, to: jax.Array, message: Message, part: Part, share: float) -> jax.Array:
-        places = self.indices(message, to.size)
+        places = message["indices"].values.astype(jnp.int32)
         return to.at[places].add(message["values"] * share, mode="drop", unique_indices=True)
 
     def own(self, y: jax.Array, message: Message, part: Part) -> Sparse:
-        return Sparse(self.indices(message, y.size), message["values"], y.shape)
+        return Sparse(message["indices"].values.astype(jnp.int32), message["values"], y.shape)
 
     def size(self, shape: tuple[int, ...]) -> int:
         k, width = self.count(shape[0])

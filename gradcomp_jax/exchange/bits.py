@@ -92,12 +92,12 @@ def code_bits(opt_state: Any) -> float:
 
 
 def wire_bits(opt_state: Any) -> WireBits:
-    """Bits that one worker sent, by the ring laws of `gradcomp_jax.collectives`.
+    """Bits that one worker sent, by the ring laws of `gradcomp_jax.exchange.collectives`.
 
-    Skipped steps count: their gradients were not finite, but they travelled. `average` is not counted, as
-    it stands for the links on which bytes are cheap, nor is anything the step sends beside the gradients
-    (the loss, batch statistics). A count that the ring law makes a fraction, as among three workers, is
-    rounded up.
+    Skipped steps count: their gradients were not finite, but they travelled. The loss, auxiliary outputs and batch
+    statistics of `train_step` count too, because they ride in the codec's messages; beside several codecs they travel
+    apart, and do not. `average` is not counted: it stands for the links on which bytes are cheap. A count that the ring
+    law makes a fraction, as among three workers, is rounded up.
 
     Args:
       opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be

@@ -26,7 +26,7 @@ class Group(NamedTuple):
       ys: as the coder lays them out.
       each: places of the last axis in a shard.
       shards: how many shards there are.
-      keys: a random key for each tensor.
+      keys: random keys of each tensor, one for each shard and one more; empty of a coder that draws nothing.
       strength: int32, or None.
     """
 
@@ -34,7 +34,7 @@ class Group(NamedTuple):
     ys: list[jax.Array]
     each: int
     shards: int
-    keys: list[jax.Array]
+    keys: Any
     strength: Any
 
     @property
@@ -43,9 +43,13 @@ class Group(NamedTuple):
         return (*self.ys[0].shape[:-1], self.each)
 
     def part(self, index: Any, key: jax.Array | None = None) -> Part:
-        """What the coder is told of the shard at `index`."""
+        """What the coder is told of the shard at `index`; with a key, if it is to encode it."""
         length = self.each * self.shards if self.coder.pooled else self.ys[0].shape[-1]
-        return Part(index, self.shards, length, self.keys[0] if key is None else key, self.strength)
+        return Part(index, self.shards, length, key, self.strength)
+
+    def key(self, place: int, index: Any) -> jax.Array | None:
+        """The key of a tensor's shard; at `shards`, of what is encoded again."""
+        return self.keys[place][index] if len(self.keys) else None
 
     def restore(self, message: Message, index: Any = 0) -> jax.Array:
         """What the message of one shard stands for."""
@@ -63,8 +67,12 @@ def grouped(
     coder: Coder, ys: Sequence[Any], shards: int, key: Any, strengths: Sequence[Any], draws: bool = True
 ) -> list[Group]:
     """Tensors in groups, to be cut into so many shards."""
-    keys = [jax.random.fold_in(key, place) if coder.draws and draws else key for place in range(len(ys))]
     groups = []
+    keys: Any = ()
+    if coder.draws and draws:  # all at once: to draw one by one compiles for long
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        of_each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(ys), dtype=jnp.int32))
+        keys = fold(of_each, jnp.arange(shards + 1, dtype=jnp.int32))
     for places in [list(range(len(ys)))] if coder.pooled else [[place] for place in range(len(ys))]:
         mine = [ys[i] for i in places]
         if shards == 1 and not coder.rowwise:
@@ -72,7 +80,8 @@ def grouped(
         else:
             units = sum(-(-y.shape[-1] // coder.unit) for y in mine)
             each = max(1, -(-units // shards)) * coder.unit
-        groups.append(Group(coder, mine, each, shards, [keys[i] for i in places], strengths[places[0]]))
+        of_these = [keys[i] for i in places] if len(keys) else ()
+        groups.append(Group(coder, mine, each, shards, of_these, strengths[places[0]]))
     return groups
 
 
@@ -80,33 +89,37 @@ def encode_all(group: Group) -> Message:
     """The messages of all shards, arrays [shards, ...]."""
     coder, n = group.coder, group.shards
     if coder.rowwise:  # whole tensors are encoded, and messages cut
-        pairs = zip(group.ys, group.keys, strict=True)
-        whole = [coder.encode(y, Part(0, 1, y.shape[-1], key, group.strength)) for y, key in pairs]
-        rows = jax.tree.map(lambda *x: jnp.concatenate(x) if len(x) > 1 else x[0], *whole)
-        return jax.tree.map(lambda x: cut(x, n, group.each // coder.unit, axis=0), rows)
+        whole = [
+            coder.encode(y, Part(0, 1, y.shape[-1], group.key(i, 0), group.strength)) for i, y in enumerate(group.ys)
+        ]
+        axis, count = coder.unit_axis, group.each // coder.unit
+        rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis) if len(x) > 1 else x[0], *whole)
+        return jax.tree.map(lambda x: cut(x, n, count, axis), rows)
     if n == 1:
-        return jax.tree.map(lambda x: x[None], coder.encode(group.ys[0], group.part(0)))
-    shards = cut(group.ys[0], n, group.each)
-    indices = jnp.arange(n, dtype=jnp.int32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(group.keys[0], indices)
-    # One after another: a shard's choice between branches stays a choice.
-    return lax.map(lambda shard: coder.encode(shard[0], group.part(*shard[1:])), (shards, indices, keys))
+        return jax.tree.map(lambda x: x[None], coder.encode(group.ys[0], group.part(0, group.key(0, 0))))
+    keys = group.keys[0][:n] if len(group.keys) else None
+    shards = cut(group.ys[0], n, group.each), jnp.arange(n, dtype=jnp.int32), keys
+    encode = lambda shard: coder.encode(shard[0], group.part(*shard[1:]))  # noqa: E731
+    # One after another where there are branches: a shard's choice between them stays a choice.
+    return lax.map(encode, shards) if coder.branches else jax.vmap(encode)(shards)
 
 
 def decode_all(group: Group, messages: Message) -> list[jax.Array]:
     """The group's tensors, from the messages of all shards."""
     coder = group.coder
     if coder.rowwise:
-        rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), messages)
+        axis = coder.unit_axis
+        rows = jax.tree.map(lambda x: uncut(x, axis), messages)
         starts, ys = group.starts(), []
         for y, start, end in zip(group.ys, starts, starts[1:], strict=False):
-            mine = jax.tree.map(lambda x, a=start // coder.unit, b=end // coder.unit: x[a:b], rows)
+            take = functools.partial(lax.slice_in_dim, start_index=start // coder.unit, limit_index=end // coder.unit)
+            mine = jax.tree.map(lambda x, take=take: take(x, axis=axis), rows)
             whole = coder.restore(mine, (*y.shape[:-1], end - start), group.part(0))
             ys.append(whole[..., : y.shape[-1]])
         return ys
     if group.shards == 1:
         return [group.restore(row(messages, 0))]
-    return [uncut(jax.vmap(group.restore)(messages), group.ys[0].shape[-1])]
+    return [uncut(jax.vmap(group.restore)(messages))[..., : group.ys[0].shape[-1]]]
 
 
 def cut(y: jax.Array, shards: int, each: int, axis: int = -1) -> jax.Array:
@@ -118,10 +131,11 @@ def cut(y: jax.Array, shards: int, each: int, axis: int = -1) -> jax.Array:
     return jnp.moveaxis(y.reshape(*y.shape[:axis], shards, each, *y.shape[axis + 1 :]), axis, 0)
 
 
-def uncut(shards: jax.Array, length: int) -> jax.Array:
-    """The inverse of `cut` along the last axis."""
-    y = jnp.moveaxis(shards, 0, -2)
-    return y.reshape(*y.shape[:-2], -1)[..., :length]
+def uncut(shards: jax.Array, axis: int = -1) -> jax.Array:
+    """The inverse of `cut`, with what it was filled up with."""
+    axis %= shards.ndim - 1
+    y = jnp.moveaxis(shards, 0, axis)
+    return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
 
 
 def row(tree: Any, index: Any) -> Any:
@@ -286,12 +300,6 @@ def _send_fronts(
     used = [jnp.array(f, jnp.int32)[group.strength] for f, group in zip(fronts, groups, strict=True)]
     beside = riding.shape[-1]
     least, most = (beside + sum(end(f) for f in fronts) for end in (min, max))
-    if most >= 2**31:
-        largest = groups[max(range(len(groups)), key=lambda i: max(fronts[i]))].ys[0].shape
-        raise ValueError(
-            f"leaves at two strengths share one buffer, here of up to {most} bytes, which an int32 cannot count: leave "
-            f"the largest, of shape {largest}, out by compress=, or send less of it at the low level"
-        )
     pack = lambda *pieces: pack_front(pieces, used)  # noqa: E731
     pieces = [message["data"] for message in messages]
     buffer = (jax.vmap(pack) if riding.ndim > 1 else pack)(*pieces)
@@ -374,15 +382,24 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
     (means, exact, ok), bits, length = send(groups, mine, ride.pack()[0], wire.gather, consume, wire)
     heard = []
     for group, message, (voted, mean) in zip(groups, messages, means, strict=True):
-        owns = (
-            [coder.own(group.ys[0], row(message, 0), group.part(0))]
-            if not coder.rowwise
-            else decode_all(group, message)
-        )
+        owns = _owns(group, message)
         if coder.votes:
             owns = [dense(x) + (v - m) for x, v, m in zip(owns, voted, mean, strict=True)]
         heard += [Heard(v, own) for v, own in zip(voted, owns, strict=True)]
     return Sent(heard, ride.restore(exact), ok, bits, length)
+
+
+def _owns(group: Group, messages: Message) -> list[Any]:
+    """What the group's tensors became, from the messages [shards, ...] of all their shards."""
+    coder = group.coder
+    if coder.rowwise and not coder.pooled:
+        whole = jax.tree.map(lambda x: uncut(x, coder.unit_axis), messages)
+        count = -(-group.ys[0].shape[-1] // coder.unit)
+        whole = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, count, axis=coder.unit_axis), whole)
+        return [coder.own(group.ys[0], whole, group.part(0))]
+    if group.shards == 1 and not coder.pooled:
+        return [coder.own(group.ys[0], row(messages, 0), group.part(0))]
+    return decode_all(group, messages)
 
 
 def _mean_of_all(groups: list[Group], received: list[Message], n: int) -> list[list[jax.Array]]:
@@ -430,8 +447,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     messages = [encode_all(group) for group in groups]
 
     def average(received: list[Message], rode: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        means = [_mean_of_shard(group, message, n, me) for group, message in zip(groups, received, strict=True)]
-        return means, [jnp.sum(x, axis=0) / n for x in ride.unpack(rode)]
+        return _mean_of_shards(groups, received, n, me), [jnp.sum(x, axis=0) / n for x in ride.unpack(rode)]
 
     def restore(received: list[Message], rode: jax.Array) -> tuple[Any, list[jax.Array], jax.Array]:
         exact = ride.unpack(rode)
@@ -454,7 +470,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     (means, rode, ok), bits, length = send(groups, again, riding, wire.gather, restore, wire)
     heard = []
     for place, (group, message, mean) in enumerate(zip(groups, messages, means, strict=True)):
-        owns = decode_all(group, message)
+        owns = _owns(group, message)
         second = None
         if seconds[0] is not None:
             second = add_window(jnp.zeros_like(ys[place]), -lost[place], me * group.each)
@@ -466,14 +482,16 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     return Sent(heard, ride.restore(rode), ok, sum_bits(first_bits, bits), length)
 
 
-def _mean_of_shard(group: Group, received: Message, n: int, me: jax.Array) -> jax.Array:
-    """The mean of this worker's shard, from the messages [n, ...] of all for it."""
+def _mean_of_shards(groups: list[Group], received: list[Message], n: int, me: jax.Array) -> list[jax.Array]:
+    """The means of this worker's shards, from the messages [n, ...] of all for them."""
 
-    def add(worker: jax.Array, total: jax.Array) -> jax.Array:
-        return group.coder.add(total, row(received, worker), group.part(me), 1 / n)
+    def add(worker: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+        each = zip(groups, totals, received, strict=True)
+        return [g.coder.add(total, row(message, worker), g.part(me), 1 / n) for g, total, message in each]
 
-    first = group.restore(row(received, 0), me) / n
-    return lax.fori_loop(1, n, add, first)
+    # 0 * me: of a type that differs between the workers, as what is added does.
+    zeros = [jnp.zeros(group.shape, jnp.float32) + 0 * me.astype(jnp.float32) for group in groups]
+    return lax.fori_loop(0, n, add, zeros)
 
 
 def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:
@@ -482,8 +500,7 @@ def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growt
     shards = [cut(_pooled(group), n, group.each) for group in groups]
 
     def encode(parts: list[jax.Array], index: jax.Array) -> list[Message]:
-        keys = [jax.random.fold_in(group.keys[0], index) for group in groups]
-        return [g.coder.encode(x, g.part(index, k)) for g, x, k in zip(groups, parts, keys, strict=True)]
+        return [g.coder.encode(x, g.part(index, g.key(0, index))) for g, x in zip(groups, parts, strict=True)]
 
     def restore(messages: list[Message]) -> list[jax.Array]:
         return [group.restore(message) for group, message in zip(groups, messages, strict=True)]
@@ -523,7 +540,7 @@ def _pooled(group: Group) -> jax.Array:
 def _unpooled(group: Group, shards: jax.Array) -> list[jax.Array]:
     """The inverse, from shards."""
     starts = group.starts()
-    flat = uncut(shards, starts[-1])
+    flat = uncut(shards)
     return [flat[..., start : start + y.shape[-1]] for y, start in zip(group.ys, starts, strict=False)]
 
 
@@ -543,7 +560,8 @@ def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array
     ok = agreed([within(scales, 2 * n)], before)
     scales = jnp.where(ok, scales, 0)
     ends = [start // coder.unit for start in group.starts()]
-    each = list(zip(ys, ends, ends[1:], group.keys, strict=False))
+    keys = [group.key(place, 0) for place in range(len(ys))]
+    each = list(zip(ys, ends, ends[1:], keys, strict=False))
     mine = [coder.quantize_by(y, scales[a:b], k, n) for y, a, b, k in each]
     flat = jnp.concatenate(mine)
     if way == "ring":

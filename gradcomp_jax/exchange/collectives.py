@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AxisType
 
 from gradcomp_jax.contract import AlreadyReducedError, AxisName
 from gradcomp_jax.exchange.bits import Bits, bit_pair
@@ -135,12 +134,6 @@ def require_same_elsewhere(leaves: Sequence[tuple[str, Any]], axis_name: AxisNam
                 "workers; for an axis of sharded parameters, leave it to the compiler, with shard_map's axis_names= "
                 "the workers' axes alone"
             )
-
-
-def others_are_automatic() -> bool:
-    """Whether the mesh here has a further axis that the compiler shards arrays over."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and AxisType.Auto in mesh.axis_types
 
 
 def _size_bits(tree: Any) -> int:

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gradcomp_jax.coder import Coder
+from gradcomp_jax.coder import Coder, Switched
 from gradcomp_jax.contract import AxisName, Codec, Predicate
-from gradcomp_jax.exchange.codes import grouped
+from gradcomp_jax.exchange.codes import Group, grouped
 
 # By how much riders may lengthen a gather; else they take an all-reduce of their own.
 RIDE = 0.01
@@ -127,7 +127,7 @@ class Route(NamedTuple):
     ride: bool
 
 
-def route(coder: Coder, xs: Sequence[Any], riding: int, aggregate: str | None, workers: int) -> Route:
+def route(coder: Coder, xs: Sequence[tuple[str, Any]], riding: int, aggregate: str | None, workers: int) -> Route:
     """How codes of some tensors travel, beside so many bytes of riders; by default in whichever way sends less.
 
     That is "gather" for two workers, which encodes once and where both send the same, but for rounding. What is chosen
@@ -135,18 +135,28 @@ def route(coder: Coder, xs: Sequence[Any], riding: int, aggregate: str | None, w
 
     Args:
       coder: the coder.
-      xs: the tensors, of which only shapes count.
+      xs: the tensors with their names, of which only shapes count.
       riding: bytes that ride.
       aggregate: the way, or None.
       workers: how many there are.
+
+    Raises:
+      ValueError: tensors of two strengths that share a buffer which an int32 cannot count.
     """
+    chosen = _choose(coder, [x for _, x in xs], riding, aggregate, workers)
+    shards = 1 if chosen.way == "gather" else workers
+    _require_countable(coder, xs, shards, -(-riding // shards) if chosen.ride else 0)
+    return chosen
+
+
+def _choose(coder: Coder, xs: Sequence[Any], riding: int, aggregate: str | None, workers: int) -> Route:
+    if aggregate not in (None, "gather"):
+        return Route(aggregate, aggregate == "shuffle")
     alone = -(-2 * (workers - 1) * riding // workers)
     gathered = payload_bytes(coder, xs, 1)
     ride = workers <= 2 or (workers - 1) * riding - alone <= RIDE * ((workers - 1) * gathered + alone)
     by_gather = Route("gather", ride)
-    if aggregate is not None:
-        return by_gather if aggregate == "gather" else Route(aggregate, aggregate == "shuffle")
-    if workers <= 2:
+    if aggregate is not None or workers <= 2:
         return by_gather
     sent = {
         "gather": (workers - 1) * gathered + ((workers - 1) * riding if ride else alone),
@@ -159,11 +169,28 @@ def route(coder: Coder, xs: Sequence[Any], riding: int, aggregate: str | None, w
 
 def payload_bytes(coder: Coder, xs: Sequence[Any], shards: int) -> int:
     """The bytes of one shard's payload, of some tensors cut into so many; in a shorter form if there is one."""
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    ys = [jax.eval_shape(coder.lay, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in xs]
-    groups = grouped(coder, ys, shards, key, [None] * len(ys), draws=False)
+    groups = _groups(coder, xs, shards)
     compact = coder.compact(groups[0].each // coder.unit)
     return sum(coder.size(group.shape) for group in groups) if compact is None else compact.size
+
+
+def _groups(coder: Coder, xs: Sequence[Any], shards: int) -> list[Group]:
+    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
+    ys = [jax.eval_shape(coder.lay, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in xs]
+    return grouped(coder, ys, shards, key, [None] * len(ys), draws=False)
+
+
+def _require_countable(coder: Coder, xs: Sequence[tuple[str, Any]], shards: int, riding: int) -> None:
+    """Raises ValueError, by name, for tensors of two strengths whose buffer an int32 cannot count."""
+    if not isinstance(coder, Switched):
+        return
+    sizes = [coder.size(group.shape) for group in _groups(coder, [x for _, x in xs], shards)]
+    if (most := sum(sizes) + riding) >= 2**31:
+        path = xs[sizes.index(max(sizes))][0]
+        raise ValueError(
+            f"leaves at two levels share one buffer, here of up to {most} bytes, which an int32 cannot count: "
+            f"leave the largest, {path!r}, out by compress=, or send less of it at the low level"
+        )
 
 
 def require_aggregate(codec: str, coder: Coder | None, aggregate: str | None) -> None:

@@ -177,7 +177,7 @@ class Exchange(NamedTuple):
         checked = count if self.checked is None else min(count, self.checked)
         if coded and not coder.shares_scale:
             riding = sum(x.size * x.dtype.itemsize for x in (*riders, *(say.x for say in exact.values())))
-            xs = [say.x for say in coded.values()]
+            xs = [(path, say.x) for (path, _), say in coded.items()]
             ride = plan.route(coder, xs, riding, self.aggregate, self.wire.workers)
         if not (ride and ride.ride) and (exact or riders):
             ring = self.aggregate == "ring" and coder is None

@@ -19,12 +19,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from gradcomp_jax.contract import Heard, Say
 from gradcomp_jax.exchange.bits import Bits
-from gradcomp_jax.exchange.collectives import Wire, others_are_automatic
-from gradcomp_jax.views import pack_front, unpack_front
+from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.views import others_are_automatic, pack_front, unpack_front
 
 # A whole gradient of more bytes is a message of its own: it needs no copy, and can overlap with others.
 APART = 2**20
@@ -51,8 +52,8 @@ class Sent(NamedTuple):
 def agreed(flags: Sequence[jax.Array], before: jax.Array | None = None) -> jax.Array:
     """Whether all of some truth values hold, and the one before them if there is one."""
     flags = [*flags, *([] if before is None else [before])]
-    if len(flags) < 2:
-        return flags[0] if flags else jnp.array(True)
+    if not flags:
+        return jnp.array(True)
     # Not an "and" of them: XLA's CPU backend would copy it, with all its operands, into every fusion that selects by
     # it, and programs would grow with the square of the leaves. A sort does not fuse.
     return lax.sort(jnp.stack(flags).astype(jnp.int32))[0] == 1
@@ -109,10 +110,20 @@ def exact(
     ok = agreed(flags, before)
     got: dict[int, jax.Array] = {}
     for mean, places in zip(means, groups.values(), strict=True):
-        # Dense leaves that came a round before the last are selected by the last flag anyway.
         got |= dict(zip(places, _split(mean, [arrays[i] for i in places]), strict=True))
-    heard = [Heard(jnp.where(ok, got[i], 0), say.x) for i, say in enumerate(says)]
+        counted = [i for i in places if i < last]
+        got |= dict(zip(counted, _apart(ok, mean, [arrays[i] for i in counted]), strict=True))
+    heard = [Heard(got[i], say.x) for i, say in enumerate(says)]
     return Sent(heard, [got[i] for i in range(len(says), len(arrays))], ok, bits)
+
+
+def _apart(ok: jax.Array, mean: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+    """The arrays of a buffer, or zeros where not `ok`."""
+    if len(like) < 2:
+        return [jnp.where(ok, x, 0) for x in _split(mean, like)]
+    # A conditional, from which each array comes as one: slices of the buffer would fuse into what takes them, and as no
+    # two are alike, leaves of one shape would no longer share what XLA compiles for them.
+    return lax.cond(ok, lambda: _split(mean, like), lambda: [jnp.zeros(x.shape, x.dtype) for x in like])
 
 
 def _mean(buffers: list[jax.Array], wire: Wire, ring: bool) -> tuple[list[jax.Array], Bits]:
@@ -134,7 +145,7 @@ def _fronts(
     checked: int,
 ) -> Sent:
     """As `exact`, where of some only a front counts: all of it in one buffer, filled from the front."""
-    wide = functools.reduce(jnp.promote_types, [x.dtype for x in (*(say.x for say in says), *riders)])
+    wide = np.result_type(*(x.dtype for x in (*(say.x for say in says), *riders)))
     fronts = [say.fronts or (say.x.size,) * 2 for say in says]
     used = [jnp.array(f, jnp.int32)[0 if s is None else s] for f, s in zip(fronts, strengths, strict=True)]
     riders = [*riders[checked:], *riders[:checked]]  # those that are not checked come first

@@ -4,7 +4,9 @@ Code j of an axis shares its byte with codes j + c, j + 2c, ..., where c is the 
 slices are shifted and joined, and nothing is interleaved. The lowest bits hold the first slice.
 """
 
+import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -14,17 +16,20 @@ from jax.typing import DTypeLike
 
 def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     """uint8 codes, c * 8 / bits of them along `axis`, each below 2^bits, to c bytes; bits is 1, 2, 4 or 8."""
-    slices = jnp.split(codes, 8 // bits, axis=axis)
-    packed = slices[0]
-    for i, codes_i in enumerate(slices[1:], 1):
-        packed = packed | codes_i << (i * bits)
-    return packed
+    axis %= codes.ndim
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(-1, *[1] * (codes.ndim - axis))
+    slices = codes.reshape(*codes.shape[:axis], 8 // bits, -1, *codes.shape[axis + 1 :])
+    # A sum of whole numbers without a common bit is their join.
+    return jnp.sum(slices << shifts, axis=axis, dtype=jnp.uint8)
 
 
 def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     """The inverse of `pack`: c bytes along `axis` to c * 8 / bits uint8 codes."""
-    mask = (1 << bits) - 1
-    return jnp.concatenate([packed >> shift & mask for shift in range(0, 8, bits)], axis=axis)
+    axis %= packed.ndim
+    # One operation that fuses, where a concatenation of slices would first write them all.
+    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(-1, *[1] * (packed.ndim - axis))
+    codes = jnp.expand_dims(packed, axis) >> shifts & ((1 << bits) - 1)
+    return codes.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
 
 
 def fields_bytes(k: int, width: int) -> int:
@@ -40,7 +45,7 @@ def pack_fields(values: jax.Array, width: int) -> jax.Array:
     part of all values follows the part before it, packed as by `pack` and filled up to a whole byte.
 
     Args:
-      values: uint32 [..., k]; bits beyond `width` are left out.
+      values: uint32 [..., k], or uint8 for a width of at most 8; bits beyond `width` are left out.
       width: bits a value, 0 to 32.
 
     Returns:
@@ -52,7 +57,7 @@ def pack_fields(values: jax.Array, width: int) -> jax.Array:
     k = values.shape[-1]
     planes = [jnp.zeros((*values.shape[:-1], 0), jnp.uint8)]
     for shift, bits in _parts(width):
-        codes = (values >> shift & (1 << bits) - 1).astype(jnp.uint8)
+        codes = (values >> shift & (1 << bits) - 1).astype(jnp.uint8) if width > bits else values.astype(jnp.uint8)
         fill = [(0, 0)] * (values.ndim - 1) + [(0, -k % (8 // bits))]
         planes.append(pack(jnp.pad(codes, fill), bits))
     return jnp.concatenate(planes, axis=-1)
@@ -60,12 +65,16 @@ def pack_fields(values: jax.Array, width: int) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("k", "width"))
 def unpack_fields(data: jax.Array, k: int, width: int) -> jax.Array:
-    """The inverse of `pack_fields`: uint8 [..., fields_bytes(k, width)] to uint32 [..., k], each below 2^width."""
-    values = jnp.zeros((*data.shape[:-1], k), jnp.uint32)
+    """The inverse of `pack_fields`: uint8 [..., fields_bytes(k, width)] to [..., k], each below 2^width.
+
+    Of type uint8 for a width of at most 8, else uint32.
+    """
+    dtype = jnp.uint8 if width <= 8 else jnp.uint32
+    values = jnp.zeros((*data.shape[:-1], k), dtype)
     start = 0
     for shift, bits in _parts(width):
         end = start + -(-k * bits // 8)
-        values = values | unpack(data[..., start:end], bits)[..., :k].astype(jnp.uint32) << shift
+        values = values | unpack(data[..., start:end], bits)[..., :k].astype(dtype) << shift
         start = end
     return values
 
@@ -94,19 +103,69 @@ def from_bytes(data: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax
     return jax.lax.bitcast_convert_type(data.reshape(*shape, *bytes_each), dtype)
 
 
+# Fields of fewer values are packed with others of their width.
+LARGE = 2**14
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=["width"])
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """Whole numbers that travel in fewer bits than their type has.
+
+    Attributes:
+      values: uint8 if width is at most 8, else uint32; below 2^width.
+      width: bits of each.
+    """
+
+    values: jax.Array
+    width: int
+
+
+def _is_field(x: Any) -> bool:
+    return isinstance(x, Field)
+
+
+def _together(tree: Any, lead: int = 0) -> list[list[int]]:
+    """The places of fields among a tree's leaves: those that are packed together."""
+    groups: dict[Any, list[int]] = {}
+    for place, x in enumerate(jax.tree.leaves(tree, is_leaf=_is_field)):
+        if _is_field(x):
+            size = math.prod(x.values.shape[lead:])
+            groups.setdefault((x.width, place if size >= LARGE else -1), []).append(place)
+    return [groups[key] for key in sorted(groups)]
+
+
 def pack_arrays(tree: Any, lead: int = 0) -> jax.Array:
-    """The bytes of a tree's arrays, one after another, uint8 [..., p]; their first `lead` axes are kept."""
-    leaves = jax.tree.leaves(tree)
-    parts = [to_bytes(x).reshape(*x.shape[:lead], -1) for x in leaves]
+    """The bytes of a tree's arrays, uint8 [..., p], of which the first `lead` axes are kept.
+
+    First those of arrays one after another, then fields by `pack_fields`: large ones each by itself, and small ones of
+    one width together, so that a tree of many compiles to little more than one of few.
+    """
+    leaves = jax.tree.leaves(tree, is_leaf=_is_field)
+    parts = [to_bytes(x).reshape(*x.shape[:lead], -1) for x in leaves if not _is_field(x)]
+    for places in _together(tree, lead):
+        flat = [leaves[i].values.reshape(*leaves[i].values.shape[:lead], -1) for i in places]
+        joined = jnp.concatenate(flat, axis=-1) if len(flat) > 1 else flat[0]
+        parts.append(pack_fields(joined, leaves[places[0]].width))
     return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def unpack_arrays(data: jax.Array, like: Any) -> Any:
     """The inverse of `pack_arrays`: uint8 [..., p] to arrays [..., *shape] of the shapes and types of `like`."""
-    leaves, treedef = jax.tree.flatten(like)
-    lead, parts, start = data.shape[:-1], [], 0
-    for leaf in leaves:
-        size = leaf.size * leaf.dtype.itemsize
-        parts.append(from_bytes(data[..., start : start + size], (*lead, *leaf.shape), leaf.dtype))
-        start += size
+    leaves, treedef = jax.tree.flatten(like, is_leaf=_is_field)
+    lead, start = data.shape[:-1], 0
+    parts: list[Any] = list(leaves)
+    for place, x in enumerate(leaves):
+        if not _is_field(x):
+            size = x.size * x.dtype.itemsize
+            parts[place] = from_bytes(data[..., start : start + size], (*lead, *x.shape), x.dtype)
+            start += size
+    for places in _together(like):
+        width, total = leaves[places[0]].width, sum(leaves[i].values.size for i in places)
+        values = unpack_fields(data[..., start : start + fields_bytes(total, width)], total, width)
+        start, at = start + fields_bytes(total, width), 0
+        for i in places:
+            end = at + leaves[i].values.size
+            parts[i] = Field(values[..., at:end].reshape(*lead, *leaves[i].values.shape), width)
+            at = end
     return jax.tree.unflatten(treedef, parts)
