@@ -10,9 +10,12 @@ from rich.table import Table
 from experiments.records import Run
 
 BYTES_NOTE = (
-    "MB: 10^6 bytes that one worker sends for the gradients, and with them for the loss, the accuracy and batch "
-    "statistics. Ratio: those of a dense float32 all-reduce, over these. Compressed steps: those that send less than "
-    "it."
+    "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense float32 all-reduce, over these. "
+    "Compressed steps: those that send less than it."
+)
+BESIDE_NOTE = (
+    "MB and the ratio count {beside} floats more in each step: the loss, the accuracy and batch statistics, which travel "
+    "in the same messages."
 )
 EMULATED_NOTE = (
     "The workers are emulated on one CPU: ms a step is compute only and tells nothing of the time a network saves."

@@ -1,5 +1,6 @@
 """The data-parallel training step over a mesh, and its twin that simulates the workers on one device."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -118,7 +119,8 @@ def train_step(
         specs = state_specs(tx, params)
 
         def on_worker(params, opt_state, *rest):
-            params, opt_state, *others = worker(params, local_state(opt_state), *rest)
+            with collectives.in_order() if _emulates(mesh) else contextlib.nullcontext():
+                params, opt_state, *others = worker(params, local_state(opt_state), *rest)
             return params, global_state(opt_state), *others
 
         in_specs = (P(), specs, *(P(),) * has_state, P(axes))
@@ -126,7 +128,8 @@ def train_step(
         sharded = jax.shard_map(on_worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
         return sharded(params, opt_state, *rest)
 
-    return jax.jit(step, donate_argnums=_donated(donate, has_state))
+    jitted = jax.jit(step, donate_argnums=_donated(donate, has_state))
+    return _OneAtATime(jitted, loss=2 + has_state) if _emulates(mesh) else jitted
 
 
 def simulate(
@@ -376,6 +379,7 @@ def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool,
         floats, others = _model_state_parts(model_state)
         beside = [loss, aux, floats]
         updates, new_opt_state, means = _update_beside(tx, sizes, grads, opt_state, params, beside)
+        others = collectives.after(others, compressor_states(new_opt_state))
         kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
         new_params = _kept(kept, optax.apply_updates(params, updates), params)
         loss, aux, floats = means
@@ -401,7 +405,7 @@ def _update_beside(
     if arrived:
         state = jax.tree.map(lambda x: x.state if _is_delivered(x) else x, state, is_leaf=_is_delivered)
         return updates, state, arrived[0].beside
-    leaves, treedef = jax.tree.flatten(beside)
+    leaves, treedef = jax.tree.flatten(collectives.after(beside, compressor_states(state)))
     sent = ways.exact([], [widen(x) for x in leaves], Wire(axes), [], ring=False, before=None)
     return updates, state, jax.tree.unflatten(treedef, sent.rode)
 
@@ -466,6 +470,35 @@ def _require_divisible(batch: Any, workers: int, whom: str) -> None:
                 f"batch leaf {jax.tree_util.keystr(path)!r} of shape {leaf.shape} does not divide among {whom}: its "
                 "first axis must be a multiple of them"
             )
+
+
+class _OneAtATime:
+    """A jitted step that begins when the one before is done, else as jax.jit made it.
+
+    Each CPU device may have 32 programs in flight; one more waits on a thread of the pool that the programs before it
+    need, and where there are no more threads than devices, a loop that reads no results ends so.
+    """
+
+    def __init__(self, step: Any, loss: int):
+        self._step, self._loss, self._last = step, loss, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        last, self._last = self._last, None
+        if last is not None and not last.is_deleted():
+            jax.block_until_ready(last)
+        results = self._step(*args, **kwargs)
+        if not isinstance(results[self._loss], jax.core.Tracer):
+            self._last = results[self._loss]
+        return results
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
+
+def _emulates(mesh: Mesh) -> bool:
+    """Whether several devices of the mesh are CPU devices of this process."""
+    local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
+    return len(local) > 1 and local[0].platform == "cpu"
 
 
 def _donated(donate: bool, has_state: bool) -> tuple[int, ...]:

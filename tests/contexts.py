@@ -113,10 +113,10 @@ def _shapes(tree: Any) -> _Shapes:
     return _Shapes(treedef, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
 
 
-def map_state(per_worker: Callable, other: Callable, state: Any) -> Any:
+def map_state(per_worker: Callable, other: Callable, *states: Any) -> Any:
     """A state of `per_worker` of what differs between the workers, and of `other` of what does not."""
-    f = lambda x: jax.tree.map(per_worker, x) if is_per_worker(x) else other(x)  # noqa: E731
-    return jax.tree.map(f, state, is_leaf=is_per_worker)
+    f = lambda *x: jax.tree.map(per_worker, *x) if is_per_worker(x[0]) else other(*x)  # noqa: E731
+    return jax.tree.map(f, *states, is_leaf=is_per_worker)
 
 
 @functools.cache

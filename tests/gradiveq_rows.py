@@ -7,7 +7,7 @@ import numpy as np
 from gradcomp_jax import Compressor, accordion, gradiveq, qsgd
 from tests import decoders
 from tests.decoders import Flat, elements
-from tests.rows import GATHER, REDUCE, RING, SUM, Row, payload_dense, rebuild_none, size_qsgd, with_norms
+from tests.rows import GATHER, REDUCE, RING, SUM, TINY, Row, payload_dense, rebuild_none, size_qsgd, with_norms
 
 
 class Cycle(NamedTuple):
@@ -115,7 +115,8 @@ def gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float | None = None, reus
 
     messages = cycle.messages(RING if slack else SUM)
     phases = {step: cycle.taken(step) for step in cycle.steps}
-    return Row(id, make, True, payload, rebuild_gradiveq(*by_paper, aggregate), messages, phases, 3)
+    whole = () if slack else cycle.steps[:3]
+    return Row(id, make, True, payload, rebuild_gradiveq(*by_paper, aggregate), messages, phases, 3, whole=whole)
 
 
 def quantized_gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float, bits: int, bucket: int) -> Row:
@@ -160,7 +161,8 @@ def quantized_gradiveq_row(id: str, cycle: Cycle, k: int, ratio: float, bits: in
 
     messages = {step: (GATHER if step >= cycle.warmup else REDUCE, *SUM * cycle.taken(step)[1]) for step in range(8)}
     phases = {step: taken(step) for step in cycle.steps}
-    return Row(id, make, False, payload, rebuild, messages, phases, 4, "gather")
+    beside = (("two", cycle.steps[3]), *TINY)  # with the losses
+    return Row(id, make, False, payload, rebuild, messages, phases, 4, "gather", whole=(0,), beside=beside)
 
 
 def accordion_gradiveq_row(id: str, cycle: Cycle, k: int, low: float, high: float) -> Row:
@@ -182,4 +184,6 @@ def accordion_gradiveq_row(id: str, cycle: Cycle, k: int, low: float, high: floa
         return payload_gradiveq(cycle, k, ratios, None, cycle.train - 1)(shapes, step)
 
     rebuild = rebuild_gradiveq(*by_paper)
-    return with_norms(Row(id, make, False, payload, rebuild, cycle.messages(), phases, 4, fills=low_steps))
+    whole = tuple(step for step in phases if cycle.phase(step) != "compressed")
+    messages = cycle.messages()
+    return with_norms(Row(id, make, False, payload, rebuild, messages, phases, 4, fills=low_steps, whole=whole))

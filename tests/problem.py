@@ -1,5 +1,7 @@
 """A small regression that the tests of whole steps train on."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,6 +37,25 @@ def batches(steps, size=32):
 
 def optimizer(codec):
     return optax.chain(codec, optax.sgd(0.05, momentum=0.9))
+
+
+def history(step, params, state, steps):
+    """(parameters, state) on the host, at the begin and after each step."""
+    seen = [(params, state)]
+    for batch in batches(steps):
+        seen.append(step(*seen[-1], batch)[:2])
+    return jax.device_get(seen)
+
+
+def again(step, history, lies):
+    """What a step makes of each (parameters, state) of a history but the last, laid on devices as `lies` does.
+
+    So the rounding of another program has one step to grow in, whatever the codec makes of it.
+    """
+    for (before, after), batch in zip(itertools.pairwise(history), batches(len(history) - 1), strict=True):
+        leaves, placed = jax.tree.leaves(before), jax.tree.leaves(lies)
+        placed = [jax.device_put(x, like.sharding) for x, like in zip(leaves, placed, strict=True)]
+        yield jax.device_get(step(*jax.tree.unflatten(jax.tree.structure(lies), placed), batch)[:2]), after
 
 
 def dense_training(steps):

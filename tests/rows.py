@@ -17,6 +17,8 @@ from tests.decoders import Flat, elements, matrix
 
 REDUCE, GATHER, PASS = "all-reduce", "all-gather", "collective-permute"
 SUM, RING, SHUFFLE = (REDUCE,), (PASS, GATHER), ("all-to-all", GATHER)
+# Trees of small leaves, in whose gathers vectors would not go unnoticed.
+TINY = ("mixed", "small", "transformer")
 ALWAYS = types.MappingProxyType({0: ()})
 
 
@@ -36,6 +38,7 @@ class Row(NamedTuple):
       amounts: how many different numbers of bytes the phases send.
       way: how codes travel, beside which what is dense rides, or sums, "psum" or "ring".
       fills: steps in which the largest size is sent, where there are several, instead of the smallest.
+      whole: steps in which compressed leaves travel as they are; large ones are operands of their own then.
       beside: the trees, or (tree, step), whose dense leaves are an all-reduce beside codes that are gathered by more
         than two workers, as in the same message they would add more than 1 % to what is sent.
     """
@@ -50,6 +53,7 @@ class Row(NamedTuple):
     amounts: int = 1
     way: str = "psum"
     fills: tuple[int, ...] = ()
+    whole: tuple[int, ...] = ()
     beside: tuple[str | tuple[str, int], ...] = ()
 
     def dense(self, floats: int) -> int:
@@ -59,7 +63,8 @@ class Row(NamedTuple):
     def kinds(self, step: int, tree: str, workers: int = 4) -> tuple[str, ...]:
         """The messages of one step."""
         kinds = self.messages if isinstance(self.messages, tuple) else self.messages[step]
-        beside = self.way in ("ring", "shared") or (workers > 2 and bool({tree, (tree, step)} & {*self.beside}))
+        gathered = workers > 2 and GATHER in kinds and bool({tree, (tree, step)} & {*self.beside})
+        beside = self.way in ("ring", "shared") or gathered
         return (REDUCE, *kinds) if beside else kinds
 
 
@@ -69,7 +74,8 @@ def none_row(id: str, aggregate: str = "psum") -> Row:
 
     slack = 16 if aggregate == "ring" else 0  # a ring fills up its parts
     messages = RING if slack else SUM
-    return Row(id, make, True, lambda *args: payload_dense(*args) + slack, rebuild_none(aggregate), messages)
+    row = Row(id, make, True, lambda *args: payload_dense(*args) + slack, rebuild_none(aggregate), messages)
+    return row if slack else row._replace(whole=(0,))
 
 
 def rebuild_none(aggregate="psum"):
@@ -176,7 +182,8 @@ def qsgd_row(id: str, bits: int, bucket: int, aggregate: str = "gather", error_f
     decode = decoders.qsgd(bits, bucket, gain, "elias" if elias and fits else "packed")
     payload = payload_coded(lambda shapes, shards: size(shapes, shards) + 4 * elias, aggregate)
     rebuild = rebuild_qsgd(decode, bucket, aggregate)
-    return Row(id, make, False, payload, rebuild, messages, phases, way=aggregate)
+    beside = TINY if aggregate == "gather" else ()
+    return Row(id, make, False, payload, rebuild, messages, phases, way=aggregate, beside=beside)
 
 
 def shared_row(id: str, bits: int, bucket: int, aggregate: str, error_feedback: bool = False) -> Row:
@@ -248,7 +255,9 @@ def quantized_powersgd_row(id: str, rank: int, bits: int, bucket: int) -> Row:
             yield np.concatenate([by_leaf[path] for path in sorted(shapes)])
         yield rode
 
-    return Row(id, make, False, payload, rebuild_powersgd(rank, flats), (GATHER, GATHER), way="gather")
+    # The first message is half of what is sent.
+    beside = ("two", "resnet18-shapes", *TINY)
+    return Row(id, make, False, payload, rebuild_powersgd(rank, flats), 2 * (GATHER,), way="gather", beside=beside)
 
 
 def size_onebit(shapes, shards):
@@ -297,7 +306,8 @@ def coded_row(id: str, factory, decode, size, aggregate: str, **settings: Any) -
         return factory(aggregate=aggregate, **{**settings, **kwargs})
 
     payload, rebuild = payload_coded(size, aggregate), rebuild_coded(decode, aggregate)
-    return Row(id, make, False, payload, rebuild, messages_coded(aggregate), way=aggregate)
+    beside = TINY if aggregate == "gather" else ()
+    return Row(id, make, False, payload, rebuild, messages_coded(aggregate), way=aggregate, beside=beside)
 
 
 def adaptive_row(id: str, aggregate: str, **settings: Any) -> Row:
@@ -419,8 +429,8 @@ def accordion_coded_row(id: str, make_level, levels, decode, size, aggregate: st
         of_leaves = lambda shapes, shards: sum(size(levels[step not in LOW])([x], shards) for x in shapes)  # noqa: E731
         return payload_coded(of_leaves, aggregate)(shapes, step)
 
-    messages = messages_coded(aggregate)
-    return with_norms(Row(id, make, False, payload, rebuild, messages, NOISE, 2, aggregate, LOW))
+    messages, beside = messages_coded(aggregate), TINY if aggregate == "gather" else ()
+    return with_norms(Row(id, make, False, payload, rebuild, messages, NOISE, 2, aggregate, LOW, beside=beside))
 
 
 def level_of_qsgd(bits: int, **kwargs: Any) -> Compressor:

@@ -1,5 +1,6 @@
 """Ways to aggregate: awkward trees, the choice between two, memory, large counts, nodes."""
 
+import functools
 import logging
 
 import chex
@@ -12,8 +13,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
+from gradcomp_jax.compressor import Delivered, compressor_states
 from tests import problem, trees
-from tests.contexts import run, sharded
+from tests.contexts import first_state, map_state, run, sharded
 from tests.exchanges import declared
 
 # Sizes that nothing divides: one column, fewer elements than workers; three types.
@@ -58,6 +60,49 @@ def test_awkward_sizes_and_mixed_types(name):
         np.testing.assert_allclose(x[:, 0].astype(np.float64).sum(0) + owed, given, atol=1e-5 + dense_rounding)
     assert residual
     assert all(x.dtype == np.float32 for x in residual.values())
+
+
+RIDING = {
+    "none": gc.none(),
+    "powersgd-ring": gc.powersgd(1, aggregate="ring"),
+    "powersgd-qsgd": gc.powersgd(1, quantizer=gc.qsgd(8, bucket_size=16)),
+    "qsgd-shared": gc.qsgd(bucket_size=32, min_size=0, shared_scale=True),
+    "topk-gather": gc.topk(0.5, aggregate="gather"),
+    "topk-shuffle": gc.topk(0.1, aggregate="shuffle"),
+    "gradiveq": gc.gradiveq(16, train_steps=3, compress=lambda path, leaf: leaf.ndim > 1),
+    "accordion-powersgd": gc.accordion(gc.powersgd(4), gc.powersgd(1), interval=2),
+    "accordion-topk": gc.accordion(gc.topk(0.3), gc.topk(0.1), interval=2),
+    "delayed": gc.delayed(gc.signnorm()),
+}
+
+
+@pytest.mark.parametrize("id", RIDING)
+def test_what_rides_beside_arrives_exactly_and_disturbs_nothing(id):
+    """Of three workers: sizes that do not divide, float32 or wider; what is not finite stays where it is."""
+    tx = RIDING[id]
+    grads = trees.noise(trees.SMALL, 1, (3,))
+    beside = trees.noise({"loss": (), "norms": (3, 5), "half": (2,), "bad": (2,)}, 2, (3,))
+    beside["half"] = beside["half"].astype(jnp.bfloat16)
+    beside["bad"][1, 0] = np.nan
+
+    state = first_state(tx, grads)
+
+    def worker(grads, state, beside):
+        return tx.update(grads, state), tx.update(grads, state, beside=beside)
+
+    step = jax.vmap(worker, in_axes=(0, map_state(lambda _: 0, lambda _: None, state), 0), axis_name="data")
+    (plain, alone), (updates, got) = jax.device_get(jax.jit(step)(grads, state, beside))
+    assert isinstance(got, Delivered)
+    for path, x in beside.items():
+        assert got.beside[path].dtype == np.float32
+        mean = np.broadcast_to(x.astype(np.float32).mean(0), x.shape)
+        np.testing.assert_allclose(got.beside[path], mean, rtol=1e-6, atol=1e-6)
+    (alone,), (state,) = compressor_states(alone), compressor_states(got.state)
+    # A ring begins each part of a message at another worker.
+    same = functools.partial(chex.assert_trees_all_close, rtol=0, atol=1e-6 if "ring" in id else 0)
+    same(updates, plain)
+    same(state._replace(wire=()), alone._replace(wire=()))
+    assert gc.wire_bits(state).last > gc.wire_bits(alone).last
 
 
 @pytest.mark.parametrize("name", ["onebit", "signnorm", "topk"])

@@ -238,9 +238,7 @@ def test_bits_at_as_many_levels_as_the_root_of_the_dimension(form, signs, bits):
 @forms
 @pytest.mark.parametrize(("d", "s"), [(1, 3), (2, 1), (16, 1), (128, 1), (512, 7), (512, 127), (4096, 7)])
 def test_expected_bits_are_those_of_normal_values(d, s, form, signs):
-    # uniform16 draws fours.
-    wide = max(4, d)
-    v = jax.random.normal(jax.random.key(0), (200_000 // wide, wide))[:, :d]
+    v = jax.random.normal(jax.random.key(0), (200_000 // max(4, d), d))
     u = jax.random.uniform(jax.random.key(1), v.shape)
     levels = jnp.floor(v / l2_norm(v) * s + u).astype(jnp.int32)
     measured = float(jnp.mean(lengths(levels, form=form, sign_for_zeros=signs))) / d

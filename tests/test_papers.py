@@ -1,5 +1,6 @@
 """What the papers claim, and what their counts come to, on the real codecs."""
 
+import logging
 import math
 
 import chex
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
-from gradcomp_jax.codecs.powersgd import orthonormalize
+from gradcomp_jax.codecs.powersgd import best_split, orthonormalize
 from tests import trees
 from tests.contexts import run
 from tests.exchanges import declared
@@ -123,6 +124,55 @@ class TestPowerSGD:
             state = state._replace(codec=state.codec._replace(q=q))
             single = run(alone, {"w": grads[name]}, "vmap", state)
             np.testing.assert_allclose(got.updates["layers"][:, :, i], single.updates["w"], atol=1e-4)
+
+    @pytest.mark.parametrize(
+        ("shape", "rows"),
+        [
+            ((), 1),
+            ((7,), 1),
+            ((40, 30), 1),
+            ((3, 3, 64, 128), 3),  # Flax's [H, W, in, out]
+            ((64, 64, 3, 3), 1),  # PyTorch's [out, in, H, W]
+            ((64, 8, 8), 1),  # an attention's [D, heads, D / heads]
+            ((8, 8, 64), 2),  # and back
+            ((4, 4, 4), 2),  # as many either way
+        ],
+    )
+    def test_matrix_of_fewest_rows_and_columns(self, shape, rows):
+        assert best_split(shape) == rows
+
+    def test_layouts_send_as_much_as_the_papers_view(self):
+        """2 (64 + 576) floats of a convolution, however it lies; 2 (64 + 64) of a head's kernel."""
+        for shape in ((64, 64, 3, 3), (3, 3, 64, 64)):
+            assert declared(gc.powersgd(2), {"w": shape}, 2) == 32 * 1280
+        for shape in ((64, 8, 8), (8, 8, 64)):
+            assert declared(gc.powersgd(2), {"w": shape}, 2) == 32 * 256
+
+    def test_a_view_of_ones_own(self):
+        """The rows' axes are counted without the one of layers."""
+        split = lambda path, leaf: 3 if path == "w" else 1  # noqa: E731
+        shapes = {"layers": (5, 16, 12, 4), "w": (6, 5, 4, 7)}
+        tx = gc.powersgd(2, split=split, stacked=lambda path, leaf: path == "layers")
+        q = jax.eval_shape(tx.init, trees.zeros(shapes)).codec.q
+        assert {path: x.shape for path, x in q.items()} == {"layers": (5, 2, 48), "w": (1, 2, 7)}
+        assert declared(tx, shapes, 2) == 32 * (5 * 2 * (16 + 48) + 2 * (120 + 7))
+
+    @pytest.mark.parametrize(("rows", "stacked", "axes"), [(0, False, 3), (3, False, 3), (-1, False, 3), (2, True, 2)])
+    def test_a_view_that_there_is_not(self, rows, stacked, axes):
+        tx = gc.powersgd(2, split=lambda path, leaf: rows, stacked=lambda path, leaf: stacked)
+        with pytest.raises(
+            ValueError, match=f"split={rows} of leaf 'w': of its {axes} axes 1 to {axes - 1} make the rows"
+        ):
+            tx.init({"w": jnp.zeros((12, 10, 8))})
+
+    def test_a_leaf_that_hardly_shrinks_is_told_of(self, caplog):
+        """Once, unless it shrinks by two or travels dense."""
+        shapes = {"hardly": (20, 12), "half": (32, 16), "dense": (5, 5), "vector": (9,)}
+        with caplog.at_level(logging.INFO, "gradcomp_jax.codecs.powersgd"):
+            for _ in range(2):
+                jax.eval_shape(gc.powersgd(4).init, trees.zeros(shapes))
+        (line,) = caplog.messages
+        assert line.startswith("leaf 'hardly' of shape (20, 12) shrinks only 1.88 times: say stacked= or split=")
 
     def test_momentum_of_algorithm_2(self):
         """Steady-state gain 1 + 1 / (1 - decay) = 11, where Nesterov's is 10; at decay 0 twice the step."""

@@ -24,6 +24,8 @@ import chex
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from gradcomp_jax.sharding import is_per_worker
@@ -97,16 +99,21 @@ def wait(children, logs):
 
 @functools.cache
 def in_one_process(id, workers, simulated):
-    """(parameters, state, loss) after each step, of `simulate` or of emulated devices."""
+    """(parameters, state, loss) after each step, of `simulate` or of emulated devices, from those of the processes.
+
+    So what sums round otherwise has one step to grow in, whatever the codec makes of it, as PowerSGD of small columns.
+    """
     tx = problem.optimizer(BY_ID[id].make())
     where = workers if simulated else gc.make_mesh(workers)
     step = gc.simulate(loss_fn, tx, workers) if simulated else gc.train_step(loss_fn, tx, where)
-    params = kernels()
-    opt_state = gc.init(tx, params, where)
+    params = kernels() if simulated else jax.device_put(kernels(), NamedSharding(where, P()))
+    before = params, gc.init(tx, params, where)
+    lies = jax.tree.map(lambda x: x.sharding, before)
     history = []
-    for batch in problem.batches(STEPS):
-        params, opt_state, loss = step(params, opt_state, batch)
-        history.append(jax.device_get((params, opt_state, loss)))
+    for now, batch in enumerate(problem.batches(STEPS)):
+        history.append(jax.device_get(step(*before, batch)))
+        parts = [result[id]["steps"][now][:2] for result in launched(workers)]
+        before = jax.device_put(map_state(lambda *x: np.concatenate(x), lambda *x: x[0], *parts), lies)
     return history
 
 
@@ -134,14 +141,14 @@ def test_the_steps_go_through_every_phase():
 @each_codec
 def test_processes_give_the_numbers_of_simulate(codec, results_of_four):
     for got, expected in pairs(results_of_four, codec, simulated=True):
-        chex.assert_trees_all_close(got, expected, atol=2e-5, rtol=0)
+        chex.assert_trees_all_close(got, expected, atol=2e-6, rtol=0)
 
 
 @each_codec
 def test_processes_give_the_bits_of_emulated_devices(codec, results):
     """But for sums of more than two, which agree to their rounding."""
     sums = codec.linear or codec.id == "accordion-powersgd"
-    tolerance = 5e-6 if sums and len(results) > 2 else 0
+    tolerance = 1e-6 if sums and len(results) > 2 else 0
     for got, expected in pairs(results, codec, simulated=False):
         chex.assert_trees_all_close(got[:2], expected[:2], atol=tolerance, rtol=0)
         np.testing.assert_allclose(got[2], expected[2], rtol=1e-6)  # the loss is a sum with every codec

@@ -195,6 +195,27 @@ class TestArguments:
         with refuses(*words):
             gc.gradiveq(train_steps=96).init(params)
 
+    @pytest.mark.parametrize("decay", [0, -0.1, 1.5, float("nan")])
+    def test_decay_of_feedback(self, decay):
+        with refuses(f"decay={decay} must be above 0 and at most 1"):
+            gc.Feedback(decay)
+
+    @pytest.mark.parametrize("given", ["ef21", 0.9, None, gc.EF21, gc.Feedback])
+    @pytest.mark.parametrize("codec", [gc.powersgd, gc.topk, gc.randomk, gc.gradiveq, gc.none])
+    def test_feedback(self, codec, given):
+        with refuses(f"error_feedback={given!r} must be True, False, Feedback(decay=...) or EF21()"):
+            codec(error_feedback=given)
+
+    def test_feedback_where_there_is_none(self):
+        for kind in (gc.Feedback(0.9), gc.EF21()):
+            with refuses("votes have no magnitude"):
+                gc.signnorm(majority=True, error_feedback=kind)
+            with refuses("quantizer=qsgd(error_feedback=True)", "residuals of its own", "leave it out"):
+                gc.powersgd(quantizer=gc.qsgd(error_feedback=kind))
+        low, high = (gc.topk(x, error_feedback=kind) for x, kind in ((0.5, gc.Feedback(0.9)), (0.1, gc.EF21())))
+        with refuses("low has error_feedback=Feedback(decay=0.9), high has error_feedback=EF21()"):
+            gc.accordion(low, high, interval=8)
+
     @pytest.mark.parametrize("decay", [-0.1, 1.0])
     def test_decay(self, decay):
         with refuses(f"decay={decay}", "[0, 1)"):

@@ -99,6 +99,18 @@ class TestRandomSubsets:
         sigma = np.abs(mean) * math.sqrt((n / k - 1) / draws)
         assert (np.abs(estimates.mean(0) - mean) <= 4 * sigma).all()
 
+    def test_values_may_travel_through_a_quantizer(self, make):
+        """60 of them in 4 buckets: the same coordinates, to a level of 127, and what rounding loses stays owed."""
+        x = trees.noise({"w": (30, 10)}, 8, (5, 3))
+        plain = run(make(0.2), x, "vmap")
+        got = run(make(0.2, quantizer=gc.qsgd(8, bucket_size=16, aggregate="gather")), x, "vmap")
+        assert gc.wire_bits(jax.tree.map(lambda x: x[-1], got.states)).last == 8 * (3 - 1) * 4 * (16 + 4)
+        assert not got.updates["w"][plain.updates["w"] == 0].any()
+        error = got.updates["w"][0] - plain.updates["w"][0]
+        assert 0 < np.abs(error).max() < 1.2 * np.abs(x["w"][0]).max() / 127
+        owed = got.states.residual.value["w"][-1].mean(0)
+        np.testing.assert_allclose(got.updates["w"][:, 0].sum(0) + owed, x["w"].mean(1).sum(0), atol=1e-5)
+
     def test_residual_stays_bounded_by_what_waits(self, make):
         """A constant gradient: on average a coordinate is sent after n / k steps."""
         x = {"w": np.ones((400, 1, 20, 10), np.float32)}

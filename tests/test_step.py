@@ -56,6 +56,37 @@ def test_aux_and_model_state_are_averaged(kind):
     assert aux["half"].dtype == jnp.float32
 
 
+@pytest.mark.parametrize(("kind", "first"), [(0, 1), (1, 2), (2, 2)], ids=["checked", "unchecked", "simulated"])
+def test_the_transformation_is_traced_once_for_each_program(kind, first):
+    """Where types tell nothing, once more by itself, for the first of them."""
+    codec, traced = gc.powersgd(2), []
+
+    def update(*args, **kwargs):
+        traced.append(None)
+        return codec.update(*args, **kwargs)
+
+    tx = problem.optimizer(optax.GradientTransformationExtraArgs(codec.init, update))
+    step, where = steps(problem.loss_fn, tx)[kind]
+    params = problem.params()
+    state = gc.init(tx, params, where)
+    for size, count in ((32, first), (16, first + 1)):
+        step.lower(params, state, next(problem.batches(1, size)))
+        assert len(traced) == count
+
+
+@pytest.mark.parametrize("error", [KeyError, ValueError, TypeError], ids=lambda error: error.__name__)
+def test_an_error_of_the_transformations_own_stays_what_it_is(error):
+    def update(updates, state, params=None):
+        raise error("of its own")
+
+    tx = optax.chain(gc.powersgd(2), optax.GradientTransformation(optax.init_empty_state, update))
+    params, (batch,) = problem.params(), problem.batches(1)
+    for step, where in steps(problem.loss_fn, tx):
+        with pytest.raises(error, match="of its own") as caught:
+            step.lower(params, gc.init(tx, params, where), batch)
+        assert caught.type is error
+
+
 @pytest.mark.parametrize("kind", [0, 2], ids=["checked", "simulated"])
 def test_donation_frees_what_was_passed(kind):
     tx = problem.optimizer(gc.powersgd(2))

@@ -1,6 +1,7 @@
 """The four ways to use a codec give the same parameters, and the same as each other's twin."""
 
 import dataclasses
+import functools
 
 import chex
 import flax.linen as nn
@@ -10,12 +11,14 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from tests import problem
+from tests.contexts import map_state
 
-STEPS = 5
+N, STEPS = problem.WORKERS, 5
 CODECS = {
     "none": gc.none(),
     "powersgd": gc.powersgd(2),
@@ -25,29 +28,22 @@ CODECS = {
 every_codec = pytest.mark.parametrize("codec", CODECS.values(), ids=CODECS.keys())
 
 
-def by_train_step(tx, **kwargs):
-    mesh = gc.make_mesh(problem.WORKERS)
-    params = problem.params()
-    opt_state = gc.init(tx, params, mesh)
-    step = gc.train_step(problem.loss_fn, tx, mesh, **kwargs)
-    for batch in problem.batches(STEPS):
-        params, opt_state, loss = step(params, opt_state, batch)
-    return params, opt_state, loss
+def first(tx, mesh):
+    """Parameters and state on all workers of a mesh."""
+    params = jax.device_put(problem.params(), NamedSharding(mesh, P()))
+    return params, gc.init(tx, params, mesh)
 
 
-def by_simulate(tx):
-    params = problem.params()
-    opt_state = gc.init(tx, params, problem.WORKERS)
-    step = gc.simulate(problem.loss_fn, tx, problem.WORKERS)
-    for batch in problem.batches(STEPS):
-        params, opt_state, loss = step(params, opt_state, batch)
-    return params, opt_state, loss
+@functools.cache
+def trained(tx):
+    """(parameters, state) after each step of `train_step`."""
+    mesh = gc.make_mesh(N)
+    return problem.history(gc.train_step(problem.loss_fn, tx, mesh), *first(tx, mesh), STEPS)
 
 
 def by_shard_map(tx, check_vma=True):
-    mesh = gc.make_mesh(problem.WORKERS)
-    params = problem.params()
-    specs = gc.state_specs(tx, params)
+    mesh = gc.make_mesh(N)
+    specs = gc.state_specs(tx, problem.params())
 
     def worker(params, opt_state, batch):
         opt_state = gc.local_state(opt_state)
@@ -55,59 +51,60 @@ def by_shard_map(tx, check_vma=True):
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), gc.global_state(opt_state)
 
-    step = jax.jit(
+    return jax.jit(
         jax.shard_map(worker, mesh=mesh, in_specs=(P(), specs, P("data")), out_specs=(P(), specs), check_vma=check_vma)
     )
-    opt_state = gc.init(tx, params, mesh)
-    for batch in problem.batches(STEPS):
-        params, opt_state = step(params, opt_state, batch)
-    return params, opt_state
 
 
 def by_pmap(tx):
-    n = problem.WORKERS
-
-    def replicate(tree):
-        return jax.tree.map(lambda x: jnp.broadcast_to(x, (n, *x.shape)), tree)
+    """With the local form of the state on each device, and all that is replicated there too."""
 
     def worker(params, opt_state, batch):
         grads = jax.grad(problem.loss_fn)(gc.vary(params, "data"), batch)
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    step = jax.pmap(worker, axis_name="data", devices=jax.devices()[:n])
-    params = problem.params()
-    params, opt_state = replicate(params), replicate(tx.init(params))
-    for batch in problem.batches(STEPS):
-        split = jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch)
-        params, opt_state = step(params, opt_state, split)
-    return jax.tree.map(lambda x: x[0], params), opt_state
+    step = jax.pmap(worker, axis_name="data", devices=jax.devices()[:N])
+
+    def on_globals(params, state, batch):
+        split = jax.tree.map(lambda x: x.reshape(N, -1, *x.shape[1:]), batch)
+        state = map_state(lambda x: x, replicated, state)
+        params, state = step(jax.tree.map(replicated, params), state, split)
+        return jax.tree.map(lambda x: x[0], params), map_state(lambda x: x, lambda x: x[0], state)
+
+    return on_globals
+
+
+def replicated(x):
+    return jnp.broadcast_to(x, (N, *x.shape))
 
 
 @every_codec
 def test_all_ways_agree(codec):
-    tx = problem.optimizer(codec)
-    params, opt_state, loss = by_train_step(tx)
-    twin, twin_state, twin_loss = by_simulate(tx)
-    chex.assert_trees_all_close((params, loss), (twin, twin_loss), atol=1e-5, rtol=0)
-    # Columns of Q that carry nothing but rounding may differ in all but their size.
-    chex.assert_trees_all_equal_shapes_and_dtypes(opt_state, twin_state)
+    """In parameters, residuals and bits, from the same beginning of each step."""
+    tx, mesh = problem.optimizer(codec), gc.make_mesh(N)
     # The step's loss rides along: in a sum 2 * 3 / 4 floats, by "shuffle" one to each other worker in both stages.
     loss = 2 * 3 * 32 // (1 if codec.codec.coder else 4)
-    for other, other_state, rides in (
-        (*by_train_step(tx, check_vma=False)[:2], 0),
-        (*by_shard_map(tx), loss),
-        (*by_shard_map(tx, check_vma=False), loss),
-        (*by_pmap(tx), loss),
+    on_host = problem.params(), gc.init(tx, problem.params(), N)
+    for step, lies, rides in (
+        (gc.simulate(problem.loss_fn, tx, N), on_host, 0),
+        (gc.train_step(problem.loss_fn, tx, mesh, check_vma=False), first(tx, mesh), 0),
+        (by_shard_map(tx), first(tx, mesh), loss),
+        (by_shard_map(tx, check_vma=False), first(tx, mesh), loss),
+        (by_pmap(tx), on_host, loss),
     ):
-        chex.assert_trees_all_close(params, other, atol=1e-5, rtol=0)
-        (last, total), sent = gc.wire_bits(opt_state), gc.wire_bits(other_state)
-        assert sent == (last - rides, total - STEPS * rides)
-    assert gc.wire_bits(opt_state) == gc.wire_bits(twin_state)
+        for t, ((params, state), (expected, other)) in enumerate(problem.again(step, trained(tx), lies)):
+            chex.assert_trees_all_close(params, expected, atol=1e-6, rtol=0)
+            chex.assert_trees_all_close(state[0].residual, other[0].residual, atol=1e-5, rtol=0)
+            # Columns of Q that carry nothing but rounding may differ in all but their size.
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, other)
+            (last, total), sent = gc.wire_bits(other), gc.wire_bits(state)
+            assert sent == (last - rides, total - rides)
+            assert total == (t + 1) * last
 
 
 def test_uncompressed_is_plain_training_on_the_whole_batch():
-    params, _, _ = by_train_step(problem.optimizer(gc.none()))
+    params, _ = trained(problem.optimizer(CODECS["none"]))[-1]
     chex.assert_trees_all_close(params, problem.dense_training(STEPS), atol=1e-6, rtol=0)
 
 
@@ -121,11 +118,11 @@ class LinenModel(nn.Module):
 def test_linen_train_state(codec):
     """A TrainState holds the local form under vmap, and the global one across shard_map."""
     tx = problem.optimizer(codec)
-    mesh = gc.make_mesh(problem.WORKERS)
-    state = TrainState.create(apply_fn=LinenModel().apply, params=problem.params(), tx=tx)
-    state = state.replace(opt_state=gc.init(tx, state.params, mesh))
-    specs = state.replace(
-        step=P(), params=jax.tree.map(lambda _: P(), state.params), opt_state=gc.state_specs(tx, state.params)
+    mesh = gc.make_mesh(N)
+    params, opt_state = first(tx, mesh)
+    first_state = TrainState.create(apply_fn=LinenModel().apply, params=params, tx=tx).replace(opt_state=opt_state)
+    specs = first_state.replace(
+        step=P(), params=jax.tree.map(lambda _: P(), params), opt_state=gc.state_specs(tx, params)
     )
 
     def worker(state, batch):
@@ -136,10 +133,14 @@ def test_linen_train_state(codec):
         state = state.replace(opt_state=gc.local_state(state.opt_state)).apply_gradients(grads=grads)
         return state.replace(opt_state=gc.global_state(state.opt_state))
 
-    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs))
-    for batch in problem.batches(STEPS):
-        state = step(state, batch)
-    chex.assert_trees_all_close(state.params, by_train_step(tx)[0], atol=1e-5, rtol=0)
+    on_mesh = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs))
+
+    def step(params, opt_state, batch):
+        state = on_mesh(first_state.replace(params=params, opt_state=opt_state), batch)
+        return state.params, state.opt_state
+
+    for (got, _), (expected, _) in problem.again(step, trained(tx), (params, opt_state)):
+        chex.assert_trees_all_close(got, expected, atol=1e-6, rtol=0)
 
 
 class NNXModel(nnx.Module):
@@ -154,7 +155,7 @@ class NNXModel(nnx.Module):
 @every_codec
 def test_nnx_optimizer(codec):
     """An nnx.Optimizer on each worker, by pmap over its split state."""
-    n = problem.WORKERS
+    n = N
     tx = problem.optimizer(codec)
     model = NNXModel(nnx.Rngs(0))
     nnx.update(model, nnx.State(problem.params()))
@@ -175,7 +176,8 @@ def test_nnx_optimizer(codec):
         state = step(state, jax.tree.map(lambda x: x.reshape(n, -1, *x.shape[1:]), batch))
     model, _ = nnx.merge(graph, jax.tree.map(lambda x: x[0], state))
     got = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    chex.assert_trees_all_close(got, by_pmap(tx)[0], atol=1e-5, rtol=0)
+    by_hand = problem.history(by_pmap(tx), problem.params(), gc.init(tx, problem.params(), n), STEPS)
+    chex.assert_trees_all_close(got, by_hand[-1][0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -183,13 +185,11 @@ def test_nnx_optimizer(codec):
 )
 def test_workers_along_two_axes(make):
     mesh = gc.make_mesh({"node": 2, "local": 2})
-    tx = problem.optimizer(make(axis_name=("node", "local")))
-    params = problem.params()
-    opt_state = gc.init(tx, params, mesh)
+    tx, along_one = (problem.optimizer(make(axis_name=axis)) for axis in (("node", "local"), "data"))
     step = gc.train_step(problem.loss_fn, tx, mesh)
-    for batch in problem.batches(STEPS):
-        params, opt_state, _ = step(params, opt_state, batch)
-    chex.assert_trees_all_close(params, by_train_step(problem.optimizer(make()))[0], atol=1e-5, rtol=0)
+    for (params, state), (expected, other) in problem.again(step, trained(along_one), first(tx, mesh)):
+        chex.assert_trees_all_close(params, expected, atol=1e-6, rtol=0)
+        assert gc.wire_bits(state) == gc.wire_bits(other)
 
 
 def test_names_of_leaves():

@@ -10,7 +10,7 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax import views
-from gradcomp_jax.random import distinct, step_key, threefry2x32, uniform16
+from gradcomp_jax.random import distinct, step_key, threefry2x32, uniform23
 from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
 from tests.contexts import every_context
 
@@ -49,7 +49,7 @@ def test_fields_of_any_width_round_trip_in_few_bytes(width):
         assert data.shape == (2, fields_bytes(k, width))
         assert 0 <= data.shape[1] - -(-k * width // 8) <= 2
         back = unpack_fields(data, k, width)
-        assert back.dtype == jnp.uint32
+        assert back.dtype == (jnp.uint8 if width <= 8 else jnp.uint32)
         np.testing.assert_array_equal(back, values)
         if width < 32:  # what does not fit is left out, and disturbs nothing
             np.testing.assert_array_equal(pack_fields(jnp.asarray(values) | np.uint32(1 << width), width), data)
@@ -91,20 +91,33 @@ def test_threefry_is_jaxs():
 
 
 def test_uniform_numbers():
-    u = np.asarray(uniform16(jax.random.key(1), 500, 512), np.float64)
+    u = np.asarray(uniform23(jax.random.key(1), 500, 512), np.float64)
     assert 0 < u.min() < 1e-4
     assert 1 - 1e-4 < u.max() < 1
+    np.testing.assert_array_equal(u * 2**24 % 2, 1)  # the middles of 2^23 intervals
     n = u.size
     assert abs(u.mean() - 0.5) < 4 / np.sqrt(12 * n)
     counts = np.histogram(u, 256, (0, 1))[0]
     chi_square = ((counts - n / 256) ** 2 / (n / 256)).sum()
     assert abs(chi_square - 255) < 4 * np.sqrt(2 * 255)
-    # Numbers that share a block of the generator do not go together.
+    # Numbers of other rows, columns and keys do not go together.
     quarters = u.reshape(500, 4, 128)
     for i in range(4):
         for j in range(i):
-            assert abs(np.corrcoef(quarters[:, i].ravel(), quarters[:, j].ravel())[0, 1]) < 4 / np.sqrt(n / 4)
-    assert len(np.unique(uniform16(jax.random.key(2), 8, 512))) > 3900
+            assert abs(correlation(quarters[:, i], quarters[:, j])) < 4 / np.sqrt(n / 4)
+    for step in (1, 2, 3):
+        assert abs(correlation(u[:, :-step], u[:, step:])) < 4 / np.sqrt(n)
+        assert abs(correlation(u[:-step], u[step:])) < 4 / np.sqrt(n)
+    keys = [step_key(0, 0), step_key(0, 1), step_key(1, 0), jax.random.fold_in(step_key(0, 0), 1)]
+    each = [np.asarray(uniform23(key, 500, 512), np.float64) for key in keys]
+    for i in range(4):
+        for j in range(i):
+            assert abs(correlation(each[i], each[j])) < 4 / np.sqrt(n)
+    assert len(np.unique(uniform23(jax.random.key(2), 8, 512))) > 4090
+
+
+def correlation(a, b):
+    return np.corrcoef(a.ravel(), b.ravel())[0, 1]
 
 
 def draw(key, *of):

@@ -36,7 +36,7 @@ from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_whole
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.random import uniform24
+from gradcomp_jax.random import uniform23
 from gradcomp_jax.views import filled, l2_norm, max_norm
 from gradcomp_jax.wire import elias
 from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
@@ -78,7 +78,7 @@ def quantize(v: jax.Array, scale: jax.Array, levels: int, key: jax.Array) -> jax
     y = jnp.where(usable, v * down / jnp.where(usable, scale * down, 1), 0) * levels
     floor = jnp.floor(y)
     # Not the floor of a sum, which would be rounded: whole numbers stay what they are.
-    return jnp.clip(jnp.where(uniform24(key, *v.shape) < y - floor, floor + 1, floor), -levels, levels)
+    return jnp.clip(jnp.where(uniform23(key, *v.shape) < y - floor, floor + 1, floor), -levels, levels)
 
 
 def expected_elias(d: int, s: int) -> float:

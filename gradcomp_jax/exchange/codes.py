@@ -415,7 +415,7 @@ def _mean_of_all(groups: list[Group], received: list[Message], n: int) -> list[l
 
     # One after another: memory holds one decoded copy however many workers there are. By index, as a scan would copy
     # the payloads.
-    def add(worker: jax.Array, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    def add(worker: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
         sums = []
         for group, total, message in zip(groups, totals, received, strict=True):
             one = row(message, worker)
@@ -443,7 +443,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     # What the second stage owes is in the tensors n times, as it is one worker's share of a mean.
     firsts = [y if e is None else y - n * e for y, e in zip(ys, seconds, strict=True)]
     groups = grouped(coder, firsts, n, key, strengths)
-    owed = [None if e is None else cut(e, n, group.each) for e, group in zip(seconds, groups, strict=False)]
+    owed = [cut(e, n, group.each) for e, group in zip(seconds, groups, strict=False) if e is not None]
     messages = [encode_all(group) for group in groups]
 
     def average(received: list[Message], rode: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
@@ -457,14 +457,9 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
         return means, exact, ok
 
     (exact, rode), first_bits, first_length = send(groups, messages, ride.pack(), wire.scatter, average, wire)
-    exact = (
-        [x if e is None else x + e[me] for x, e in zip(exact, owed, strict=True)] if seconds[0] is not None else exact
-    )
-    key = jax.random.fold_in(key, n)
-    again = [
-        g.coder.encode(x, g.part(me, jax.random.fold_in(key, i)))
-        for i, (g, x) in enumerate(zip(groups, exact, strict=True))
-    ]
+    if seconds[0] is not None:
+        exact = [x + e[me] for x, e in zip(exact, owed, strict=True)]
+    again = [g.coder.encode(x, g.part(me, g.key(0, n))) for g, x in zip(groups, exact, strict=True)]
     lost = [g.restore(m, me) - x for g, m, x in zip(groups, again, exact, strict=True)]
     riding = pack_arrays(rode) if ride.arrays else jnp.zeros(0, jnp.uint8)
     (means, rode, ok), bits, length = send(groups, again, riding, wire.gather, restore, wire)
@@ -477,7 +472,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
             lost[place] = lost[place] + owed[place][me]
         for own, start, one in zip(owns, group.starts(), mean, strict=False):
             heard.append(Heard(one, add_window(own, n * lost[place], me * group.each - start), second))
-    if length is not None:
+    if first_length is not None and length is not None:
         length = bit_pair(sum_bits(first_length, length))
     return Sent(heard, ride.restore(rode), ok, sum_bits(first_bits, bits), length)
 

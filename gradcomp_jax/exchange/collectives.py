@@ -15,9 +15,11 @@ operands handed to the collective, so that nothing can be declared as less than 
 All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, with `check_vma` on or off.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -31,6 +33,43 @@ T = TypeVar("T")
 
 # What `front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
 FRONT_STEP = 1.25
+
+
+_ordering = contextvars.ContextVar("ordering", default=False)
+
+
+@contextlib.contextmanager
+def in_order() -> Iterator[None]:
+    """Here `after` makes collectives wait for one another: where several CPU devices of a process are the workers.
+
+    Each of those starts its collectives in the order of the schedule, but a conditional or loop counts as started with
+    its first operation. What comes next may run beside the collectives inside, on another device the other way round,
+    and as all meet under one key, they take each other's messages: the process dies, hangs, or goes on with wrong
+    numbers (jax 0.10 to 0.12). Data alone orders them; no flag of XLA's scheduler does, and `lax.optimization_barrier`
+    is gone before there is a schedule.
+    """
+    token = _ordering.set(True)
+    try:
+        yield
+    finally:
+        _ordering.reset(token)
+
+
+def after(tree: T, results: Any) -> T:
+    """`tree`, such that what is sent of it waits for `results`; outside `in_order` nothing waits.
+
+    For collectives behind a conditional or loop that holds some, or before one, which do not give it what it sends.
+
+    Args:
+      tree: arrays, the same on return.
+      results: what the collectives before gave. Leaves that differ between workers are not looked at.
+    """
+    first = [jnp.ravel(x)[0] for x in jax.tree.leaves(results) if x.size and not _varying(x)]
+    if not _ordering.get() or not first:
+        return tree
+    bits = [lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) for x in first]
+    done = (functools.reduce(jnp.bitwise_or, bits) & 1) < 2  # always, which XLA does not know
+    return jax.tree.map(lambda x: jnp.where(done, x, jnp.zeros_like(x)), tree)
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:

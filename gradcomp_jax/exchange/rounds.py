@@ -17,7 +17,7 @@ from gradcomp_jax import random
 from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Together
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
-from gradcomp_jax.exchange.collectives import Wire, known_different
+from gradcomp_jax.exchange.collectives import Wire, after, known_different
 
 Terms = dict[str, tuple[jax.Array, ...]]
 
@@ -190,13 +190,15 @@ class Exchange(NamedTuple):
         if coded:
             beside = [*(say.x for say in exact.values()), *riders] if ride and ride.ride else []
             strengths = [contexts[path].strength for path, _ in coded]
-            got = self._codes(list(coded.values()), ride, beside, strengths, tally, len(exact) + checked)
+            waiting = after([say.x for say in coded.values()], tally.ok)
+            said = [say._replace(x=x) for say, x in zip(coded.values(), waiting, strict=True)]
+            got = self._codes(said, ride, beside, strengths, tally, len(exact) + checked)
             heard |= zip(coded, got.heard, strict=True)
             if beside:
                 riders = got.rode[len(exact) :]
                 heard |= {key: Heard(x, exact[key].x) for key, x in zip(exact, got.rode, strict=False)}
-            after = coder.after(tally.coder, got.length)
-            tally = tally._replace(ok=got.ok, bits=sum_bits(tally.bits, got.bits), coder=after)
+            renewed = coder.after(tally.coder, got.length)
+            tally = tally._replace(ok=got.ok, bits=sum_bits(tally.bits, got.bits), coder=renewed)
         return heard, riders, tally._replace(rounds=tally.rounds + 1)
 
     def _codes(
@@ -239,7 +241,9 @@ class Exchange(NamedTuple):
         return self.wire.switch(due.astype(jnp.int32), [keep, renew])
 
 
-def _advance(talks: Mapping[str, Generator], answers: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+def _advance(
+    talks: Mapping[str, Generator[Any, Any, Any]], answers: dict[str, Any], results: dict[str, Any]
+) -> dict[str, Any]:
     """Hands each talk its answer: gives what they ask next, and puts what those that end return into `results`."""
     asked = {}
     for path, answer in answers.items():

@@ -18,7 +18,7 @@ def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     """uint8 codes, c * 8 / bits of them along `axis`, each below 2^bits, to c bytes; bits is 1, 2, 4 or 8."""
     axis %= codes.ndim
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(-1, *[1] * (codes.ndim - axis))
-    slices = codes.reshape(*codes.shape[:axis], 8 // bits, -1, *codes.shape[axis + 1 :])
+    slices = codes.reshape(*codes.shape[:axis], 8 // bits, codes.shape[axis] * bits // 8, *codes.shape[axis + 1 :])
     # A sum of whole numbers without a common bit is their join.
     return jnp.sum(slices << shifts, axis=axis, dtype=jnp.uint8)
 
@@ -29,7 +29,7 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     # One operation that fuses, where a concatenation of slices would first write them all.
     shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(-1, *[1] * (packed.ndim - axis))
     codes = jnp.expand_dims(packed, axis) >> shifts & ((1 << bits) - 1)
-    return codes.reshape(*packed.shape[:axis], -1, *packed.shape[axis + 1 :])
+    return codes.reshape(*packed.shape[:axis], packed.shape[axis] * 8 // bits, *packed.shape[axis + 1 :])
 
 
 def fields_bytes(k: int, width: int) -> int:
@@ -57,7 +57,7 @@ def pack_fields(values: jax.Array, width: int) -> jax.Array:
     k = values.shape[-1]
     planes = [jnp.zeros((*values.shape[:-1], 0), jnp.uint8)]
     for shift, bits in _parts(width):
-        codes = (values >> shift & (1 << bits) - 1).astype(jnp.uint8) if width > bits else values.astype(jnp.uint8)
+        codes = values.astype(jnp.uint8) if width == 8 else (values >> shift & (1 << bits) - 1).astype(jnp.uint8)
         fill = [(0, 0)] * (values.ndim - 1) + [(0, -k % (8 // bits))]
         planes.append(pack(jnp.pad(codes, fill), bits))
     return jnp.concatenate(planes, axis=-1)
