@@ -7,15 +7,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from experiments.records import Run
+from experiments.records import Record, Run
 
 BYTES_NOTE = (
     "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense float32 all-reduce, over these. "
     "Compressed steps: those that send less than it."
 )
 BESIDE_NOTE = (
-    "MB and the ratio count {beside} floats more in each step: the loss, the accuracy and batch statistics, which travel "
-    "in the same messages."
+    "MB and the ratio also count the loss, the accuracy and batch statistics, which ride in the same messages."
 )
 EMULATED_NOTE = (
     "The workers are emulated on one CPU: ms a step is compute only and tells nothing of the time a network saves."
@@ -67,9 +66,14 @@ def table(runs: Sequence[Run], title: str) -> Table:
     return out
 
 
+def bytes_notes(header: Record) -> list[str]:
+    """What must be said of the bytes of runs with this header."""
+    return [BYTES_NOTE] + [BESIDE_NOTE] * ("beside" in header)  # in the records of earlier versions it is not
+
+
 def notes(runs: Sequence[Run]) -> list[str]:
     """What must be said beside the table."""
-    found = [BYTES_NOTE]
+    found = bytes_notes(runs[0].header)
     for run in runs:
         name, header, end = run.header["codec"], run.header, run.end
         if header["label"] != name:

@@ -106,7 +106,8 @@ def own_settings(run: Run) -> Record:
 def common_settings(run: Run) -> Record:
     """All that must not differ in a comparison of codecs."""
     header, settings = run.header, run.header["settings"]
-    about = {key: header[key] for key in ("workers", "emulated", "steps", "parameters", "device")}
+    keys = ("workers", "emulated", "steps", "parameters", "beside", "device")
+    about = {key: header[key] for key in keys if key in header}
     own = {"codec", "seed", *(f"{header['codec']}_{key}" for key in own_settings(run))}
     return {key: x for key, x in settings.items() if key not in own} | about | header["versions"]
 
@@ -137,7 +138,7 @@ def _section(runs: Sequence[Run]) -> Section:
         warnings=_warnings(runs, named),
         unfinished=[_unfinished(run, named) for run in runs if not run.end],
         rows=rows,
-        notes=_notes(rows, base, first["emulated"]) if rows else [],
+        notes=_notes(rows, base, first) if rows else [],
         runs=finished,
     )
 
@@ -238,7 +239,7 @@ def _unfinished(run: Run, named: dict[str, str]) -> str:
     return f"{_who([run], named)}: at step {run.step:,} of {run.header['steps']:,}{tested}."
 
 
-def _notes(rows: Sequence[Row], base: Row | None, emulated: bool) -> list[str]:
+def _notes(rows: Sequence[Row], base: Row | None, header: Record) -> list[str]:
     found = []
     if base is None:
         found.append(f"No run of {BASELINE} has reached its end, so that no differences to it are given.")
@@ -270,7 +271,7 @@ def _notes(rows: Sequence[Row], base: Row | None, emulated: bool) -> list[str]:
             found.append(f"{row.name} does not pay here: it sends {1 / row.ratio:.2f} times as many bytes as dense.")
         if row.skipped:
             found.append(f"{row.name} skipped {row.skipped} steps, whose gradients were not finite.")
-    return [*found, display.BYTES_NOTE] + [display.EMULATED_NOTE] * emulated
+    return [*found, *display.bytes_notes(header)] + [display.EMULATED_NOTE] * header["emulated"]
 
 
 def _text(value: Any) -> str:

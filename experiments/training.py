@@ -182,7 +182,8 @@ def train(
     schedule = learning_rate(steps_per_epoch)
     tx = optimizers.optimizer(FLAGS.optimizer, codec, schedule, FLAGS.momentum, FLAGS.weight_decay)
     step = train_step(task.loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
-    dense_bits = dense_step(task, mesh.size)
+    parameters = sum(x.size for x in jax.tree.leaves(task.params))
+    dense_bits = -(-32 * (parameters + beside(task)) * 2 * (mesh.size - 1) // mesh.size)
 
     own = checkpoints.owned(folder) if folder else contextlib.nullcontext()
     with own, interruptible() as interrupted, display.progress(screen) as progress:
@@ -251,11 +252,10 @@ def train(
     return run
 
 
-def dense_step(task: Task, workers: int) -> int:
-    """The bits that a worker sends in a step without compression: all that is averaged, by a float32 all-reduce."""
+def beside(task: Task) -> int:
+    """How many floats a step averages beside the gradients: batch statistics, the loss and the accuracy."""
     averaged = [x for x in jax.tree.leaves(task.model_state) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    floats = sum(x.size for x in (*jax.tree.leaves(task.params), *averaged)) + 2  # the loss and the accuracy
-    return -(-32 * floats * 2 * (workers - 1) // workers)
+    return sum(x.size for x in averaged) + 2
 
 
 def code_length(opt_state: Any) -> dict[str, float]:
@@ -311,6 +311,7 @@ def header(name: str, task: Task, settings: dict[str, Any], steps: int, mesh: Me
         "emulated": device.platform == "cpu",
         "steps": steps,
         "parameters": sum(x.size for x in jax.tree.leaves(task.params)),
+        "beside": beside(task),
         "settings": settings,
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "optax": optax.__version__},
         "device": device.device_kind,

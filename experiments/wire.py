@@ -5,8 +5,8 @@
 
 Counted by the library itself, for 11,173,962 parameters in 62 tensors, uncompressed ones included: each codec's update
 is traced for that many workers, and its state tells the bits; nothing else of it is run. GradiVeQ is shown in its
-compressed steps. The table leaves out what depends on the data: accordion, which sends what its two levels do and a float a layer,
-and QSGD's Elias code, which travels in its buffer where it fits and in the packed form elsewhere.
+compressed steps. The table leaves out what depends on the data: accordion, which sends what its two levels do and a
+float a layer, and QSGD's Elias code, which travels in its buffer where it fits and in the packed form elsewhere.
 """
 
 import math

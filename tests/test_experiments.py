@@ -297,6 +297,8 @@ def test_notes_tell_what_the_table_does_not():
     (note, skipped) = display.notes([recorded("qsgd", "qsgd", [1.0, 4.0], skipped=2)])[1:]
     assert "over 4 workers it sends 1.25 times as many bytes" in note
     assert "qsgd skipped 2 steps" in skipped
+    runs[0].header["beside"] = 12
+    assert display.notes(runs)[1] == display.BESIDE_NOTE
 
 
 # Batches

@@ -36,17 +36,10 @@ def shardings(specs, mesh):
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
-def trained(step, params, state):
-    for batch in problem.batches(STEPS):
-        params, state = step(params, state, batch)[:2]
-    return jax.device_get(params), state
-
-
 @functools.cache
 def simulated(id, workers):
-    """Training with the codec of that row of the table, without a mesh, by a step that sends gradients alone."""
-    tx = problem.optimizer(BY_ID[id].make())
-    params = problem.params()
+    """(parameters, state) of the codec of that row, without a mesh, by a step that sends gradients alone."""
+    tx, params = problem.optimizer(BY_ID[id].make()), problem.params()
     state = gc.init(tx, params, workers)
     axes = map_state(lambda _: 0, lambda _: None, state)
 
@@ -59,16 +52,21 @@ def simulated(id, workers):
     def step(params, state, batch):
         return workers_step(params, state, jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), batch))
 
-    return trained(jax.jit(step), params, state)
+    return problem.history(jax.jit(step), params, state, STEPS)
 
 
-def assert_same(got, expected):
-    (params, state), (other_params, other) = got, expected
-    chex.assert_trees_all_close(params, other_params, atol=1e-5, rtol=0)
-    residuals = state.residual.value, other.residual.value
-    chex.assert_trees_all_close(*jax.device_get(residuals), atol=1e-4, rtol=0)
-    assert gc.wire_bits(state) == gc.wire_bits(other)
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(problem.params()), strict=True))
+def assert_same(id, workers, step, lies, codec=lambda state: state[0]):
+    """Each step as that of `simulated` from the same parameters and state, which `lies` lays on the mesh.
+
+    In parameters, residuals and bits; `codec` finds the codec's part of a state.
+    """
+    for (params, state), (expected, other) in problem.again(step, simulated(id, workers), lies):
+        chex.assert_trees_all_close(params, expected, atol=1e-6, rtol=0)
+        mine = codec(state)
+        chex.assert_trees_all_close(mine.residual.value, other[0].residual.value, atol=1e-5, rtol=0)
+        assert gc.wire_bits(mine) == gc.wire_bits(other)
+    (first, _), (last, _) = simulated(id, workers)[0], simulated(id, workers)[-1]
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (first, last)), strict=True))
 
 
 @pytest.mark.parametrize("row", [*EACH, BY_ID["randomblock"]], ids=lambda row: row.id)
@@ -77,9 +75,8 @@ def test_nodes_of_workers_are_as_one_worker_each(row):
     mesh = gc.make_mesh({"node": 2, "local": 4})
     tx = optax.chain(gc.average("local"), problem.optimizer(row.make(axis_name="node")))
     params = jax.device_put(problem.params(), NamedSharding(mesh, P()))
-    params, state = trained(gc.train_step(problem.loss_fn, tx, mesh), params, gc.init(tx, params, mesh))
-    expected, (codec, _) = simulated(row.id, 2)
-    assert_same((params, state[1][0]), (expected, codec))
+    step = gc.train_step(problem.loss_fn, tx, mesh)
+    assert_same(row.id, 2, step, (params, gc.init(tx, params, mesh)), lambda state: state[1][0])
 
 
 def start(tx, mesh):
@@ -93,10 +90,10 @@ def gathered(grads):
     return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P()), grads)
 
 
-def by_shard_map(tx, mesh, params, state, check_vma=True, prepare=lambda grads: grads):
+def by_shard_map(tx, mesh, start, check_vma=True, prepare=lambda grads: grads):
     """A step of one's own, of which shard_map leaves the model axis to the compiler."""
     workers = tuple(name for name in mesh.axis_names if name != "model")
-    specs = gc.state_specs(tx, params)
+    specs = gc.state_specs(tx, start[0])
 
     def worker(params, state, batch):
         grads = jax.grad(problem.loss_fn)(gc.vary(params, workers), batch)
@@ -112,8 +109,7 @@ def by_shard_map(tx, mesh, params, state, check_vma=True, prepare=lambda grads: 
         check_vma=check_vma,
     )
     # What comes out lies as what went in, or the second step compiles anew.
-    step = jax.jit(step, out_shardings=jax.tree.map(lambda x: x.sharding, (params, state)))
-    return trained(step, params, state)
+    return jax.jit(step, out_shardings=jax.tree.map(lambda x: x.sharding, start))
 
 
 # With residuals split as the parameters are: below.
@@ -122,17 +118,15 @@ def by_shard_map(tx, mesh, params, state, check_vma=True, prepare=lambda grads: 
 )
 def test_parameters_split_over_a_model_axis_are_as_whole_ones(row):
     tx, mesh = problem.optimizer(row.make()), gc.make_mesh({"data": 4, "model": 2})
-    params, (codec, _) = by_shard_map(tx, mesh, *start(tx, mesh))
-    expected, (other, _) = simulated(row.id, 4)
-    assert_same((params, codec), (expected, other))
+    lies = start(tx, mesh)
+    assert_same(row.id, 4, by_shard_map(tx, mesh, lies), lies)
 
 
 @pytest.mark.parametrize("id", ["qsgd-4", "gradiveq"])
 def test_gradients_may_be_gathered_over_the_model_axis_first(id):
     tx, mesh = problem.optimizer(BY_ID[id].make()), gc.make_mesh({"data": 4, "model": 2})
-    params, (codec, _) = by_shard_map(tx, mesh, *start(tx, mesh), prepare=gathered)
-    expected, (other, _) = simulated(id, 4)
-    assert_same((params, codec), (expected, other))
+    lies = start(tx, mesh)
+    assert_same(id, 4, by_shard_map(tx, mesh, lies, prepare=gathered), lies)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +143,11 @@ def test_residuals_may_be_split_as_the_parameters_are(row, check_vma):
     whole = codec.residual.value
     split = {path: P("data", *SPLIT[path.split("/")[0]][path.split("/")[1]]) for path in whole}
     residual = dataclasses.replace(codec.residual, value=jax.device_put(whole, shardings(split, mesh)))
-    params, (codec, _) = by_shard_map(tx, mesh, params, (codec._replace(residual=residual), momentum), check_vma)
-    expected, (other, _) = simulated(row.id, 4)
-    assert_same((params, codec), (expected, other))
+    lies = params, (codec._replace(residual=residual), momentum)
+    step = by_shard_map(tx, mesh, lies, check_vma)
+    assert_same(row.id, 4, step, lies)
+    (batch,) = problem.batches(1)
+    _, (codec, _) = step(*lies, batch)
     for path, x in codec.residual.value.items():
         assert x.sharding.shard_shape(x.shape) == NamedSharding(mesh, split[path]).shard_shape(x.shape), path
 
@@ -186,9 +182,8 @@ def test_nodes_and_a_model_axis():
     mesh = gc.make_mesh({"node": 2, "local": 2, "model": 2})
     row = next(row for row in EACH if row.id.startswith("powersgd"))
     tx = optax.chain(gc.average("local"), problem.optimizer(row.make(axis_name="node")))
-    params, (_, (codec, _)) = by_shard_map(tx, mesh, *start(tx, mesh))
-    expected, (other, _) = simulated(row.id, 2)
-    assert_same((params, codec), (expected, other))
+    lies = start(tx, mesh)
+    assert_same(row.id, 2, by_shard_map(tx, mesh, lies), lies, lambda state: state[1][0])
 
 
 def test_a_model_axis_that_is_not_the_compilers_is_refused():

@@ -471,7 +471,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
             second = add_window(jnp.zeros_like(ys[place]), -lost[place], me * group.each)
             lost[place] = lost[place] + owed[place][me]
         for own, start, one in zip(owns, group.starts(), mean, strict=False):
-            heard.append(Heard(one, add_window(own, n * lost[place], me * group.each - start), second))
+            heard.append(Heard(one, add_window(dense(own), n * lost[place], me * group.each - start), second))
     if first_length is not None and length is not None:
         length = bit_pair(sum_bits(first_length, length))
     return Sent(heard, ride.restore(rode), ok, sum_bits(first_bits, bits), length)

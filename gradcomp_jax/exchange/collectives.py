@@ -142,6 +142,12 @@ def vary(tree: T, axis_name: AxisName) -> T:
     return jax.tree.map(leaf, tree)
 
 
+def vary_as(x: jax.Array, like: Any) -> jax.Array:
+    """`x`, of a type that varies over the mesh as that of `like` does."""
+    missing = tuple(sorted(_varying(like) - _varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
 def require_local(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> None:
     """Raises AlreadyReducedError, by name of the leaf, for a gradient that the types show to be reduced already.
 

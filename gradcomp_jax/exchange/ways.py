@@ -24,7 +24,7 @@ from jax import lax
 
 from gradcomp_jax.contract import Heard, Say
 from gradcomp_jax.exchange.bits import Bits
-from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.exchange.collectives import Wire, vary_as
 from gradcomp_jax.views import others_are_automatic, pack_front, unpack_front
 
 # A whole gradient of more bytes is a message of its own: it needs no copy, and can overlap with others.
@@ -123,7 +123,8 @@ def _apart(ok: jax.Array, mean: jax.Array, like: Sequence[jax.Array]) -> list[ja
         return [jnp.where(ok, x, 0) for x in _split(mean, like)]
     # A conditional, from which each array comes as one: slices of the buffer would fuse into what takes them, and as no
     # two are alike, leaves of one shape would no longer share what XLA compiles for them.
-    return lax.cond(ok, lambda: _split(mean, like), lambda: [jnp.zeros(x.shape, x.dtype) for x in like])
+    zeros = lambda: [vary_as(jnp.zeros(x.shape, x.dtype), mean) for x in like]  # noqa: E731
+    return lax.cond(ok, lambda: _split(mean, like), zeros)
 
 
 def _mean(buffers: list[jax.Array], wire: Wire, ring: bool) -> tuple[list[jax.Array], Bits]:
