@@ -23,13 +23,14 @@ def default_flags():
 
 @pytest.fixture(scope="module")
 def whole():
-    return theory.rounded(N, (1, 2, 4, 16), 4, seed=0)
+    return theory.rounded(N, (1, 2, 4, 16), 16, seed=0)
 
 
-@pytest.mark.parametrize(("s", "nonzeros"), [(1, 366), (2, 751), (4, 1467), (16, 5674)])
-def test_nonzeros_keep_to_the_lemma_and_not_to_the_slides(whole, s, nonzeros):
-    assert whole[s].nonzeros == pytest.approx(nonzeros, rel=0.05)
-    assert whole[s].nonzeros == pytest.approx(s * math.sqrt(2 * N / math.pi), rel=0.05)  # while s is far below √n
+@pytest.mark.parametrize("s", [1, 2, 4, 16])
+def test_nonzeros_keep_to_the_lemma_and_not_to_the_slides(whole, s):
+    expected = s * math.sqrt(2 * N / math.pi)  # while s is far below √n
+    # Almost a Poisson number, of which this is the mean of 16: four standard deviations, and 1 % for the larger s.
+    assert whole[s].nonzeros == pytest.approx(expected, abs=4 * math.sqrt(expected / 16) + 0.01 * expected)
     assert whole[s].nonzeros < theory.nonzeros_bound(N, s)
     assert (whole[s].nonzeros < theory.slides_nonzeros_bound(N, s)) == (s == 1)
 
