@@ -417,18 +417,17 @@ class TestNothingPoisons:
         got = run(TX[row.id], jax.tree.map(lambda x: x * np.float32(magnitude), GRADS), "vmap")
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
-    @pytest.mark.parametrize("magnitude", [1e36, 4e37, 8e37, 9e37, 1.6e38, 3e38])
     @every_row
-    def test_at_the_edge_of_the_range(self, row, magnitude):
-        """A step is exact, as far as the codec is, or skipped: it is not lost, and what follows is finite."""
-        for who in (slice(None), 1):
+    def test_at_the_edge_of_the_range(self, row):
+        """A step is as exact as the codec is, or skipped, but not lost; those that follow are finite, and happen."""
+        for magnitude, who in itertools.product([1e20, 1e30, 4e37, 9e37, 1.6e38, 3e38], [slice(None), 1]):
             grads = jax.tree.map(np.copy, GRADS)
             for leaf in jax.tree.leaves(grads):
-                leaf[2, who] = np.sign(leaf[2, who]) * np.float32(magnitude)
+                leaf[2, who] = np.copysign(np.float32(magnitude), leaf[2, 0])
             got = run(TX[row.id], grads, "vmap")
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
             skipped = got.states.skipped[:, 0]
-            assert skipped[2] in (0, 1)
+            assert skipped[-1] == skipped[-2]
             if skipped[2]:
                 assert not any(x[2].any() for x in jax.tree.leaves(got.updates))
             elif conserves(TX[row.id]):

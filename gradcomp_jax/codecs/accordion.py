@@ -51,6 +51,8 @@ from gradcomp_jax.views import l2_norm
 
 LOW, HIGH = 0, 1
 NORM_SOURCES = ("mean", "first_worker")
+# Norms above this are not told apart.
+MOST = 1e30
 
 
 class AccordionState(NamedTuple):
@@ -171,7 +173,8 @@ class Accordion(Codec):
         """The sum of gradients over the window so far, this one included."""
         place = leaf.step % self.interval
         more = jnp.where(place == 0, 0, leaf.gradients) + gradient.astype(jnp.float32)
-        return jnp.where(place < self.window, more, leaf.gradients)
+        most = float(jnp.finfo(jnp.float32).max)  # a sum may leave the range, and would never come back
+        return jnp.where(place < self.window, jnp.clip(more, -most, most), leaf.gradients)
 
     def checks(self, state: AccordionState) -> jax.Array:
         """Whether this step checks."""
@@ -184,7 +187,12 @@ class Accordion(Codec):
             inner = self.inner.forget(inner, leaf.restart | (ctx.strength != leaf.level))
         sums = self.window_sum(leaf, d[0])
         # The norm rides in every step, of meaning in those that check: a float a leaf is less than a conditional.
-        norm = lax.cond(self.checks(leaf), lambda: l2_norm(sums.reshape(1, -1))[0, 0], lambda: 0 * sums.reshape(-1)[0])
+        # Of finite gradients it is finite, or the step would be skipped, and the next, for ever.
+        norm = lax.cond(
+            self.checks(leaf),
+            lambda: jnp.minimum(l2_norm(sums.reshape(1, -1))[0, 0], MOST),
+            lambda: 0 * sums.reshape(-1)[0],
+        )
         ask = First(norm) if self.norm_source == "first_worker" else Say(norm, exact=True)
         result, heard = yield from alongside(self.inner.talk(phase, d, inner, ctx), ask)
         agreed = heard if self.norm_source == "first_worker" else heard.mean

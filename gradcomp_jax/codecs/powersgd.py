@@ -70,6 +70,20 @@ class PowerSGDState(NamedTuple):
     quantizer: Any
 
 
+def tamed(rows: jax.Array) -> jax.Array:
+    """`rows` [..., n], each divided by the power of two that its largest magnitude is near to; zeros stay.
+
+    What is orthonormalised does not depend on such factors, but products of Q, which is as large as gradients are, with
+    gradients leave the range of their type, and so do squares of P.
+    """
+    info = jnp.finfo(rows.dtype)
+    half = 2.0 ** (info.maxexp // 2)
+    largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
+    down = jnp.where(largest > half, jnp.asarray(1 / half, rows.dtype), 1)  # large ones have no reciprocal
+    power = jax.lax.reduce_precision(largest * down, info.nexp, 0)
+    return rows * down / jnp.where(power >= info.tiny, power, 1)
+
+
 def orthonormalize(p: jax.Array) -> jax.Array:
     """An orthonormal basis of the rows of P^T [layers, r, n] (of the columns of P), of the same shape.
 
@@ -166,8 +180,9 @@ class PowerSGD(Codec):
         def product(subscripts: str, factor: jax.Array) -> jax.Array:
             return functools.reduce(jnp.add, [einsum(subscripts, factor, x) for x in terms])
 
-        p = yield self.say(product("lrm,lnm->lrn", leaf.q), n, m)
-        p = orthonormalize(revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, ctx.salt, ctx.step + 1))
+        p = yield self.say(product("lrm,lnm->lrn", tamed(leaf.q)), n, m)
+        p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, ctx.salt, ctx.step + 1)
+        p = orthonormalize(tamed(p))
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
         q = yield self.say(product("lrn,lnm->lrm", p), n, m)

@@ -176,7 +176,7 @@ class Subset(Codec):
         finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in d])
         mark = jnp.where(finite, jnp.zeros((), values.dtype), jnp.nan)
         fronts = counts if len(counts) > 1 else None
-        heard = yield Say(values + mark, fronts, growth=n / min(counts))
+        heard = yield Say(values + mark, fronts, growth=1.0 if ctx.feedback else n / min(counts))
         # Unbiased where nothing that is left out comes back.
         sent = jnp.array(counts, d[0].dtype)[0 if ctx.strength is None else ctx.strength]
         gain = 1 if ctx.feedback else n / sent

@@ -220,7 +220,21 @@ class Riders(NamedTuple):
 
 
 Collective = Callable[[jax.Array], tuple[jax.Array, Bits]]
-Consume = Callable[[list[Message], jax.Array], Any]
+
+
+class Received(NamedTuple):
+    """Messages of all workers, as they arrived.
+
+    Attributes:
+      all: of each group, arrays [n, ...].
+      of: a worker's index -> its own, which are unpacked from its bytes alone.
+    """
+
+    all: list[Message]
+    of: Callable[[Any], list[Message]]
+
+
+Consume = Callable[[Received, jax.Array], Any]
 
 
 def send(
@@ -238,7 +252,7 @@ def send(
       messages: of each; for a collective that sends to each worker something else, arrays [n, ...].
       riding: bytes [b], or [n, b].
       collective: what sends a buffer.
-      consume: what to make of the messages [n, ...] and riders' bytes [n, b] that arrive.
+      consume: what to make of the messages and riders' bytes [n, b] that arrive.
       wire: the link.
 
     Returns:
@@ -253,7 +267,8 @@ def send(
 
     def plain() -> tuple[Any, Bits]:
         unpack = functools.partial(unpack_arrays, like=like)
-        return _carry(pack_arrays(messages, lead), riding, collective, consume, unpack)
+        arrived = lambda data: Received(unpack(data), lambda worker: unpack(data[worker]))  # noqa: E731
+        return _carry(pack_arrays(messages, lead), riding, collective, consume, arrived)
 
     if compact is None:
         return *plain(), lengths(groups, messages if lead else [row(m, None) for m in messages])
@@ -262,7 +277,7 @@ def send(
     agreed_to, asking = wire.all_(jnp.all(fits))
 
     def shorter() -> tuple[Any, Bits]:
-        return _carry(payload, riding, collective, consume, lambda data: [unpack(data)])
+        return _carry(payload, riding, collective, consume, lambda data: _unpacked([unpack(data)]))
 
     result, bits = wire.switch(agreed_to.astype(jnp.int32), [_paired(plain), _paired(shorter)])
     whole = functools.reduce(sum_bits, length) if lead else length
@@ -279,12 +294,20 @@ def _paired(branch: Callable[[], tuple[Any, Bits]]) -> Callable[[], tuple[Any, j
     return paired
 
 
+def _unpacked(messages: list[Message]) -> Received:
+    return Received(messages, functools.partial(row, messages))
+
+
 def _carry(
-    payload: jax.Array, riding: jax.Array, collective: Collective, consume: Consume, unpack: Any
+    payload: jax.Array,
+    riding: jax.Array,
+    collective: Collective,
+    consume: Consume,
+    arrived: Callable[[jax.Array], Received],
 ) -> tuple[Any, Bits]:
     received, bits = collective(jnp.concatenate([payload, riding], axis=-1) if riding.shape[-1] else payload)
     end = payload.shape[-1]
-    return consume(unpack(received[..., :end]), received[..., end:]), bits
+    return consume(arrived(received[..., :end]), received[..., end:]), bits
 
 
 def _send_fronts(
@@ -307,7 +330,7 @@ def _send_fronts(
     length = functools.reduce(jnp.add, used) + beside
     received, bits = wire.front(collective, buffer, length, least, most)
     got = jax.vmap(lambda data: unpack_front(data, used, [max(f) for f in fronts]))(received[..., beside:])
-    return consume([{"data": x} for x in got], received[..., :beside]), bits
+    return consume(_unpacked([{"data": x} for x in got]), received[..., :beside]), bits
 
 
 def coded(
@@ -370,11 +393,10 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
     groups = grouped(coder, ys, 1, key, strengths)
     messages = [encode_all(group) for group in groups]
 
-    def consume(received: list[Message], rode: jax.Array) -> tuple[Any, Any, jax.Array]:
+    def consume(received: Received, rode: jax.Array) -> tuple[Any, Any, jax.Array]:
         exact = [jnp.sum(x, axis=0, keepdims=True) / n for x in ride.unpack(rode)]
-        ok = agreed([sound(groups, received, n * growth), *ride.sound(exact)], before)
-        received = _silenced(groups, received, ok)
-        means = _mean_of_all(groups, received, n)
+        ok = agreed([sound(groups, received.all, n * growth), *ride.sound(exact)], before)
+        means = _mean_of_all(groups, lambda worker: _silenced(groups, received.of(worker), ok), n)
         means = [_hushed(group, mean, ok) for group, mean in zip(groups, means, strict=True)]
         return [_voted(group, mean) for group, mean in zip(groups, means, strict=True)], exact, ok
 
@@ -402,23 +424,16 @@ def _owns(group: Group, messages: Message) -> list[Any]:
     return decode_all(group, messages)
 
 
-def _mean_of_all(groups: list[Group], received: list[Message], n: int) -> list[list[jax.Array]]:
-    """The mean of what the messages [n, ...] of whole tensors decode to."""
-
-    def of_worker(worker: Any) -> list[list[jax.Array]]:
-        return [
-            decode_all(g, jax.tree.map(lambda x: x[worker][None], m)) for g, m in zip(groups, received, strict=True)
-        ]
-
+def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int) -> list[list[jax.Array]]:
+    """The mean of what the workers' messages of whole tensors decode to; of: worker -> messages."""
     if n == 1:
-        return of_worker(0)
+        return [decode_all(g, row(m, None)) for g, m in zip(groups, of(0), strict=True)]
 
     # One after another: memory holds one decoded copy however many workers there are. By index, as a scan would copy
     # the payloads.
     def add(worker: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
         sums = []
-        for group, total, message in zip(groups, totals, received, strict=True):
-            one = row(message, worker)
+        for group, total, one in zip(groups, totals, of(worker), strict=True):
             if group.coder.rowwise:
                 parts = decode_all(group, jax.tree.map(lambda x: x[None], one))
                 sums.append([t + y / n for t, y in zip(total, parts, strict=True)])
@@ -446,14 +461,14 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     owed = [cut(e, n, group.each) for e, group in zip(seconds, groups, strict=False) if e is not None]
     messages = [encode_all(group) for group in groups]
 
-    def average(received: list[Message], rode: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        return _mean_of_shards(groups, received, n, me), [jnp.sum(x, axis=0) / n for x in ride.unpack(rode)]
+    def average(received: Received, rode: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
+        return _mean_of_shards(groups, received.all, n, me), [jnp.sum(x, axis=0) / n for x in ride.unpack(rode)]
 
-    def restore(received: list[Message], rode: jax.Array) -> tuple[Any, list[jax.Array], jax.Array]:
+    def restore(received: Received, rode: jax.Array) -> tuple[Any, list[jax.Array], jax.Array]:
         exact = ride.unpack(rode)
-        ok = agreed([sound(groups, received, n * growth), *ride.sound(exact)], before)
-        received = _silenced(groups, received, ok)
-        means = [_hushed(g, decode_all(g, m), ok) for g, m in zip(groups, received, strict=True)]
+        ok = agreed([sound(groups, received.all, n * growth), *ride.sound(exact)], before)
+        messages = _silenced(groups, received.all, ok)
+        means = [_hushed(g, decode_all(g, m), ok) for g, m in zip(groups, messages, strict=True)]
         return means, exact, ok
 
     (exact, rode), first_bits, first_length = send(groups, messages, ride.pack(), wire.scatter, average, wire)
