@@ -44,7 +44,8 @@ class Feedback:
 
     def settle(self, terms: tuple[jax.Array, ...], memory: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
         """The next memory; as it was where not `ok`."""
-        gradient, owed = terms
+        # Computed anew: the sum that the codec was given would be kept until here, a buffer of the gradient's size.
+        gradient, owed = jax.lax.optimization_barrier(terms[0]), terms[1]
         return _less(jnp.where(ok, gradient[None] + owed[None], memory[None]), own, ok)
 
 

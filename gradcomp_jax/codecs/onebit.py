@@ -100,11 +100,6 @@ class Bits(Coder):
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         return jnp.where(message["bits"].values == 1, message["high"][None], message["low"][None])
 
-    def own(self, y: jax.Array, message: Message, part: Part) -> jax.Array:
-        if self.threshold == "mean":
-            return self.restore(message, y.shape, part)
-        return jnp.where(y >= 0, message["high"][None], message["low"][None])
-
     def size(self, shape: tuple[int, ...]) -> int:
         return -(-shape[0] * shape[1] // 8) + 8 * shape[1]
 

@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 # A column of P with nothing above this carries no direction.
 DEAD = 1e-30
+# Up to this rank P Q^T is a sum of r outer products, which costs less than storing the product.
+WRITTEN_OUT = 8
 
 
 class PowerSGDState(NamedTuple):
@@ -178,19 +180,18 @@ class PowerSGD(Codec):
         n = terms[0].shape[1]
 
         def product(subscripts: str, factor: jax.Array) -> jax.Array:
-            return functools.reduce(jnp.add, [einsum(subscripts, factor, x) for x in terms])
+            # As written: turned round, such a product takes twice to ten times as long on CPUs.
+            products = [jax.lax.optimization_barrier(einsum(subscripts, x, factor)) for x in terms]
+            return functools.reduce(jnp.add, products)
 
-        p = yield self.say(product("lrm,lnm->lrn", tamed(leaf.q)), n, m)
+        p = yield self.say(product("lnm,lrm->lnr", tamed(leaf.q)).swapaxes(1, 2), n, m)
         p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, ctx.salt, ctx.step + 1)
         p = orthonormalize(tamed(p))
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
-        q = yield self.say(product("lrn,lnm->lrm", p), n, m)
-
-        def restore(q: jax.Array) -> jax.Array:
-            return einsum("lrn,lrm->lnm", p, q.reshape(r, layers, m).swapaxes(0, 1)).reshape(d[0].shape)
-
-        return Result(restore(q.mean), restore(q.own), {"q": q.mean.reshape(r, layers, m).swapaxes(0, 1)})
+        q = yield self.say(functools.reduce(jnp.add, [einsum("lrn,lnm->lrm", p, x) for x in terms]), n, m)
+        mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (q.mean, q.own))
+        return Result(outer(p, mean, d[0].shape), outer(p, own, d[0].shape), {"q": mean})
 
     def say(self, factor: jax.Array, n: int, m: int) -> Say:
         """What is asked of a factor [layers, r, ...]: its columns in front of its layers, so that those in use lead."""
@@ -203,6 +204,17 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """A product of matrices."""
     # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
     return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """P Q^T, of P^T [layers, r, n] and Q^T [layers, r, m], in a leaf's shape."""
+    layers, r, m = q.shape
+    if r > WRITTEN_OUT:
+        return einsum("lrn,lrm->lnm", p, q).reshape(shape)
+    # In the leaf's own shape, so that it fuses into what takes it: then nothing of the gradient's size is stored.
+    cut = next(axis for axis in range(len(shape) - 1, 0, -1) if math.prod(shape[axis:]) == m)
+    rows, columns = shape[:cut] + (1,) * (len(shape) - cut), (layers,) + (1,) * (cut - 1) + shape[cut:]
+    return functools.reduce(jnp.add, [p[:, i].reshape(rows) * q[:, i].reshape(columns) for i in range(r)])
 
 
 def revive(p: jax.Array, *seeds: Any) -> jax.Array:

@@ -59,9 +59,6 @@ class Signs(Coder):
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         return jnp.where(message["signs"].values == 1, message["norm"], -message["norm"])
 
-    def own(self, y: jax.Array, message: Message, part: Part) -> jax.Array:
-        return jnp.where(y >= 0, message["norm"], -message["norm"])
-
     def size(self, shape: tuple[int, ...]) -> int:
         return 4 + -(-shape[0] // 8)
 

@@ -403,12 +403,21 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
     mine = [row(message, 0) for message in messages]
     (means, exact, ok), bits, length = send(groups, mine, ride.pack()[0], wire.gather, consume, wire)
     heard = []
-    for group, message, (voted, mean) in zip(groups, messages, means, strict=True):
+    sent = jax.tree.map(lambda x: x[None], _as_sent(groups, mine, 0))
+    for group, message, (voted, mean) in zip(groups, sent, means, strict=True):
         owns = _owns(group, message)
         if coder.votes:
             owns = [dense(x) + (v - m) for x, v, m in zip(owns, voted, mean, strict=True)]
         heard += [Heard(v, own) for v, own in zip(voted, owns, strict=True)]
     return Sent(heard, ride.restore(exact), ok, bits, length)
+
+
+def _as_sent(groups: list[Group], messages: list[Message], lead: int) -> list[Message]:
+    """Messages as their bytes have them, where they are packed anyway: what they were made of need not be kept."""
+    if groups[0].coder.tells_length or groups[0].coder.fronts(groups[0].shape) is not None:
+        return messages
+    like = [row(message, 0) for message in messages] if lead else messages
+    return unpack_arrays(lax.optimization_barrier(pack_arrays(messages, lead)), like)
 
 
 def _owns(group: Group, messages: Message) -> list[Any]:
@@ -479,7 +488,8 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     riding = pack_arrays(rode) if ride.arrays else jnp.zeros(0, jnp.uint8)
     (means, rode, ok), bits, length = send(groups, again, riding, wire.gather, restore, wire)
     heard = []
-    for place, (group, message, mean) in enumerate(zip(groups, messages, means, strict=True)):
+    sent = _as_sent(groups, messages, 1)
+    for place, (group, message, mean) in enumerate(zip(groups, sent, means, strict=True)):
         owns = _owns(group, message)
         second = None
         if seconds[0] is not None:
