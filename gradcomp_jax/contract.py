@@ -281,6 +281,11 @@ class Codec:
         del leaf, d, mean, ok, ctx
         return {}
 
+    def adopt(self, leaf: Any, mean: jax.Array, ok: jax.Array) -> dict[str, Any]:
+        """As `absorb`, of fields that `refresh` reads as they were before the step."""
+        del leaf, mean, ok
+        return {}
+
     def due(self, state: Any) -> jax.Array | None:
         """Whether `refresh` is to run in this step, the same on all workers; None: never."""
         del state

@@ -54,15 +54,17 @@ def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
     index = _count_reached(ends, ranks)
     word = words[jnp.minimum(index, words.size - 1)]
     rank = ranks - jnp.where(index > 0, ends[jnp.maximum(index - 1, 0)], 0)
-    bit = jnp.zeros_like(rank)
-    for half in (16, 8, 4, 2, 1):
-        low = word & jnp.uint32((1 << half) - 1)
+
+    def halve(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        rank, word, bit = found
+        half = jnp.int32(16) >> i
+        low = word & ((jnp.uint32(1) << half.astype(jnp.uint32)) - 1)
         count = lax.population_count(low).astype(jnp.int32)
         beyond = rank >= count
-        rank = jnp.where(beyond, rank - count, rank)
-        word = jnp.where(beyond, word >> half, low)
-        bit = jnp.where(beyond, bit + half, bit)
-    return index, bit
+        high = word >> half.astype(jnp.uint32)
+        return jnp.where(beyond, rank - count, rank), jnp.where(beyond, high, low), jnp.where(beyond, bit + half, bit)
+
+    return index, lax.fori_loop(0, 5, halve, (rank, word, 0 * rank))[2]
 
 
 def _count_reached(ends: jax.Array, ranks: jax.Array) -> jax.Array:
@@ -71,12 +73,15 @@ def _count_reached(ends: jax.Array, ranks: jax.Array) -> jax.Array:
     That is jnp.searchsorted(ends, ranks, side="right"), which jax 0.10 cannot trace in a shard_map that leaves a
     further axis to the compiler.
     """
-    count = jnp.zeros_like(ranks)
-    for step in (1 << i for i in reversed(range(ends.size.bit_length()))):
-        further = count + step
+    bits = ends.size.bit_length()
+
+    # A loop: written out, XLA would copy the steps before into each.
+    def step(i: jax.Array, count: jax.Array) -> jax.Array:
+        further = count + (jnp.int32(1) << (bits - 1 - i))
         reached = ends[jnp.minimum(further, ends.size) - 1] <= ranks
-        count = jnp.where((further <= ends.size) & reached, further, count)
-    return count
+        return jnp.where((further <= ends.size) & reached, further, count)
+
+    return lax.fori_loop(0, bits, step, 0 * (ranks + ends[0]))  # zeros that vary as both do
 
 
 def positions(mask: jax.Array, size: int) -> jax.Array:

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import AxisType
 
+# So many numbers XLA's CPU backend sums as it is told.
+STEP = 32
+
 
 def widen(x: jax.Array) -> jax.Array:
     """`x` in float32, or as it is if it is float64 or complex.
@@ -66,22 +69,21 @@ def others_are_automatic() -> bool:
 def sum_of(part: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:
     """The sum of `part` of the elements along an axis, where part makes them all of one sign and keeps such as are.
 
-    In one pass: XLA's CPU backend gives plain sums to a library, for which it first writes what is to be summed. But of
-    shards of an axis of the compiler's, backends have plain sums alone.
+    In one pass: XLA's CPU backend gives plain sums to a library, and makes long ones in steps, for which it first
+    writes what is to be summed. But of shards of an axis of the compiler's, backends have plain sums alone.
     """
     if others_are_automatic():
         return jnp.sum(part(x), axis=axis)
-    zero = jnp.zeros((), x.dtype)
-    return lax.reduce(x, zero, lambda total, one: total + part(one), (axis % x.ndim,))
+    axis, zero = axis % x.ndim, jnp.zeros((), x.dtype)
+    if x.shape[axis] > STEP and x.shape[axis] % STEP == 0:  # of partial sums, as one long sum of float32 loses more
+        steps = x.reshape(*x.shape[:axis], -1, STEP, *x.shape[axis + 1 :])
+        return jnp.sum(sum_of(part, steps, axis + 1), axis=axis)
+    return lax.reduce(x, zero, lambda total, one: total + part(one), (axis,))
 
 
 def l1_norm(x: jax.Array) -> jax.Array:
     """The sum of the magnitudes of a vector."""
-    if x.size % 32:
-        return sum_of(jnp.abs, x, 0)
-    # In steps, as one long sum of float32 loses more, and as XLA's CPU backend would make such of it by itself, for
-    # which it first writes what is to be summed.
-    return jnp.sum(sum_of(jnp.abs, x.reshape(-1, 32), 1))
+    return sum_of(jnp.abs, x, 0)
 
 
 def max_norm(v: jax.Array) -> jax.Array:

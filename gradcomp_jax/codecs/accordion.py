@@ -204,6 +204,9 @@ class Accordion(Codec):
         sums = jnp.where(ok, self.window_sum(leaf, d[0]), leaf.gradients)
         return {"codec": self.inner.absorb(leaf.codec, d, mean, ok, ctx), "gradients": sums}
 
+    def adopt(self, leaf: Any, mean: jax.Array, ok: jax.Array) -> dict[str, Any]:
+        return {"codec": self.inner.adopt(leaf.codec, mean, ok)}
+
     def due(self, state: AccordionState) -> jax.Array | None:
         return self.inner.due(state.codec)
 

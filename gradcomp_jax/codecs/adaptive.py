@@ -33,7 +33,7 @@ from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_indexable, require_static
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.views import columns, from_columns
+from gradcomp_jax.views import columns, from_columns, max_norm, sum_of
 from gradcomp_jax.wire import columns as sparse
 
 SCOPES = ("matrix", "column")
@@ -104,6 +104,7 @@ class Columns(Coder):
 
     name: ClassVar[str] = "adaptive"
     draws: ClassVar[bool] = True
+    branches: ClassVar[bool] = True
     tells_length: ClassVar[bool] = True
     silences: ClassVar[bool] = True  # type: ignore[assignment]
 
@@ -141,12 +142,12 @@ class Columns(Coder):
         selected = sparse.keep_first(positive | ((y <= below) & (y < 0)), self.capacity(y.shape))
 
         def mean(side: jax.Array) -> jax.Array:
-            count = jnp.maximum(jnp.sum(side, axis=0), 1).astype(y.dtype)
-            return jnp.sum(jnp.where(side, y, 0), axis=0) / count
+            count = sum_of(jnp.abs, side.astype(y.dtype), 0)
+            return sum_of(jnp.abs, jnp.where(side, y, 0), 0) / jnp.maximum(count, 1)
 
         # NaN passes no threshold, and Inf may be among what is dropped: the values tell of both.
-        mark = jnp.sum(0 * y)
-        values = mean(selected & positive) + mark, mean(selected & ~positive) + mark
+        mark = 0 * max_norm(y.reshape(1, -1))[0]
+        values = mean(selected & positive) + mark, mark - mean(selected & ~positive)
         return {"data": sparse.encode(selected, positive, *values, self.capacity(y.shape))}
 
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:

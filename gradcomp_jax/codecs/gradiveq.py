@@ -367,7 +367,12 @@ class GradiVeQ(Codec):
         first = rows[:: -(-len(rows) // len(leaf.basis))]
         # A row at a time, outside any conditional: one that carried the samples would copy them.
         samples = leaf.samples.at[row].set(jnp.where(taken, first, leaf.samples[row]))
-        return {"samples": samples, "mu": jnp.where(taken, averaged(leaf.mu, rows, row), leaf.mu)}
+        return {"samples": samples}
+
+    def adopt(self, leaf: Any, mean: jax.Array, ok: jax.Array) -> dict[str, Any]:
+        rows = buckets(mean, leaf.mu.shape[-1])
+        training, row = self.row(leaf.position)
+        return {"mu": jnp.where(training & ok, averaged(leaf.mu, rows, row), leaf.mu)}
 
     def due(self, state: GradiVeQState) -> jax.Array:
         return state.position == self.train_steps - 1

@@ -12,7 +12,7 @@ from jax import lax
 from gradcomp_jax.coder import Coder, Message, Part
 from gradcomp_jax.contract import Heard, Say, Sparse, dense
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
-from gradcomp_jax.exchange.collectives import Wire, of_ring
+from gradcomp_jax.exchange.collectives import Wire, always, of_ring
 from gradcomp_jax.exchange.ways import Sent, agreed, within
 from gradcomp_jax.views import pack_front, unpack_front
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
@@ -102,6 +102,18 @@ def encode_all(group: Group) -> Message:
     encode = lambda shard: coder.encode(shard[0], group.part(*shard[1:]))  # noqa: E731
     # One after another where there are branches: a shard's choice between them stays a choice.
     return lax.map(encode, shards) if coder.branches else jax.vmap(encode)(shards)
+
+
+def encode_each(groups: list[Group]) -> list[Message]:
+    """The messages of all shards of all groups, arrays [shards, ...]."""
+    messages: list[Message] = []
+    for group in groups:
+        if messages and group.coder.branches:
+            # One after another, so that memory holds the workings of one: a compiler would begin with all of them.
+            done = always(jax.tree.leaves(messages[-1])[0])
+            group = group._replace(ys=[jnp.where(done, y, 0) for y in group.ys])
+        messages.append(encode_all(group))
+    return messages
 
 
 def decode_all(group: Group, messages: Message) -> list[jax.Array]:
@@ -391,7 +403,7 @@ def _hushed(group: Group, ys: list[jax.Array], ok: jax.Array) -> list[jax.Array]
 def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:
     n = wire.workers
     groups = grouped(coder, ys, 1, key, strengths)
-    messages = [encode_all(group) for group in groups]
+    messages = encode_each(groups)
 
     def consume(received: Received, rode: jax.Array) -> tuple[Any, Any, jax.Array]:
         exact = [jnp.sum(x, axis=0, keepdims=True) / n for x in ride.unpack(rode)]
@@ -468,7 +480,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     firsts = [y if e is None else y - n * e for y, e in zip(ys, seconds, strict=True)]
     groups = grouped(coder, firsts, n, key, strengths)
     owed = [cut(e, n, group.each) for e, group in zip(seconds, groups, strict=False) if e is not None]
-    messages = [encode_all(group) for group in groups]
+    messages = encode_each(groups)
 
     def average(received: Received, rode: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
         return _mean_of_shards(groups, received.all, n, me), [jnp.sum(x, axis=0) / n for x in ride.unpack(rode)]

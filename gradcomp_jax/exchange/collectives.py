@@ -67,9 +67,15 @@ def after(tree: T, results: Any) -> T:
     first = [jnp.ravel(x)[0] for x in jax.tree.leaves(results) if x.size and not _varying(x)]
     if not _ordering.get() or not first:
         return tree
-    bits = [lax.bitcast_convert_type(x.astype(jnp.float32), jnp.int32) for x in first]
-    done = (functools.reduce(jnp.bitwise_or, bits) & 1) < 2  # always, which XLA does not know
+    done = always(first)
     return jax.tree.map(lambda x: jnp.where(done, x, jnp.zeros_like(x)), tree)
+
+
+def always(results: Any) -> jax.Array:
+    """True, which XLA does not know before it has one value of each array of `results`."""
+    first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
+    bits = [lax.bitcast_convert_type(x, jnp.int32) for x in first]
+    return (functools.reduce(jnp.bitwise_or, bits, 0) & 1) < jnp.int32(2)
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from gradcomp_jax import random
 from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Together
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
-from gradcomp_jax.exchange.collectives import Wire, after, known_different
+from gradcomp_jax.exchange.collectives import Wire, after, always, known_different
 
 Terms = dict[str, tuple[jax.Array, ...]]
 
@@ -116,9 +116,12 @@ class Exchange(NamedTuple):
         }
         after = codec.merge(codec.merge(codec.with_coder_state(state, done.coder), done.news), absorbed)
         renewed, bits = self._refresh(state, after, done)
+        # Known only once it has read the old ones, so that these can be overwritten where they lie.
+        ok = done.ok & always(bits)
+        adopted = {path: codec.adopt(codec.leaf(state, path), done.mean[path], ok) for path in terms}
         after = codec.tick(state, codec.merge(after, renewed), whole)
         after = jax.tree.map(lambda new, old: jnp.where(done.ok, new, old), after, state)
-        after = codec.merge(after, absorbed)  # which is selected already
+        after = codec.merge(codec.merge(after, absorbed), adopted)  # which are selected already
         return Exchanged(done.mean, done.own, after, done.rode, done.ok, sum_bits(done.bits, bits))
 
     def _run(self, terms: Terms, state: Any, contexts: dict[str, Context], riders: Any, phase: int) -> _Done:
