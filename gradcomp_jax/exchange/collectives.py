@@ -75,7 +75,7 @@ def always(results: Any) -> jax.Array:
     """True, which XLA does not know before it has one value of each array of `results`."""
     first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
     bits = [lax.bitcast_convert_type(x, jnp.int32) for x in first]
-    return (functools.reduce(jnp.bitwise_or, bits, 0) & 1) < jnp.int32(2)
+    return (functools.reduce(jnp.bitwise_or, bits) & 1) < jnp.int32(2)
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:
