@@ -213,15 +213,16 @@ def state_of(tx: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def exchange(codec: Compressor, params: Any, workers: int) -> Program:
-    """The codec alone: (gradients, state) -> (updates, state), of which the state is donated."""
+    """The codec alone: (gradients, state) -> (state, updates), of which the state is donated."""
     mesh, specs = make_mesh(workers), state_specs(codec, params)
 
     def worker(grads: Any, state: Any) -> tuple[Any, Any]:
         updates, state = codec.update(jax.tree.map(lambda x: x[0], grads), local_state(state))
-        return updates, global_state(state)
+        # The state first: XLA gives a donated buffer to the first result of its size.
+        return global_state(state), updates
 
     grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct((workers, *x.shape), x.dtype), params)
-    update = jax.shard_map(worker, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs))
+    update = jax.shard_map(worker, mesh=mesh, in_specs=(P("data"), specs), out_specs=(specs, P()))
     step = jax.jit(update, donate_argnums=1)
     return Program(step, (laid(grads, mesh, P("data")), state_of(codec, params, mesh)))
 
