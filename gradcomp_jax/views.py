@@ -1,5 +1,7 @@
 """Tensors as the algorithms see them: wide enough to sum, as matrices, as buckets."""
 
+import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -64,6 +66,26 @@ def others_are_automatic() -> bool:
     """Whether the mesh here has a further axis that the compiler shards arrays over."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and AxisType.Auto in mesh.axis_types
+
+
+def always(results: Any) -> jax.Array:
+    """True, which XLA does not know before it has one value of each array of `results`."""
+    first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
+    bits = [lax.bitcast_convert_type(x, jnp.int32) for x in first]
+    return (functools.reduce(jnp.bitwise_or, bits) & 1) < jnp.int32(2)
+
+
+def split(flat: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
+    """`flat` [..., n] in pieces of these sizes along its last axis, from the front on; what follows is left out.
+
+    From places that are known at run time only: XLA's CPU backend compiles operations that are alike once, however many
+    there are, and those upon slices of two places are not alike.
+    """
+    if len(sizes) < 2:
+        return [flat[..., :size] for size in sizes]
+    starts = [jnp.int32(start) for start in itertools.accumulate(sizes[:-1], initial=0)]
+    places = lax.cond(always(flat), lambda: starts, lambda: [jnp.int32(0) for _ in starts])
+    return [lax.dynamic_slice_in_dim(flat, place, size, axis=-1) for place, size in zip(places, sizes, strict=True)]
 
 
 def sum_of(part: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:

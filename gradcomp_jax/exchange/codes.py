@@ -12,9 +12,9 @@ from jax import lax
 from gradcomp_jax.coder import Coder, Message, Part
 from gradcomp_jax.contract import Heard, Say, Sparse, dense
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
-from gradcomp_jax.exchange.collectives import Wire, always, of_ring
+from gradcomp_jax.exchange.collectives import Wire, of_ring
 from gradcomp_jax.exchange.ways import Sent, agreed, within
-from gradcomp_jax.views import pack_front, unpack_front
+from gradcomp_jax.views import always, pack_front, unpack_front
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 

@@ -28,6 +28,7 @@ from jax import lax
 
 from gradcomp_jax.contract import AlreadyReducedError, AxisName
 from gradcomp_jax.exchange.bits import Bits, bit_pair
+from gradcomp_jax.views import always
 
 T = TypeVar("T")
 
@@ -69,13 +70,6 @@ def after(tree: T, results: Any) -> T:
         return tree
     done = always(first)
     return jax.tree.map(lambda x: jnp.where(done, x, jnp.zeros_like(x)), tree)
-
-
-def always(results: Any) -> jax.Array:
-    """True, which XLA does not know before it has one value of each array of `results`."""
-    first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
-    bits = [lax.bitcast_convert_type(x, jnp.int32) for x in first]
-    return (functools.reduce(jnp.bitwise_or, bits) & 1) < jnp.int32(2)
 
 
 def axis_names(axis_name: AxisName) -> tuple[str, ...]:

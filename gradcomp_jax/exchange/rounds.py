@@ -17,7 +17,8 @@ from gradcomp_jax import random
 from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Together
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
-from gradcomp_jax.exchange.collectives import Wire, after, always, known_different
+from gradcomp_jax.exchange.collectives import Wire, after, known_different
+from gradcomp_jax.views import always
 
 Terms = dict[str, tuple[jax.Array, ...]]
 

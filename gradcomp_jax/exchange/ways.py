@@ -24,8 +24,8 @@ from jax import lax
 
 from gradcomp_jax.contract import Heard, Say
 from gradcomp_jax.exchange.bits import Bits
-from gradcomp_jax.exchange.collectives import Wire, vary_as
-from gradcomp_jax.views import others_are_automatic, pack_front, unpack_front
+from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.views import others_are_automatic, pack_front, split, unpack_front
 
 # A whole gradient of more bytes is a message of its own: it needs no copy, and can overlap with others.
 APART = 2**20
@@ -119,12 +119,7 @@ def exact(
 
 def _apart(ok: jax.Array, mean: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     """The arrays of a buffer, or zeros where not `ok`."""
-    if len(like) < 2:
-        return [jnp.where(ok, x, 0) for x in _split(mean, like)]
-    # A conditional, from which each array comes as one: slices of the buffer would fuse into what takes them, and as no
-    # two are alike, leaves of one shape would no longer share what XLA compiles for them.
-    zeros = lambda: [vary_as(jnp.zeros(x.shape, x.dtype), mean) for x in like]  # noqa: E731
-    return lax.cond(ok, lambda: _split(mean, like), zeros)
+    return _split(jnp.where(ok, mean, 0), like)
 
 
 def _mean(buffers: list[jax.Array], wire: Wire, ring: bool) -> tuple[list[jax.Array], Bits]:
@@ -180,8 +175,4 @@ def _split(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     """The inverse of `_flat`; what follows in the vector is left out."""
     if len(like) == 1 and flat.shape == like[0].shape:
         return [flat]
-    parts, start = [], 0
-    for x in like:
-        parts.append(flat[start : start + x.size].reshape(x.shape))
-        start += x.size
-    return parts
+    return [part.reshape(x.shape) for part, x in zip(split(flat, [x.size for x in like]), like, strict=True)]
