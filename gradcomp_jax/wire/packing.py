@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradcomp_jax.views import split
+
 
 def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     """uint8 codes, c * 8 / bits of them along `axis`, each below 2^bits, to c bytes; bits is 1, 2, 4 or 8."""
@@ -153,19 +155,16 @@ def pack_arrays(tree: Any, lead: int = 0) -> jax.Array:
 def unpack_arrays(data: jax.Array, like: Any) -> Any:
     """The inverse of `pack_arrays`: uint8 [..., p] to arrays [..., *shape] of the shapes and types of `like`."""
     leaves, treedef = jax.tree.flatten(like, is_leaf=_is_field)
-    lead, start = data.shape[:-1], 0
-    parts: list[Any] = list(leaves)
-    for place, x in enumerate(leaves):
-        if not _is_field(x):
-            size = x.size * x.dtype.itemsize
-            parts[place] = from_bytes(data[..., start : start + size], (*lead, *x.shape), x.dtype)
-            start += size
-    for places in _together(like):
-        width, total = leaves[places[0]].width, sum(leaves[i].values.size for i in places)
-        values = unpack_fields(data[..., start : start + fields_bytes(total, width)], total, width)
-        start, at = start + fields_bytes(total, width), 0
-        for i in places:
-            end = at + leaves[i].values.size
-            parts[i] = Field(values[..., at:end].reshape(*lead, *leaves[i].values.shape), width)
-            at = end
+    lead, parts = data.shape[:-1], [*leaves]
+    plain, groups = [i for i, x in enumerate(leaves) if not _is_field(x)], _together(like)
+    totals = [sum(leaves[i].values.size for i in places) for places in groups]
+    widths = [leaves[places[0]].width for places in groups]
+    sizes = [leaves[i].size * leaves[i].dtype.itemsize for i in plain]
+    pieces = split(data, [*sizes, *map(fields_bytes, totals, widths)])
+    for i, piece in zip(plain, pieces, strict=False):
+        parts[i] = from_bytes(piece, (*lead, *leaves[i].shape), leaves[i].dtype)
+    for places, piece, total, width in zip(groups, pieces[len(plain) :], totals, widths, strict=True):
+        values = split(unpack_fields(piece, total, width), [leaves[i].values.size for i in places])
+        for i, x in zip(places, values, strict=True):
+            parts[i] = Field(x.reshape(*lead, *leaves[i].values.shape), width)
     return jax.tree.unflatten(treedef, parts)
