@@ -75,17 +75,17 @@ def always(results: Any) -> jax.Array:
     return (functools.reduce(jnp.bitwise_or, bits) & 1) < jnp.int32(2)
 
 
-def split(flat: jax.Array, sizes: Sequence[int]) -> list[jax.Array]:
-    """`flat` [..., n] in pieces of these sizes along its last axis, from the front on; what follows is left out.
+def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
+    """`x` in pieces of these sizes along an axis, from the front on; what follows is left out.
 
     From places that are known at run time only: XLA's CPU backend compiles operations that are alike once, however many
     there are, and those upon slices of two places are not alike.
     """
     if len(sizes) < 2:
-        return [flat[..., :size] for size in sizes]
+        return [lax.slice_in_dim(x, 0, size, axis=axis) for size in sizes]
     starts = [jnp.int32(start) for start in itertools.accumulate(sizes[:-1], initial=0)]
-    places = lax.cond(always(flat), lambda: starts, lambda: [jnp.int32(0) for _ in starts])
-    return [lax.dynamic_slice_in_dim(flat, place, size, axis=-1) for place, size in zip(places, sizes, strict=True)]
+    places = lax.cond(always(x), lambda: starts, lambda: [jnp.int32(0) for _ in starts])
+    return [lax.dynamic_slice_in_dim(x, place, size, axis=axis) for place, size in zip(places, sizes, strict=True)]
 
 
 def sum_of(part: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:

@@ -14,7 +14,7 @@ from gradcomp_jax.contract import Heard, Say, Sparse, dense
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, of_ring
 from gradcomp_jax.exchange.ways import Sent, agreed, within
-from gradcomp_jax.views import always, pack_front, unpack_front
+from gradcomp_jax.views import always, pack_front, split, unpack_front
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 
@@ -121,12 +121,12 @@ def decode_all(group: Group, messages: Message) -> list[jax.Array]:
     coder = group.coder
     if coder.rowwise:
         axis = coder.unit_axis
-        rows = jax.tree.map(lambda x: uncut(x, axis), messages)
         starts, ys = group.starts(), []
-        for y, start, end in zip(group.ys, starts, starts[1:], strict=False):
-            take = functools.partial(lax.slice_in_dim, start_index=start // coder.unit, limit_index=end // coder.unit)
-            mine = jax.tree.map(lambda x, take=take: take(x, axis=axis), rows)
-            whole = coder.restore(mine, (*y.shape[:-1], end - start), group.part(0))
+        sizes = [end - start for start, end in itertools.pairwise(starts)]
+        arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: uncut(x, axis), messages))
+        pieces = [split(x, [size // coder.unit for size in sizes], axis) for x in arrays]
+        for y, size, *mine in zip(group.ys, sizes, *pieces, strict=True):
+            whole = coder.restore(jax.tree.unflatten(treedef, mine), (*y.shape[:-1], size), group.part(0))
             ys.append(whole[..., : y.shape[-1]])
         return ys
     if group.shards == 1:
