@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gradcomp_jax.contract import Codec, Context, Mine, Result, Say, Talk, total
+from gradcomp_jax.views import cut_as_written
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 Message = Any
@@ -243,7 +244,7 @@ class Switched(Coder):
         def branch(coder: Coder) -> Callable[[], Any]:
             keyed = lambda: part._replace(key=jax.random.key(0))  # noqa: E731, any will do for a shape
             like = jax.eval_shape(lambda: coder.encode(jnp.zeros(shape, jnp.float32), keyed()))
-            return lambda: what(coder, unpack_arrays(message["data"][: coder.size(shape)], like))
+            return lambda: what(coder, unpack_arrays(message["data"][: coder.size(shape)], like, cut_as_written))
 
         return lax.switch(part.strength, [branch(coder) for coder in self.coders])
 

@@ -72,7 +72,7 @@ def always(results: Any) -> jax.Array:
     """True, which XLA does not know before it has one value of each array of `results`."""
     first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
     bits = [lax.bitcast_convert_type(x, jnp.int32) for x in first]
-    return (functools.reduce(jnp.bitwise_or, bits) & 1) < jnp.int32(2)
+    return (functools.reduce(jnp.bitwise_or, bits) & 1) < 2
 
 
 def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
@@ -82,10 +82,16 @@ def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]
     there are, and those upon slices of two places are not alike.
     """
     if len(sizes) < 2:
-        return [lax.slice_in_dim(x, 0, size, axis=axis) for size in sizes]
+        return cut_as_written(x, sizes, axis)
     starts = [jnp.int32(start) for start in itertools.accumulate(sizes[:-1], initial=0)]
     places = lax.cond(always(x), lambda: starts, lambda: [jnp.int32(0) for _ in starts])
     return [lax.dynamic_slice_in_dim(x, place, size, axis=axis) for place, size in zip(places, sizes, strict=True)]
+
+
+def cut_as_written(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
+    """As `split`, from places that the compiler knows."""
+    starts = itertools.accumulate(sizes, initial=0)
+    return [lax.slice_in_dim(x, start, start + size, axis=axis) for start, size in zip(starts, sizes, strict=False)]
 
 
 def sum_of(part: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> jax.Array:

@@ -7,6 +7,7 @@ slices are shifted and joined, and nothing is interleaved. The lowest bits hold 
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -152,8 +153,11 @@ def pack_arrays(tree: Any, lead: int = 0) -> jax.Array:
     return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
-def unpack_arrays(data: jax.Array, like: Any) -> Any:
-    """The inverse of `pack_arrays`: uint8 [..., p] to arrays [..., *shape] of the shapes and types of `like`."""
+def unpack_arrays(data: jax.Array, like: Any, split: Callable[..., list[jax.Array]] = split) -> Any:
+    """The inverse of `pack_arrays`: uint8 [..., p] to arrays [..., *shape] of the shapes and types of `like`.
+
+    `split` cuts vectors in pieces; `cut_as_written` where there are few, and in a vmap.
+    """
     leaves, treedef = jax.tree.flatten(like, is_leaf=_is_field)
     lead, parts = data.shape[:-1], [*leaves]
     plain, groups = [i for i, x in enumerate(leaves) if not _is_field(x)], _together(like)
