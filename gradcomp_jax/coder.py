@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gradcomp_jax.contract import Codec, Context, Mine, Result, Say, Talk, total
-from gradcomp_jax.views import cut_as_written
+from gradcomp_jax.views import cut_as_written, filled
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 Message = Any
@@ -231,14 +231,10 @@ class Switched(Coder):
         return max(self.fronts(shape))
 
     def encode(self, y: jax.Array, part: Part) -> Message:
-        def branch(coder: Coder) -> Callable[[], jax.Array]:
-            def encoded() -> jax.Array:
-                data = pack_arrays(coder.encode(y, part))
-                return jnp.pad(data, (0, self.size(y.shape) - data.size))
+        def encoded(coder: Coder) -> jax.Array:
+            return filled(pack_arrays(coder.encode(y, part)), self.size(y.shape))
 
-            return encoded
-
-        return {"data": lax.switch(part.strength, [branch(coder) for coder in self.coders])}
+        return {"data": lax.switch(part.strength, [functools.partial(encoded, coder) for coder in self.coders])}
 
     def _read(self, message: Message, shape: tuple[int, ...], part: Part, what: Callable[[Coder, Message], Any]) -> Any:
         def branch(coder: Coder) -> Callable[[], Any]:

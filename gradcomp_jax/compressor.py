@@ -191,8 +191,10 @@ def _exchange(
     after = jax.tree.map(lambda new, old: jnp.where(done.ok, new, old), after, own) if flush else after
     mean, estimates = done.mean, state.codec.mean if estimated else {}
     if estimated and not flush:
-        mean = {path: jnp.where(done.ok, x + estimates[path], 0) for path, x in mean.items()}
-        estimates = {path: jnp.where(done.ok, x, estimates[path]) for path, x in mean.items()}
+        # Once, as what a conditional gives: a sum computed for each use could be applied and kept with other last bits.
+        moved = lambda: {path: x + state.codec.mean[path] for path, x in done.mean.items()}  # noqa: E731
+        estimates = jax.lax.cond(done.ok, moved, lambda: dict(state.codec.mean))
+        mean = {path: jnp.where(done.ok, x, 0) for path, x in estimates.items()}
     residual = {}
     for path, old in memory.items():
         lost = _lost(mean[path], leaves[path].dtype) if feedback.owes else 0  # estimates are wide, and stay

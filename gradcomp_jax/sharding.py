@@ -119,11 +119,11 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     """
     count = _count(mesh)
 
-    def global_init(params):
-        def stack(x: PerWorker) -> PerWorker:
-            n = count(x.axis)
-            return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), x)
+    def stack(x: PerWorker) -> PerWorker:
+        n = count(x.axis)
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), x)
 
+    def global_init(params):
         return _map_per_worker(stack, tx.init(params), lambda x: x)
 
     if isinstance(mesh, int):
@@ -169,14 +169,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
                 "the leaves of opt_state that differ between workers do not begin with one axis of workers, they have "
                 f"{sorted(rows)}: pass the global form, as init and the steps return it"
             )
-
-        def leaf(old: jax.Array) -> jax.Array:
-            groups = new if old.shape[0] % new == 0 else 1
-            grouped = old.reshape(groups, -1, *old.shape[1:])
-            kept = jnp.mean(grouped, axis=1) if jnp.issubdtype(old.dtype, jnp.inexact) else grouped[:, 0]
-            return jnp.broadcast_to(kept, (new, *old.shape[1:]))
-
-        return jax.tree.map(leaf, x)
+        return jax.tree.map(lambda old: _regrouped(old, new), x)
 
     def resize(opt_state):
         return _map_per_worker(resized, opt_state, lambda x: x)
@@ -187,6 +180,14 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
     shardings = jax.tree.map(lambda spec: NamedSharding(automatic(mesh), spec), _specs(opt_state))
     return jax.jit(resize, out_shardings=shardings)(opt_state)
+
+
+def _regrouped(old: jax.Array, new: int) -> jax.Array:
+    """Rows of old workers as those of new: means of equal groups, or of all; of whole numbers the first of each."""
+    groups = new if old.shape[0] % new == 0 else 1
+    grouped = old.reshape(groups, -1, *old.shape[1:])
+    kept = jnp.mean(grouped, axis=1) if jnp.issubdtype(old.dtype, jnp.inexact) else grouped[:, 0]
+    return jnp.broadcast_to(kept, (new, *old.shape[1:]))
 
 
 def _movable(x: Any, mesh: Mesh | int) -> Any:

@@ -84,9 +84,7 @@ def assert_estimated(grads, got, tolerance):
     given, _ = flatten(grads)
     for path, x in flatten(got.updates)[0].items():
         if path in estimates:
-            # To the last bit: XLA may compute the sum anew for each use, and round it otherwise.
-            last_bit = float(jnp.finfo(x.dtype).eps)
-            np.testing.assert_allclose(x.astype(np.float32), mean[path], atol=0, rtol=last_bit)
+            np.testing.assert_array_equal(x, mean[path].astype(x.dtype))
             np.testing.assert_allclose(mean[path][:, 0], estimates[path].mean(1), atol=tolerance, rtol=0)
         else:
             np.testing.assert_allclose(x[:, 0], given[path].mean(1), atol=tolerance, rtol=0)
