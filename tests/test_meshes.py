@@ -155,7 +155,7 @@ def test_residuals_may_be_split_as_the_parameters_are(row, check_vma):
 @pytest.mark.parametrize(("tx", "most"), [(gc.none(), 0), (gc.powersgd(4), 24 * 1024)], ids=["none", "powersgd"])
 def test_what_moves_over_the_model_axis(tx, most):
     """Nothing for a mean; of PowerSGD a sum or half a factor for each of two factors a leaf; beside them some flags
-    and the largest magnitudes of factors' columns."""
+    and factors' largest magnitudes."""
     mesh = gc.make_mesh({"data": 4, "model": 2})
     split = {"wq": P(None, "model"), "wo": P("model"), "w1": P(None, "model"), "w2": P("model")}
     params = jax.device_put(dict.fromkeys(split, jnp.zeros((256, 256))), shardings(split, mesh))
@@ -175,7 +175,7 @@ def test_what_moves_over_the_model_axis(tx, most):
     moved = [c for c in gc.collective_bytes(step.lower(like, state).compile()) if c.workers != 4]
     assert all(c.workers == 2 for c in moved)
     flags = [c for c in moved if c.operand_bytes <= 32]
-    assert sum(c.ring_bytes for c in flags) <= 128
+    assert sum(c.ring_bytes for c in flags) <= 64
     assert sum(c.ring_bytes for c in moved if c not in flags) <= most
 
 

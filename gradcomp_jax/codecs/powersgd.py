@@ -56,6 +56,8 @@ logger = logging.getLogger(__name__)
 DEAD = 1e-30
 # Up to this rank P Q^T is a sum of r outer products, which costs less than storing the product.
 WRITTEN_OUT = 8
+# By blocks of so many rows XLA's CPU backend is up to four times as fast with such a product down all rows.
+ROWS = 16
 
 
 class PowerSGDState(NamedTuple):
@@ -73,14 +75,14 @@ class PowerSGDState(NamedTuple):
 
 
 def tamed(rows: jax.Array) -> jax.Array:
-    """`rows` [..., n], each divided by the power of two that its largest magnitude is near to; zeros stay.
+    """`rows` [..., r, n], each matrix divided by the power of two that its largest magnitude is near to; zeros stay.
 
     What is orthonormalised does not depend on such factors, but products of Q, which is as large as gradients are, with
     gradients leave the range of their type, and so do squares of P.
     """
     info = jnp.finfo(rows.dtype)
     half = 2.0 ** (info.maxexp // 2)
-    largest = jnp.max(jnp.abs(rows), axis=-1, keepdims=True)
+    largest = jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True)
     down = jnp.where(largest > half, jnp.asarray(1 / half, rows.dtype), 1)  # large ones have no reciprocal
     power = jax.lax.reduce_precision(largest * down, info.nexp, 0)
     return rows * down / jnp.where(power >= info.tiny, power, 1)
@@ -189,7 +191,7 @@ class PowerSGD(Codec):
         p = orthonormalize(tamed(p))
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
-        q = yield self.say(functools.reduce(jnp.add, [einsum("lrn,lnm->lrm", p, x) for x in terms]), n, m)
+        q = yield self.say(functools.reduce(jnp.add, [down_the_rows(p, x) for x in terms]), n, m)
         mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (q.mean, q.own))
         return Result(outer(p, mean, d[0].shape), outer(p, own, d[0].shape), {"q": mean})
 
@@ -204,6 +206,19 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """A product of matrices."""
     # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
     return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+def down_the_rows(p: jax.Array, x: jax.Array) -> jax.Array:
+    """P^T x, of P^T [layers, r, n] and x [layers, n, m]."""
+    layers, r, n = p.shape
+    if r > WRITTEN_OUT or n % ROWS:
+        return einsum("lrn,lnm->lrm", p, x)
+
+    def by_blocks(p: jax.Array, x: jax.Array) -> jax.Array:
+        blocks = p.reshape(layers, r, -1, ROWS), x.reshape(layers, -1, ROWS, x.shape[-1])
+        return jnp.sum(einsum("lrbk,lbkm->lbrm", *blocks), axis=1)
+
+    return jax.lax.platform_dependent(p, x, cpu=by_blocks, default=functools.partial(einsum, "lrn,lnm->lrm"))
 
 
 def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:
