@@ -27,6 +27,7 @@ from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.sharding import PerWorker, global_state, init, local_state, resize_workers, state_specs
 from gradcomp_jax.step import flush, make_mesh, simulate, train_step
+from gradcomp_jax.transform import transformed
 
 CODECS: dict[str, Callable[..., Compressor]] = {
     "none": none,
@@ -89,6 +90,7 @@ __all__ = [
     "state_specs",
     "topk",
     "train_step",
+    "transformed",
     "vary",
     "wire_bits",
 ]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradcomp_jax.contract import Codec, Context, Mine, Result, Say, Talk, total
+from gradcomp_jax.contract import Codec, Context, Mine, Result, Say, Talk, dense, require_indexable, total
 from gradcomp_jax.views import cut_as_written, filled
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
@@ -90,6 +90,7 @@ class Coder:
       tells_length: whether messages have unused room, and `code_length` tells of it.
       shares_scale: its codes are integers of a scale that all workers share, which are summed; see `codes.shared`.
       unbiased: whether what is decoded is on average what was encoded.
+      numbers: whether it numbers a tensor's elements, by int32.
       scales: the arrays of a message that bound in magnitude what it decodes to: where one is not finite the tensor
         was not, and where all are zero it decodes to zeros.
     """
@@ -105,6 +106,7 @@ class Coder:
     tells_length: ClassVar[bool] = False
     unbiased: ClassVar[bool] = False
     shares_scale: ClassVar[bool] = False
+    numbers: ClassVar[bool] = True
     scales: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -260,9 +262,32 @@ class Switched(Coder):
         return self.coders[0].after(state, length)
 
 
-@dataclasses.dataclass(frozen=True)
+@functools.cache
+def laid(coder: Coder, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in which a coder sees a tensor."""
+    return jax.eval_shape(coder.lay, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Coding(Codec):
-    """A codec that only codes: what travels is the tensor itself. Its state is the coder's."""
+    """A codec that only codes: what travels is the tensor itself. Its state is the coder's.
+
+    Attributes:
+      transform: a `transform.Transform` that goes before the coder, or None.
+    """
+
+    transform: Any = None
+
+    def shrinks(self, path: str, leaf: Any) -> bool:
+        coder = self.coder.coders[-1] if isinstance(self.coder, Switched) else self.coder
+        if coder.numbers:
+            require_indexable(self.name, path, leaf)
+        if not leaf.size:
+            return False
+        shape = (
+            leaf.shape if self.transform is None else (-(-leaf.size // self.transform.block) * self.transform.block,)
+        )
+        return coder.size(laid(coder, shape)) < 4 * leaf.size
 
     def coder_state(self, state: Any) -> Any:
         return state
@@ -274,5 +299,9 @@ class Coding(Codec):
         return self.coder.start()
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
-        heard = yield Say(total(d))
-        return Result(heard.mean, heard.own)
+        x, turn = total(d), self.transform
+        if turn is None:
+            heard = yield Say(x)
+            return Result(heard.mean, heard.own)
+        heard = yield Say(turn(x), growth=turn.growth)
+        return Result(*(turn.inverse(dense(y), x.shape) for y in (heard.mean, heard.own)))

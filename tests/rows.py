@@ -1,16 +1,20 @@
 """What the table's rows are made of: each codec's payload by its paper, and its mean rebuilt in numpy."""
 
+import functools
 import math
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-from gradcomp_jax import Compressor, accordion, adaptive, none, onebit, powersgd, qsgd, randomk
+from gradcomp_jax import Compressor, accordion, adaptive, none, onebit, powersgd, qsgd, randomk, transformed
 from gradcomp_jax.codecs.randomk import Draw, block, scattered
 from gradcomp_jax.exchange.plan import salt
+from gradcomp_jax.random import scattered as hashed
 from gradcomp_jax.random import step_key
+from gradcomp_jax.transform import Transform
 from gradcomp_jax.wire.packing import fields_bytes
 from tests import decoders
 from tests.decoders import Flat, elements, matrix
@@ -431,6 +435,38 @@ def accordion_coded_row(id: str, make_level, levels, decode, size, aggregate: st
 
     messages, beside = messages_coded(aggregate), TINY if aggregate == "gather" else ()
     return with_norms(Row(id, make, False, payload, rebuild, messages, NOISE, 2, aggregate, LOW, beside=beside))
+
+
+def transformed_row(row: Row, kind: str, block: int) -> Row:
+    """The same behind a transform, of tensors that are whole blocks."""
+    matrix = Transform(kind, block, 0)
+
+    def whole(shape):
+        return (-(-elements(shape) // block) * block,)
+
+    def make(**kwargs: Any) -> Compressor:
+        return transformed(row.make(**kwargs), kind, block)
+
+    def payload(shapes, step):
+        return row.payload([whole(shape) for shape in shapes], step)
+
+    def rebuild(recorded, state, shapes, riding):
+        mean, rode = row.rebuild(recorded, state, {path: whole(shape) for path, shape in shapes.items()}, riding)
+        return {path: turned_back(matrix, mean[path], shapes[path]) for path in shapes}, rode
+
+    return row._replace(make=make, payload=payload, rebuild=rebuild)
+
+
+def turned_back(matrix: Transform, flat: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The inverse of a transform, by its matrix in numpy."""
+    eye = np.eye(matrix.block)
+    if matrix.kind == "dct":
+        rows = flat.reshape(-1, matrix.block) @ np.asarray(jax.scipy.fft.dct(eye, norm="ortho", axis=0))
+    else:
+        hadamard = functools.reduce(np.kron, [np.array([[1, 1], [1, -1]])] * (matrix.block.bit_length() - 1))
+        rows = flat.reshape(-1, matrix.block) @ hadamard / matrix.block**0.5
+        rows = rows * np.where(np.asarray(hashed(rows.shape, np.float32, matrix.seed)) < 0, -1, 1)
+    return rows.reshape(-1)[: elements(shape)].reshape(shape)
 
 
 def level_of_qsgd(bits: int, **kwargs: Any) -> Compressor:

@@ -22,6 +22,7 @@ from tests.rows import (
     size_signnorm,
     size_topk,
     subset_row,
+    transformed_row,
 )
 
 ROWS = [
@@ -31,6 +32,7 @@ ROWS = [
     powersgd_row("powersgd-4", 4),
     powersgd_row("powersgd-2-plain", 2, error_feedback=False),
     powersgd_row("powersgd-1-ring", 1, "ring"),
+    powersgd_row("powersgd-2-refresh", 2, refresh=2),
     powersgd_row("powersgd-2-ef21", 2, error_feedback=EF21()),
     powersgd_row("powersgd-2-decay", 2, error_feedback=Feedback(decay=0.9)),
     quantized_powersgd_row("powersgd-2-qsgd", 2, 8, 16),
@@ -66,6 +68,10 @@ ROWS = [
     coded_row("topk", topk, decoders.topk(0.1), size_topk(0.1), "gather", fraction=0.1)._replace(beside=()),
     coded_row("topk-shuffle", topk, decoders.topk(0.1), size_topk(0.1), "shuffle", fraction=0.1),
     coded_row("topk-ef21", topk, decoders.topk(0.1), size_topk(0.1), "shuffle", fraction=0.1, error_feedback=EF21()),
+    transformed_row(qsgd_row("qsgd-4-hadamard", 4, 64, "shuffle", error_feedback=True), "hadamard", 32),
+    transformed_row(
+        coded_row("topk-dct", topk, decoders.topk(0.1), size_topk(0.1), "gather", fraction=0.1), "dct", 16
+    )._replace(beside=()),
     subset_row("randomk", randomk, 0.1),
     subset_row("randomk-plain-ring", randomk, 0.1, "ring", error_feedback=False),
     quantized_subset_row("randomk-qsgd", randomk, 0.1, 8, 16),

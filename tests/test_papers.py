@@ -100,6 +100,23 @@ class TestPowerSGD:
         got = run(gc.powersgd(2), {"w": np.broadcast_to(grads, (6, 2, 40, 30))}, "vmap")
         np.testing.assert_allclose(got.updates["w"][-1, 0], matrix, atol=1e-4)
 
+    def test_a_refresh_leaves_a_subspace_that_holds_less(self):
+        """Without error feedback Q at the second direction of a gradient stays there for ever."""
+
+        def reached(tx):
+            state = tx.init({"w": jnp.zeros((8, 8))})
+            state = state._replace(codec=state.codec._replace(q={"w": jnp.eye(8)[None, :1]}))
+            step = jax.jit(
+                jax.vmap(lambda g, s: tx.update(g, s), in_axes=(0, None), axis_name="data", out_axes=(0, None))
+            )
+            for _ in range(12):
+                update, state = step({"w": jnp.diag(jnp.array([1.0, 2, 0, 0, 0, 0, 0, 0]))[None]}, state)
+            return jnp.diag(update["w"][0])[:2]
+
+        settings = {"rank": 1, "error_feedback": False, "min_rate": 0.1}
+        np.testing.assert_allclose(reached(gc.powersgd(**settings)), [1, 0], atol=1e-6)
+        np.testing.assert_allclose(reached(gc.powersgd(refresh=6, **settings)), [0, 2], atol=1e-2)
+
     def test_residual_is_of_the_workers_own_approximation(self):
         """With the mean's instead, workers whose gradients cancel would owe ever more, like sqrt(t)."""
         rng = np.random.default_rng(3)

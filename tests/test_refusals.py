@@ -28,6 +28,10 @@ class TestArguments:
         with refuses("min_rate=0", "positive"):
             gc.powersgd(2, min_rate=0)
 
+    def test_refresh(self):
+        with refuses("refresh=0", "whole number of at least 1"):
+            gc.powersgd(2, refresh=0)
+
     @pytest.mark.parametrize("bits", [1, 3, 16])
     def test_bits(self, bits):
         with refuses(f"bits={bits}", "2, 4 or 8"):

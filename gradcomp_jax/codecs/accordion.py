@@ -363,8 +363,11 @@ def _require_strengths(low: Compressor, high: Compressor) -> tuple[Strength, Str
             f"low is {low.codec.name} by {weak.setting}, high is {high.codec.name} by {strong.setting}: accordion "
             "switches between two strengths of one codec, which share its state"
         )
+    others = [
+        {**x.others, "transform": getattr(c, "transform", None)} for x, c in ((weak, low.codec), (strong, high.codec))
+    ]
     for name, a, b in [
-        *((name, x, strong.others[name]) for name, x in weak.others.items()),
+        *((name, x, others[1][name]) for name, x in others[0].items()),
         *zip(low.settings._fields, low.settings, high.settings, strict=True),
     ]:
         if a != b:

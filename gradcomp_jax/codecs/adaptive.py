@@ -30,7 +30,7 @@ from jax import lax
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_indexable, require_static
+from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_static
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import columns, from_columns, max_norm, sum_of
@@ -196,13 +196,6 @@ class Adaptive(Coding):
     def at(self, proportions: tuple[float, ...]) -> "Adaptive":
         """The codec of these proportions."""
         return Adaptive(tuple(dataclasses.replace(self.coders[0], proportion=p) for p in proportions))
-
-    def shrinks(self, path: str, leaf: Any) -> bool:
-        require_indexable("adaptive", path, leaf)
-        if not leaf.size:
-            return False
-        columns = leaf.shape[-1] if leaf.ndim > 1 else 1
-        return self.coders[-1].size((leaf.size // columns, columns)) < 4 * leaf.size
 
 
 def adaptive(

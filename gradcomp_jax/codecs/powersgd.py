@@ -17,7 +17,9 @@ Where sources differ: the residual is taken from the worker's own approximation,
 (the authors' first code subtracts the mean's, and then the residuals of single workers grow like sqrt(t)).
 P is orthonormalised by QR, and columns of P that are zero are drawn at random first: otherwise a gradient
 that is exactly zero once, as behind a layer initialised to zero, leaves Q at zero for ever, or tied to rows
-that may never be used.
+that may never be used. Even so Q may stay in a subspace that holds less than it could: Xie, Chen, Yuan, "From PowerSGD
+to PowerSGD+", 2025, arXiv 2509.11254, have a case in which training does not converge for that, and renew Q by an SVD
+every so often; `refresh` draws it anew, which costs nothing, and one step of subspace iteration follows as ever.
 """
 
 import dataclasses
@@ -107,6 +109,7 @@ class PowerSGD(Codec):
       ranks: one, or several among which a leaf's strength chooses. Q has as many columns as the highest. At a lower one
         the first of them are in use and the others zero, so that they are drawn anew when they are used again.
       numbers: the coder through which P and Q travel; None for a sum.
+      every: after how many steps Q is drawn anew; None: never.
     """
 
     ranks: tuple[int, ...]
@@ -115,6 +118,7 @@ class PowerSGD(Codec):
     split: Callable[[str, Any], int] | None = None
     numbers: Coder | None = None
     seed: int = 0
+    every: int | None = None
 
     name: ClassVar[str] = "powersgd"
     by_leaf: ClassVar[tuple[str, ...]] = ("q",)
@@ -125,7 +129,7 @@ class PowerSGD(Codec):
 
     @property
     def strength(self) -> Strength | None:
-        names = ("min_rate", "stacked", "split", "seed")
+        names = ("min_rate", "stacked", "split", "seed", "every")
         others = {name: getattr(self, name) for name in names}
         return None if self.numbers else Strength("rank", self.ranks[0], True, others)
 
@@ -179,20 +183,23 @@ class PowerSGD(Codec):
         # Apart, as their sum is as large as the gradient, a product is not; but a product with what the compiler shards
         # is summed over its axis, each by itself.
         terms = [x.reshape(layers, -1, m) for x in ((total(d),) if others_are_automatic() else d)]
-        n = terms[0].shape[1]
+        n, q = terms[0].shape[1], leaf.q
+        if self.every is not None:
+            due = (ctx.step > 0) & (ctx.step % self.every == 0)
+            q = jnp.where(due, scattered(q.shape, q.dtype, self.seed, ctx.salt, ctx.step), q)
 
         def product(subscripts: str, factor: jax.Array) -> jax.Array:
             # As written: turned round, such a product takes twice to ten times as long on CPUs.
             products = [jax.lax.optimization_barrier(einsum(subscripts, x, factor)) for x in terms]
             return functools.reduce(jnp.add, products)
 
-        p = yield self.say(product("lnm,lrm->lnr", tamed(leaf.q)).swapaxes(1, 2), n, m)
+        p = yield self.say(product("lnm,lrm->lnr", tamed(q)).swapaxes(1, 2), n, m)
         p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, ctx.salt, ctx.step + 1)
         p = orthonormalize(tamed(p))
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
-        q = yield self.say(functools.reduce(jnp.add, [down_the_rows(p, x) for x in terms]), n, m)
-        mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (q.mean, q.own))
+        heard = yield self.say(functools.reduce(jnp.add, [down_the_rows(p, x) for x in terms]), n, m)
+        mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (heard.mean, heard.own))
         return Result(outer(p, mean, d[0].shape), outer(p, own, d[0].shape), {"q": mean})
 
     def say(self, factor: jax.Array, n: int, m: int) -> Say:
@@ -262,6 +269,7 @@ def powersgd(
     min_rate: float = 1.0,
     stacked: Predicate | None = None,
     split: Callable[[str, Any], int] | None = None,
+    refresh: int | None = None,
     aggregate: str = "psum",
     quantizer: Compressor | None = None,
     axis_name: AxisName = "data",
@@ -284,6 +292,8 @@ def powersgd(
       stacked: (path, leaf) -> whether the leaf's first axis counts layers, as under a scan over layers:
         each layer is then a matrix of its own.
       split: (path, leaf) -> how many of the leaf's axes, without the one that counts layers, make the rows.
+      refresh: draw Q anew after every so many steps, so that it does not stay in a subspace; by default never, as in
+        the paper.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
       quantizer: a compressor, such as `qsgd(8)`, through whose codec P and Q travel; not linear then. On the same
         axis_name; what it would compress does not matter here.
@@ -299,7 +309,7 @@ def powersgd(
       A `Compressor`.
 
     Raises:
-      ValueError: rank or min_rate out of range, or a quantizer that does not go with it; later, in init and
+      ValueError: rank, min_rate or refresh out of range, or a quantizer that does not go with it; later, in init and
         update, what `compressor` refuses.
 
     >>> import optax
@@ -307,9 +317,11 @@ def powersgd(
     >>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
     """
     require_whole("rank", rank, 1)
+    if refresh is not None:
+        require_whole("refresh", refresh, 1)
     if min_rate <= 0:
         raise ValueError(f"min_rate={min_rate} must be positive")
     require_aggregate("powersgd", None, aggregate)
     numbers, way = quantizing("powersgd", quantizer, aggregate, axis_name)
-    codec = PowerSGD((rank,), min_rate, stacked, split, numbers, seed)
+    codec = PowerSGD((rank,), min_rate, stacked, split, numbers, seed, refresh)
     return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way))

@@ -126,6 +126,7 @@ class Buckets(Coder):
     pooled: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     unbiased: ClassVar[bool] = True
+    numbers: ClassVar[bool] = False
     scales: ClassVar[tuple[str, ...]] = ("scale",)
 
     @property
@@ -202,7 +203,9 @@ class SharedBuckets(Buckets):
     """The same with one scale for all workers, so that their integers can be summed."""
 
     shares_scale: ClassVar[bool] = True
-    unbiased: ClassVar[bool] = True
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        return -(-shape[0] // self.d) * (self.d + 4)  # integers of a byte, for few workers
 
     def scale(self, y: jax.Array) -> jax.Array:
         """|v| of each bucket of a flat tensor, [rows, 1]."""
@@ -245,11 +248,6 @@ class QSGD(Coding):
         """The codec of these numbers of bits."""
         coders = (dataclasses.replace(self.coders[0], bits=b, s=2 ** (b - 1) - 1) for b in bits)
         return dataclasses.replace(self, coders=tuple(coders))
-
-    def shrinks(self, path: str, leaf: Any) -> bool:
-        coder = self.coders[-1]
-        each = coder.d + 4 if coder.shares_scale else coder.size((coder.d,))
-        return -(-leaf.size // coder.d) * each < 4 * leaf.size
 
 
 def qsgd(

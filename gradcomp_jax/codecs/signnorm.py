@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Predicate, require_indexable
+from gradcomp_jax.contract import AxisName, Predicate
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import l1_norm
@@ -77,10 +77,6 @@ class SignNorm(Coding):
 
     def default(self, path: str, leaf: Any) -> bool:
         return True
-
-    def shrinks(self, path: str, leaf: Any) -> bool:
-        require_indexable("signnorm", path, leaf)
-        return self.signs.size((leaf.size,)) < 4 * leaf.size
 
 
 def signnorm(

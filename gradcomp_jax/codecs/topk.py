@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Predicate, Sparse, Strength, require_fraction, require_indexable
+from gradcomp_jax.contract import AxisName, Predicate, Sparse, Strength, require_fraction
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.select import largest
@@ -93,10 +93,6 @@ class TopK(Coding):
 
     def default(self, path: str, leaf: Any) -> bool:
         return True
-
-    def shrinks(self, path: str, leaf: Any) -> bool:
-        require_indexable("topk", path, leaf)
-        return leaf.size > 0 and Largest(self.fractions[-1]).size((leaf.size,)) < 4 * leaf.size
 
 
 def topk(

@@ -1,0 +1,123 @@
+"""Orthonormal transforms of blocks, which go before a coder: what it loses is then lost elsewhere, or is less.
+
+With T of b x b, the same on all workers, and C the coder, each block x of b elements in C order becomes
+
+    T^T C(T x)
+
+- "hadamard", T = H S / sqrt(b), H of -1 and 1 and S of random signs: Suresh, Yu, Kumar, McMahan, "Distributed Mean
+  Estimation with Limited Communication", ICML 2017, arXiv 1611.00429, section 3. It makes the elements of a block
+  alike, so that a few large ones do not set the scale of all, as for QSGD.
+- "dct", the discrete cosine transform of type II: Peng, Quesnelle, Kingma, "DeMo: Decoupled Momentum Optimization",
+  2024, arXiv 2411.19870. It gathers what varies slowly in few elements, which top-k then sends. (DeMo has blocks of
+  64 x 64 of a matrix, and keeps k elements of each; here blocks are rows, and k is a leaf's.)
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gradcomp_jax.coder import Coder, Coding, Switched
+from gradcomp_jax.compressor import Compressor, compressor
+from gradcomp_jax.contract import require_whole
+from gradcomp_jax.random import scattered
+from gradcomp_jax.views import buckets, from_buckets
+
+KINDS = ("hadamard", "dct")
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """A transform; see `transformed`."""
+
+    kind: str
+    block: int
+    seed: int
+
+    @property
+    def growth(self) -> float:
+        """By how much a block's largest magnitude can grow."""
+        return math.sqrt(self.block)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """T of each block of x, flat; the last one is filled up with zeros."""
+        rows = buckets(x, self.block)
+        return self._turned(rows * self._signs(rows), 0).reshape(-1)
+
+    def inverse(self, y: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        """T^T of each block."""
+        rows = self._turned(buckets(y, self.block), 1)
+        return from_buckets(rows * self._signs(rows), shape)
+
+    def _turned(self, rows: jax.Array, axis: int) -> jax.Array:
+        """Rows [., b] times T without its signs, or from the other side, as a product of two small matrices' products.
+
+        HIGHEST, as the mean of what is turned is to be what the mean turns to.
+        """
+        a, b = (jnp.asarray(factor, rows.dtype) for factor in self._factors())
+        letters = "xac,ap,cq->xpq" if axis else "xac,pa,qc->xpq"
+        cut = rows.reshape(-1, len(a), len(b))
+        return jnp.einsum(letters, cut, a, b, precision=jax.lax.Precision.HIGHEST).reshape(rows.shape)
+
+    def _factors(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of T without its signs, a Kronecker product."""
+        if self.kind == "dct":
+            places = np.arange(self.block)
+            waves = np.cos(np.pi / self.block * np.outer(places, places + 0.5)) * math.sqrt(2 / self.block)
+            return np.eye(1), np.where(places[:, None] > 0, waves, math.sqrt(1 / self.block))
+        bits = self.block.bit_length() - 1
+        return _hadamard(bits // 2), _hadamard(bits - bits // 2)
+
+    def _signs(self, rows: jax.Array) -> jax.Array:
+        if self.kind == "dct":
+            return jnp.ones((), rows.dtype)
+        return jnp.where(scattered(rows.shape, jnp.float32, self.seed) < 0, -1, 1).astype(rows.dtype)
+
+
+def _hadamard(bits: int) -> np.ndarray:
+    """Sylvester's matrix of 2^bits rows, orthonormal."""
+    places = np.arange(2**bits)
+    return (-1.0) ** np.bitwise_count(places[:, None] & places) / math.sqrt(2**bits)
+
+
+def transformed(tx: Compressor, kind: str, block: int = 64, *, seed: int = 0) -> Compressor:
+    """A codec that codes, with an orthonormal transform of blocks before it and its inverse behind it.
+
+    The error that a block's coding makes keeps its 2-norm. A leaf's last block is filled up, so that a little more is
+    sent.
+
+    Args:
+      tx: a codec whose coder takes a tensor as flat: `qsgd`, `topk`, or `signnorm` without majority.
+      kind: "hadamard" or "dct".
+      block: b, the elements that are transformed together; of "hadamard" a power of two. Both cost 2 (p + q) flops an
+        element, of "hadamard" with p q = b, of "dct" with p = 1, q = b.
+      seed: of the signs of "hadamard", the same in all steps.
+
+    Returns:
+      A `Compressor`, with the settings of tx.
+
+    Raises:
+      ValueError: an argument out of range, or a tx that is none of those codecs.
+
+    >>> import optax
+    >>> from gradcomp_jax import qsgd, topk, transformed
+    >>> tx = optax.chain(transformed(qsgd(2, bucket_size=128), "hadamard", 128), optax.sgd(0.1))
+    >>> tx = optax.chain(transformed(topk(0.01), "dct"), optax.sgd(0.1))  # what DeMo sends
+    """
+    codec = tx.codec if isinstance(tx, Compressor) else tx
+    coder = codec.coder if isinstance(codec, Coding) else None
+    coder = coder.coders[0] if isinstance(coder, Switched) else coder
+    if coder is None or type(coder).lay is not Coder.lay or coder.votes or coder.shares_scale:
+        raise ValueError(
+            f"tx={getattr(codec, 'name', codec)!r} must be a qsgd without shared_scale, a topk or a signnorm without "
+            "majority: a transform goes before a coder of flat tensors"
+        )
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, KINDS))}")
+    require_whole("block", block, 2)
+    if kind == "hadamard" and block & (block - 1):
+        raise ValueError(f"block={block} must be a power of two for kind='hadamard'")
+    assert isinstance(codec, Coding)
+    return compressor(dataclasses.replace(codec, transform=Transform(kind, block, seed)), tx.settings)
