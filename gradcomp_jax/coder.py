@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gradcomp_jax.contract import Codec, Context, Mine, Result, Say, Talk, dense, require_indexable, total
+from gradcomp_jax.contract import Codec, Context, Mine, Result, Say, Sparse, Talk, dense, require_indexable, total
 from gradcomp_jax.views import cut_as_written, filled
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
@@ -139,9 +139,10 @@ class Coder:
         """`to` plus `share` times what the message stands for."""
         return to + self.restore(message, to.shape, part) * share
 
-    def own(self, y: jax.Array, message: Message, part: Part) -> Any:
-        """What the message of y stands for; as an array of y's shape, or `Sparse` where y is flat."""
-        return self.restore(message, y.shape, part)
+    def sparse(self, message: Message, shape: tuple[int, ...]) -> Sparse | None:
+        """What a message of a flat part stands for, of a coder that keeps few of its elements."""
+        del message, shape
+        return None
 
     def largest(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         """A bound of what the message decodes to, in magnitude; not finite where anything was not."""

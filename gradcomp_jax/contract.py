@@ -15,13 +15,14 @@ are and are summed on the way. Codecs and coders are frozen dataclasses: made al
 
 import dataclasses
 import functools
-import math
 import numbers
 from collections.abc import Callable, Generator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from gradcomp_jax.views import add_window
 
 AxisName = str | tuple[str, ...]
 
@@ -88,30 +89,48 @@ class Together(NamedTuple):
     x: Any
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "values"], meta_fields=["shape"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "values", "window"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True)
 class Sparse:
-    """A tensor that is zero but at some places.
+    """A tensor that is zero but at some places, and in a window of neighbours.
 
     Attributes:
       indices: int32 [k], places in C order, different ones; of those beyond the end nothing is meant.
       values: [k].
       shape: the tensor's.
+      window: None, or a place in C order and what is added from there on, [w], of which any may lie outside.
     """
 
     indices: jax.Array
     values: jax.Array
     shape: tuple[int, ...]
+    window: tuple[jax.Array, jax.Array] | None = None
+
+    def added_to(self, x: jax.Array, share: Any = 1) -> jax.Array:
+        """`x`, of as many elements, plus `share` times the tensor."""
+        if self.window is not None:
+            start, values = self.window
+            x = x + add_window(jnp.zeros(x.size, x.dtype), values * share, start).reshape(x.shape)
+        # In the shape of x, whose buffer XLA's CPU backend then reuses. What lies beyond it, does by its first place.
+        places: list[jax.Array] = []
+        rest = self.indices.astype(jnp.uint32)  # of which none is from the end
+        for size in map(jnp.uint32, reversed(x.shape[1:])):
+            places, rest = [jax.lax.rem(rest, size), *places], jax.lax.div(rest, size)
+        return x.at[(rest, *places)].add(self.values * share, mode="drop", unique_indices=True)
 
     def dense(self) -> jax.Array:
         """The tensor itself."""
-        zeros = jnp.zeros(math.prod(self.shape), self.values.dtype)
-        return zeros.at[self.indices].set(self.values, mode="drop", unique_indices=True).reshape(self.shape)
+        return self.added_to(jnp.zeros(self.shape, self.values.dtype))
 
 
 def dense(x: Any) -> jax.Array:
     """`x`, a tensor or `Sparse`, as a tensor."""
     return x.dense() if isinstance(x, Sparse) else x
+
+
+def plus_window(x: Any, window: jax.Array, start: jax.Array) -> Any:
+    """`x`, a flat tensor or a `Sparse` of one, plus `window` from place `start` of the last axis on."""
+    return dataclasses.replace(x, window=(start, window)) if isinstance(x, Sparse) else add_window(x, window, start)
 
 
 class Result(NamedTuple):

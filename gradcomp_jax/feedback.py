@@ -46,7 +46,7 @@ class Feedback:
         """The next memory; as it was where not `ok`."""
         # Computed anew: the sum that the codec was given would be kept until here, a buffer of the gradient's size.
         gradient, owed = jax.lax.optimization_barrier(terms[0]), terms[1]
-        return _less(jnp.where(ok, gradient[None] + owed[None], memory[None]), own, ok)
+        return _plus(jnp.where(ok, gradient[None] + owed[None], memory[None]), own, -1, ok)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,21 +66,19 @@ class EF21:
     def settle(self, terms: tuple[jax.Array, ...], memory: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
         """The next memory; as it was where not `ok`."""
         del terms
-        own = dataclasses.replace(own, values=-own.values) if isinstance(own, Sparse) else -own
-        return _less(memory[None], own, ok)
+        return _plus(memory[None], own, 1, ok)
 
 
-def _less(x: jax.Array, own: Any, ok: jax.Array) -> jax.Array:
-    """`x` [1, ...] less `own` [...] where `ok`, [...].
+def _plus(x: jax.Array, own: Any, share: int, ok: jax.Array) -> jax.Array:
+    """`x` [1, ...] plus `share` times `own` [...] where `ok`, [...].
 
     Memory lies between steps with an axis for the workers, [1, ...] on each. It is computed in that shape, as XLA's CPU
     backend reuses an operand's buffer only for results of the operand's own shape; else each step copies the memory.
     """
     if isinstance(own, Sparse):
-        values = jnp.where(ok, -own.values, 0)
-        places = jnp.unravel_index(own.indices, own.shape)
-        return x.at[(0, *places)].add(values, mode="drop", unique_indices=True)[0]
-    return (x - jnp.where(ok, own[None], 0))[0]
+        kept = jax.tree.map(lambda v: jnp.where(ok, v, 0) if jnp.issubdtype(v.dtype, jnp.inexact) else v, own)
+        return kept.added_to(x, share)[0]
+    return (x + jnp.where(ok, share * own[None], 0))[0]
 
 
 def feedback(error_feedback: bool | Feedback | EF21) -> Feedback | EF21 | None:

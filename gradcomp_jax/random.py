@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from gradcomp_jax.views import split
+
 # Of `distinct`. With three of them tiny n give some pairs too often; see the tests.
 DOUBLE_ROUNDS = 6
 
@@ -107,13 +109,12 @@ def distinct(words: jax.Array, sizes: Sequence[int], counts: Sequence[int]) -> l
             raise ValueError(f"k={count} must be from 0 to n={size}")
     roots = [math.isqrt(n - 1) + 1 for n in sizes]
 
-    def spread(values: Sequence[Any]) -> jax.Array:
-        """Each value as often as its count."""
-        return jnp.concatenate([jnp.broadcast_to(jnp.uint32(v), (k,)) for v, k in zip(values, counts, strict=True)])
-
     others = [-(-size // root) for size, root in zip(sizes, roots, strict=True)]
-    n, a, b = spread(sizes), spread(roots), spread(others)
-    key = jnp.stack([spread(list(words[:, 0])), spread(list(words[:, 1]))])
+    starts = jnp.array([0, *itertools.accumulate(counts)][:-1], jnp.int32)
+    # Whose number each is: one less than how many begin up to there.
+    owner = jnp.cumsum(jnp.zeros(sum(counts), jnp.int32).at[starts].add(1, mode="drop")) - 1
+    n, a, b = (jnp.take(jnp.array(each, jnp.uint32), owner, mode="clip") for each in (sizes, roots, others))
+    key = jnp.take(words.T, owner, axis=1, mode="clip")
 
     def double_round(i: jax.Array, halves: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         left, right = halves
@@ -131,8 +132,7 @@ def distinct(words: jax.Array, sizes: Sequence[int], counts: Sequence[int]) -> l
         left, right = lax.fori_loop(0, DOUBLE_ROUNDS, double_round, (x // b, x % b))
         return i + 1, jnp.where((i == 0) | (x >= n), left * b + right, x)
 
-    places = jnp.concatenate([lax.iota(jnp.uint32, k) for k in counts])
+    places = lax.iota(jnp.uint32, sum(counts)) - jnp.take(starts, owner, mode="clip").astype(jnp.uint32)
     # key & 0 is zero, of a type that varies over the mesh where the keys do.
     drawn = lax.while_loop(go_on, permute, (jnp.int32(0), places + (key[0] & 0)))[1].astype(jnp.int32)
-    ends = list(itertools.accumulate(counts))
-    return [drawn[end - k : end] for k, end in zip(counts, ends, strict=True)]
+    return split(drawn, counts)

@@ -117,19 +117,26 @@ def train_step(
         if not check_vma:
             _require_agreement(tx, tuple(mesh.shape.items()), _Shapes.of(params))
         specs = state_specs(tx, params)
-
-        def on_worker(params, opt_state, *rest):
-            with collectives.in_order() if _emulates(mesh) else contextlib.nullcontext():
-                params, opt_state, *others = worker(params, local_state(opt_state), *rest)
-            return params, global_state(opt_state), *others
-
         in_specs = (P(), specs, *(P(),) * has_state, P(axes))
         out_specs = (P(), specs, *(P(),) * (1 + has_state + has_aux))
-        sharded = jax.shard_map(on_worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+        sharded = jax.shard_map(
+            _on_global_state(worker, mesh), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+        )
         return sharded(params, opt_state, *rest)
 
     jitted = jax.jit(step, donate_argnums=_donated(donate, has_state))
     return _OneAtATime(jitted, loss=2 + has_state) if _emulates(mesh) else jitted
+
+
+def _on_global_state(worker: Step, mesh: Mesh) -> Step:
+    """A worker's step inside shard_map, where the state comes and goes in its global form."""
+
+    def on_worker(params, opt_state, *rest):
+        with collectives.in_order() if _emulates(mesh) else contextlib.nullcontext():
+            params, opt_state, *others = worker(params, local_state(opt_state), *rest)
+        return params, global_state(opt_state), *others
+
+    return on_worker
 
 
 def simulate(

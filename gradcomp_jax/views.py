@@ -85,7 +85,8 @@ def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]
         return cut_as_written(x, sizes, axis)
     starts = [jnp.int32(start) for start in itertools.accumulate(sizes[:-1], initial=0)]
     places = lax.cond(always(x), lambda: starts, lambda: [jnp.int32(0) for _ in starts])
-    return [lax.dynamic_slice_in_dim(x, place, size, axis=axis) for place, size in zip(places, sizes, strict=True)]
+    cut = functools.partial(lax.dynamic_slice_in_dim, x, axis=axis, allow_negative_indices=False)
+    return [cut(place, size) for place, size in zip(places, sizes, strict=True)]
 
 
 def cut_as_written(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
@@ -130,6 +131,13 @@ def l2_norm(v: jax.Array) -> jax.Array:
     return largest * jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
 
 
+def add_window(y: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:
+    """`y` [..., length] plus `window` [..., w] from place `start` of the last axis on, of which any may lie outside."""
+    # By places, which fuses into what takes it; those before the window are not from its end.
+    places = lax.iota(jnp.uint32, y.shape[-1]) - start.astype(jnp.uint32)
+    return y + window.at[..., places].get(mode="fill", fill_value=0)
+
+
 def filled(x: jax.Array, length: int) -> jax.Array:
     """`x` [..., n] with zeros up to `length` along its last axis."""
     missing = length - x.shape[-1]
@@ -150,7 +158,7 @@ def pack_front(pieces: Sequence[jax.Array], lengths: Sequence[jax.Array]) -> jax
     start = jnp.int32(0)
     for piece, length in zip(pieces, lengths, strict=True):
         # Each overwrites the tail of the one before.
-        buffer = lax.dynamic_update_slice(buffer, piece, (start,))
+        buffer = lax.dynamic_update_slice(buffer, piece, (start,), allow_negative_indices=False)
         start = start + length
     return buffer
 
@@ -159,6 +167,6 @@ def unpack_front(buffer: jax.Array, lengths: Sequence[jax.Array], sizes: Sequenc
     """The inverse of `pack_front`: vectors of these sizes, of which the first lengths[i] elements have a meaning."""
     pieces, start = [], jnp.int32(0)
     for length, size in zip(lengths, sizes, strict=True):
-        pieces.append(lax.dynamic_slice(buffer, (start,), (size,)))
+        pieces.append(lax.dynamic_slice(buffer, (start,), (size,), allow_negative_indices=False))
         start = start + length
     return pieces

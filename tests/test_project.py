@@ -1,5 +1,6 @@
 """The project's own files agree with each other and with the code."""
 
+import ast
 import pathlib
 import re
 import tomllib
@@ -37,6 +38,23 @@ def test_the_pages_name_files_that_exist(page):
     named = set(re.findall(r"\b(?:gradcomp_jax|experiments|tests)/[\w/.\-]*[\w/]", text))
     named |= set(re.findall(r"\]\(([\w./\-]+)\)", text))
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def functions(node, above=0):
+    """Each function below a node, with how many functions it lies in."""
+    for child in ast.iter_child_nodes(node):
+        inside = isinstance(child, ast.FunctionDef)
+        if inside:
+            yield child, above
+        yield from functions(child, above + inside)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "gradcomp_jax").rglob("*.py")), ids=lambda file: file.name)
+def test_no_function_is_long_or_deep(file):
+    for function, above in functions(ast.parse(file.read_text())):
+        first = function.body[ast.get_docstring(function) is not None :][:1] or function.body
+        assert function.end_lineno - first[0].lineno < 60, f"{function.name} is too long"
+        assert above < 2, f"{function.name} is nested too deep"
 
 
 def test_every_public_name_is_documented():

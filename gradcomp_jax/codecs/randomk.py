@@ -171,7 +171,7 @@ class Subset(Codec):
         counts, n = self.counts(d[0]), d[0].size
         key = step_key(self.seed, ctx.step)
         indices = yield Together(self.draw, Draw(key, ctx.salt, n, max(counts)))
-        values = functools.reduce(jnp.add, [x.reshape(-1)[indices] for x in d])
+        values = functools.reduce(jnp.add, [jnp.take(x, indices, mode="clip") for x in d])
         # Zero, unless something is not finite; the values alone might not show it.
         finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in d])
         mark = jnp.where(finite, jnp.zeros((), values.dtype), jnp.nan)

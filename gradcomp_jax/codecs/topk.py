@@ -51,15 +51,14 @@ class Largest(Coder):
         places = chosen.astype(jnp.uint8 if width <= 8 else jnp.uint32)
         return {"indices": Field(places, width), "values": y[chosen]}
 
+    def sparse(self, message: Message, shape: tuple[int, ...]) -> Sparse:
+        return Sparse(message["indices"].values.astype(jnp.int32), message["values"], shape)
+
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        return self.add(jnp.zeros(shape, jnp.float32), message, part, 1)
+        return self.sparse(message, shape).dense()
 
     def add(self, to: jax.Array, message: Message, part: Part, share: float) -> jax.Array:
-        places = message["indices"].values.astype(jnp.int32)
-        return to.at[places].add(message["values"] * share, mode="drop", unique_indices=True)
-
-    def own(self, y: jax.Array, message: Message, part: Part) -> Sparse:
-        return Sparse(message["indices"].values.astype(jnp.int32), message["values"], y.shape)
+        return self.sparse(message, to.shape).added_to(to, share)
 
     def size(self, shape: tuple[int, ...]) -> int:
         k, width = self.count(shape[0])

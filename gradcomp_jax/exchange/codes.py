@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from gradcomp_jax.coder import Coder, Message, Part
-from gradcomp_jax.contract import Heard, Say, Sparse, dense
+from gradcomp_jax.contract import Heard, Say, Sparse, dense, plus_window
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, of_ring
 from gradcomp_jax.exchange.ways import Sent, agreed, within
-from gradcomp_jax.views import always, pack_front, split, unpack_front
+from gradcomp_jax.views import add_window, always, pack_front, split, unpack_front
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 
@@ -129,6 +129,8 @@ def decode_all(group: Group, messages: Message) -> list[jax.Array]:
             whole = coder.restore(jax.tree.unflatten(treedef, mine), (*y.shape[:-1], size), group.part(0))
             ys.append(whole[..., : y.shape[-1]])
         return ys
+    if (sparse := _sparse(group, messages)) is not None:
+        return [sparse.dense()]
     if group.shards == 1:
         return [group.restore(row(messages, 0))]
     return [uncut(jax.vmap(group.restore)(messages))[..., : group.ys[0].shape[-1]]]
@@ -151,20 +153,11 @@ def uncut(shards: jax.Array, axis: int = -1) -> jax.Array:
 
 
 def row(tree: Any, index: Any) -> Any:
-    """Row `index` of each array."""
-    return jax.tree.map(lambda x: x[index], tree)
-
-
-def add_window(y: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:
-    """`y` [..., length] plus `window` [..., w] from place `start` of the last axis on, of which any may lie outside."""
-    length, width = y.shape[-1], window.shape[-1]
-    size = min(length, width)
-    inside = jnp.clip(start, 0, length - size)
-    around = jnp.pad(window, [(0, 0)] * (window.ndim - 1) + [(size, size)])
-    # What of the window lies from `inside` on: zeros where nothing does.
-    part = lax.dynamic_slice_in_dim(around, jnp.clip(inside - start + size, 0, width + size), size, axis=-1)
-    old = lax.dynamic_slice_in_dim(y, inside, size, axis=-1)
-    return lax.dynamic_update_slice_in_dim(y, old + part, inside, axis=-1)
+    """Row `index` of each array; of None, a row of its own."""
+    if index is None:
+        return jax.tree.map(lambda x: x[None], tree)
+    cut = functools.partial(lax.dynamic_index_in_dim, index=index, keepdims=False, allow_negative_indices=False)
+    return jax.tree.map(cut, tree)
 
 
 def sound(groups: list[Group], messages: list[Message], growth: float) -> jax.Array:
@@ -279,7 +272,7 @@ def send(
 
     def plain() -> tuple[Any, Bits]:
         unpack = functools.partial(unpack_arrays, like=like)
-        arrived = lambda data: Received(unpack(data), lambda worker: unpack(data[worker]))  # noqa: E731
+        arrived = lambda data: Received(unpack(data), lambda worker: unpack(row(data, worker)))  # noqa: E731
         return _carry(pack_arrays(messages, lead), riding, collective, consume, arrived)
 
     if compact is None:
@@ -387,7 +380,8 @@ def _unlaid(coder: Coder, x: Any, like: jax.Array) -> Any:
     if x is None:
         return None
     if isinstance(x, Sparse):  # of a flat tensor
-        return Sparse(x.indices, x.values.astype(like.dtype), like.shape)
+        window = x.window and (x.window[0], x.window[1].astype(like.dtype))
+        return Sparse(x.indices, x.values.astype(like.dtype), like.shape, window)
     return coder.unlay(x, like)
 
 
@@ -439,10 +433,18 @@ def _owns(group: Group, messages: Message) -> list[Any]:
         whole = jax.tree.map(lambda x: uncut(x, coder.unit_axis), messages)
         count = -(-group.ys[0].shape[-1] // coder.unit)
         whole = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, count, axis=coder.unit_axis), whole)
-        return [coder.own(group.ys[0], whole, group.part(0))]
-    if group.shards == 1 and not coder.pooled:
-        return [coder.own(group.ys[0], row(messages, 0), group.part(0))]
-    return decode_all(group, messages)
+        return [coder.restore(whole, group.ys[0].shape, group.part(0))]
+    sparse = _sparse(group, messages)
+    return decode_all(group, messages) if sparse is None else [sparse]
+
+
+def _sparse(group: Group, messages: Message) -> Sparse | None:
+    """The group's tensor, of a coder that keeps few elements of each shard."""
+    parts = jax.vmap(lambda message: group.coder.sparse(message, (group.each,)))(messages)
+    if parts is None:
+        return None
+    indices = parts.indices + group.each * jnp.arange(group.shards, dtype=jnp.int32)[:, None]
+    return Sparse(indices.reshape(-1), parts.values.reshape(-1), group.ys[0].shape)
 
 
 def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int) -> list[list[jax.Array]]:
@@ -494,7 +496,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
 
     (exact, rode), first_bits, first_length = send(groups, messages, ride.pack(), wire.scatter, average, wire)
     if seconds[0] is not None:
-        exact = [x + e[me] for x, e in zip(exact, owed, strict=True)]
+        exact = [x + row(e, me) for x, e in zip(exact, owed, strict=True)]
     again = [g.coder.encode(x, g.part(me, g.key(0, n))) for g, x in zip(groups, exact, strict=True)]
     lost = [g.restore(m, me) - x for g, m, x in zip(groups, again, exact, strict=True)]
     riding = pack_arrays(rode) if ride.arrays else jnp.zeros(0, jnp.uint8)
@@ -506,9 +508,9 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
         second = None
         if seconds[0] is not None:
             second = add_window(jnp.zeros_like(ys[place]), -lost[place], me * group.each)
-            lost[place] = lost[place] + owed[place][me]
+            lost[place] = lost[place] + row(owed[place], me)
         for own, start, one in zip(owns, group.starts(), mean, strict=False):
-            heard.append(Heard(one, add_window(dense(own), n * lost[place], me * group.each - start), second))
+            heard.append(Heard(one, plus_window(own, n * lost[place], me * group.each - start), second))
     if first_length is not None and length is not None:
         length = bit_pair(sum_bits(first_length, length))
     return Sent(heard, ride.restore(rode), ok, sum_bits(first_bits, bits), length)
