@@ -78,7 +78,8 @@ def _plus(x: jax.Array, own: Any, share: int, ok: jax.Array) -> jax.Array:
     if isinstance(own, Sparse):
         kept = jax.tree.map(lambda v: jnp.where(ok, v, 0) if jnp.issubdtype(v.dtype, jnp.inexact) else v, own)
         return kept.added_to(x, share)[0]
-    return (x + jnp.where(ok, share * own[None], 0))[0]
+    own = jnp.where(ok, own[None], 0)
+    return (x + own if share > 0 else x - own)[0]
 
 
 def feedback(error_feedback: bool | Feedback | EF21) -> Feedback | EF21 | None:

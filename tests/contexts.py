@@ -80,11 +80,15 @@ def sharded(tx: gc.Compressor, grads: Any, state: Any, check_vma: bool, scan: bo
 
     def steps(grads, state):
         def body(state, g):
-            updates, state = tx.update(g, state)
-            return state, (updates, state)
+            updates, after = tx.update(g, state)
+            return after, (updates, state)
 
-        out = lax.scan(body, gc.local_state(state), jax.tree.map(lambda x: x[:, 0], grads))[1]
-        return jax.tree.map(lambda x: x[None], out)
+        # What each step began with: a state that is told beside the one to go on with may be computed for itself, with
+        # other last bits.
+        local = gc.local_state(state)
+        last, (updates, before) = lax.scan(body, local, jax.tree.map(lambda x: x[:, 0], grads))
+        states = jax.tree.map(lambda x, end: jnp.concatenate([x[1:], end[None]]), before, last)
+        return jax.tree.map(lambda x: x[None], (updates, states))
 
     mesh = gc.make_mesh(jax.tree.leaves(grads)[0].shape[1 if scan else 0])
     specs = P(None, "data") if scan else P("data"), map_state(lambda _: P("data"), lambda _: P(), state)
