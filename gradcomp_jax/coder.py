@@ -5,6 +5,7 @@ counts. Among n workers of aggregate="shuffle" or "ring" the last axis is cut in
 of arrays as narrow as they travel. A coder knows nothing of workers or of how its messages are sent.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -74,7 +75,7 @@ def no_length() -> CodeLength:
 
 
 @dataclasses.dataclass(frozen=True)
-class Coder:
+class Coder(abc.ABC):
     """Base of coders, frozen dataclasses whose fields are the settings.
 
     Class attributes:
@@ -90,7 +91,7 @@ class Coder:
       tells_length: whether messages have unused room, and `code_length` tells of it.
       shares_scale: its codes are integers of a scale that all workers share, which are summed; see `codes.shared`.
       unbiased: whether what is decoded is on average what was encoded.
-      numbers: whether it numbers a tensor's elements, by int32.
+      indexes: whether it numbers a tensor's elements, by int32.
       scales: the arrays of a message that bound in magnitude what it decodes to: where one is not finite the tensor
         was not, and where all are zero it decodes to zeros.
     """
@@ -106,7 +107,7 @@ class Coder:
     tells_length: ClassVar[bool] = False
     unbiased: ClassVar[bool] = False
     shares_scale: ClassVar[bool] = False
-    numbers: ClassVar[bool] = True
+    indexes: ClassVar[bool] = True
     scales: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -127,13 +128,13 @@ class Coder:
         del feedback
         return self
 
+    @abc.abstractmethod
     def encode(self, y: jax.Array, part: Part) -> Message:
         """The message of a part [..., length]."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         """What a message stands for, float32 of `shape`."""
-        raise NotImplementedError
 
     def add(self, to: jax.Array, message: Message, part: Part, share: float) -> jax.Array:
         """`to` plus `share` times what the message stands for."""
@@ -159,9 +160,9 @@ class Coder:
         """The message, or where not `ok` one that stands for zeros."""
         return {**message, **{name: jnp.where(ok, message[name], 0) for name in self.scales}}
 
+    @abc.abstractmethod
     def size(self, shape: tuple[int, ...]) -> int:
         """The bytes of the message of a part of this shape."""
-        raise NotImplementedError
 
     def fronts(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """Where a message is bytes of which a front counts: how many, at each strength. Else None."""
@@ -174,8 +175,9 @@ class Coder:
         return None
 
     def code_length(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        """The true length of what a message holds, in bits as a pair."""
-        raise NotImplementedError
+        """The true length of what a message holds, in bits as a pair; by default all of it."""
+        del message, part
+        return jnp.array(divmod(8 * self.size(shape), 2**32), jnp.uint32)
 
     def start(self) -> Any:
         """The coder's own state: () where it draws nothing, and else with a field `step` that counts rounds."""
@@ -281,13 +283,11 @@ class Coding(Codec):
 
     def shrinks(self, path: str, leaf: Any) -> bool:
         coder = self.coder.coders[-1] if isinstance(self.coder, Switched) else self.coder
-        if coder.numbers:
+        if coder.indexes:
             require_indexable(self.name, path, leaf)
         if not leaf.size:
             return False
-        shape = (
-            leaf.shape if self.transform is None else (-(-leaf.size // self.transform.block) * self.transform.block,)
-        )
+        shape = leaf.shape if self.transform is None else (self.transform.length(leaf.size),)
         return coder.size(laid(coder, shape)) < 4 * leaf.size
 
     def coder_state(self, state: Any) -> Any:

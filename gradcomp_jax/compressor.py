@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from gradcomp_jax.coder import Coding
 from gradcomp_jax.contract import Codec, Mine, Uncompressed, require_whole
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.exchange.bits import WireCount, add_bits, no_bits
@@ -232,15 +233,20 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
     """The coder through which a linear codec's numbers travel, and the way; None and `aggregate` without a quantizer.
 
     Raises:
-      ValueError: a quantizer that is not unbiased, is on another axis, keeps residuals of its own, or is given beside
-        aggregate="ring".
+      ValueError: a quantizer that is not unbiased, is transformed or on another axis, keeps residuals of its own, or is
+        given beside aggregate="ring".
     """
     if quantizer is None:
         return None, aggregate
-    coder = quantizer.codec.coder if isinstance(quantizer, Compressor) else None
-    if coder is None or not coder.unbiased:
-        name = quantizer.codec.name if isinstance(quantizer, Compressor) else quantizer
+    inside = quantizer.codec if isinstance(quantizer, Compressor) else None
+    if not isinstance(inside, Coding) or not inside.coder.unbiased:
+        name = quantizer if inside is None else inside.name
         raise ValueError(f"quantizer={name!r} of codec {codec!r} must be a qsgd(...), which rounds without bias")
+    if inside.transform is not None:
+        raise ValueError(
+            f"quantizer of codec {codec!r} has a transform, which goes before tensors of a codec of its own: give the "
+            "qsgd without it"
+        )
     if quantizer.settings.axis_name != axis_name:
         raise ValueError(
             f"quantizer=qsgd(axis_name={quantizer.settings.axis_name!r}) is on another axis than codec {codec!r}, "
@@ -256,7 +262,7 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
             f"aggregate={aggregate!r} beside a quantizer, with which codec {codec!r} is not linear: say there how "
             "its codes are aggregated, as in qsgd(aggregate='ring')"
         )
-    return coder, quantizer.settings.aggregate
+    return inside.coder, quantizer.settings.aggregate
 
 
 def skipped(opt_state: Any) -> int:

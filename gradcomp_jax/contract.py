@@ -13,6 +13,7 @@ A *coder* (`gradcomp_jax.coder`) is how the numbers that a codec says become byt
 are and are summed on the way. Codecs and coders are frozen dataclasses: made alike, they are equal.
 """
 
+import abc
 import dataclasses
 import functools
 import numbers
@@ -128,11 +129,6 @@ def dense(x: Any) -> jax.Array:
     return x.dense() if isinstance(x, Sparse) else x
 
 
-def plus_window(x: Any, window: jax.Array, start: jax.Array) -> Any:
-    """`x`, a flat tensor or a `Sparse` of one, plus `window` from place `start` of the last axis on."""
-    return dataclasses.replace(x, window=(start, window)) if isinstance(x, Sparse) else add_window(x, window, start)
-
-
 class Result(NamedTuple):
     """What a talk returns.
 
@@ -188,16 +184,18 @@ class Strength(NamedTuple):
       value: its value in this codec.
       more_sends_more: whether a larger value sends more.
       others: the codec's other settings, by name.
+      at: several values of it -> the codec of so many strengths, which share one state.
     """
 
     setting: str
     value: Any
     more_sends_more: bool
     others: dict[str, Any]
+    at: Callable[[tuple[Any, ...]], "Codec"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec:
+class Codec(abc.ABC):
     """An algorithm for one tensor. Subclasses are frozen dataclasses whose fields are the settings.
 
     Its state is a NamedTuple. The fields that `by_leaf` names are dicts by path, perhaps in `Mine`, of which a talk
@@ -227,9 +225,9 @@ class Codec:
         del path
         return leaf.ndim > 1
 
+    @abc.abstractmethod
     def shrinks(self, path: str, leaf: Any) -> bool:
         """Whether it can send such a leaf in fewer bytes than it has."""
-        raise NotImplementedError
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         """The first state of one leaf, of whose shape and dtype alone it may depend: the fields of `by_leaf`."""
@@ -271,13 +269,15 @@ class Codec:
 
     def phase(self, state: Any) -> jax.Array:
         """int32, the kind of the step, below `phases`."""
-        raise NotImplementedError
+        del state
+        return jnp.int32(0)
 
     def strengths(self, state: Any, learning_rate: Any) -> dict[str, jax.Array]:
         """int32, each leaf's place among the strengths; empty where there is one."""
         del state, learning_rate
         return {}
 
+    @abc.abstractmethod
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
         """The algorithm: a generator that yields `Say` or a tuple of them, is sent `Heard`, and returns a `Result`.
 
@@ -288,7 +288,6 @@ class Codec:
           leaf: the state, with this leaf's entries of the fields `by_leaf`.
           ctx: what else there is.
         """
-        raise NotImplementedError
 
     def absorb(
         self, leaf: Any, d: tuple[jax.Array, ...], mean: jax.Array, ok: jax.Array, ctx: Context
@@ -312,20 +311,19 @@ class Codec:
 
     def refresh(self, before: Any, after: Any, mean: jax.Array) -> Generator[First, Any, dict[str, Any]]:
         """Rarely: fields of a leaf's state, from those before and after the step; it may ask for the first worker's."""
-        raise NotImplementedError
+        del before, after, mean
+        yield from ()
+        return {}
 
     def kept(self, leaf: Any) -> dict[str, Any]:
         """The fields that `refresh` renews, as they are."""
-        raise NotImplementedError
+        del leaf
+        return {}
 
     def tick(self, state: Any, after: Any, ctx: Context) -> Any:
         """`after`, the state with its leaves renewed, with what belongs to the whole renewed too."""
         del state, ctx
         return after
-
-    def at(self, values: tuple[Any, ...]) -> "Codec":
-        """The codec of several strengths, by the values of the setting that `strength` names."""
-        raise NotImplementedError
 
     def flushed(self, state: Any) -> Any:
         """The state once the residual has been sent, for codecs whose state repeats a part of it."""

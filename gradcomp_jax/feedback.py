@@ -79,6 +79,7 @@ def _plus(x: jax.Array, own: Any, share: int, ok: jax.Array) -> jax.Array:
         kept = jax.tree.map(lambda v: jnp.where(ok, v, 0) if jnp.issubdtype(v.dtype, jnp.inexact) else v, own)
         return kept.added_to(x, share)[0]
     own = jnp.where(ok, own[None], 0)
+    # A difference, not a sum with a product by -1, which a compiler would contract with the products that own is of.
     return (x + own if share > 0 else x - own)[0]
 
 

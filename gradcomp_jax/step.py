@@ -3,16 +3,16 @@
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from gradcomp_jax.agreement import Shapes, require_agreement, update_of
 from gradcomp_jax.compressor import Delivered, compressor_states, is_compressor_state, skipped, skipped_steps
-from gradcomp_jax.contract import AlreadyReducedError, AxisName
 from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.sharding import (
@@ -115,7 +115,7 @@ def train_step(
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
         if not check_vma:
-            _require_agreement(tx, tuple(mesh.shape.items()), _Shapes.of(params))
+            require_agreement(tx, tuple(mesh.shape.items()), Shapes.of(params))
         specs = state_specs(tx, params)
         in_specs = (P(), specs, *(P(),) * has_state, P(axes))
         out_specs = (P(), specs, *(P(),) * (1 + has_state + has_aux))
@@ -172,7 +172,7 @@ def simulate(
 
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], workers, f"{workers} workers")
-        _require_agreement(tx, ((axis_name, workers),), _Shapes.of(params))
+        require_agreement(tx, ((axis_name, workers),), Shapes.of(params))
         batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), rest[-1])
         state_axes = jax.tree.map(lambda spec: 0 if axis_name in spec else None, state_specs(tx, params))
         in_axes = (None, state_axes, *(None,) * has_state, 0)
@@ -251,117 +251,6 @@ def _any_nonzero(tree: Any) -> bool:
     return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(tree))
 
 
-_UPDATES_DIFFER = (
-    "the updates of tx still differ between the workers along {axes} at {leaf!r}: put a codec, none() or average() "
-    "first in the chain, with the mesh's axis as its axis_name. Leaves that optax.masked or optax.partition keep from "
-    "the codec need none() of their own; or leave them to the codec, and out of its compress=. The zeros of "
-    "optax.set_to_zero and optax.selective_transform have the type of the gradients and count as different: freeze "
-    "after the codec, by optax.chain(codec, optax.freeze(mask), ...), or see train_step"
-)
-_STATE_DIFFERS = (
-    "the state of tx would differ between the workers along {axes} at {leaf!r}: what keeps anything of the gradients "
-    "(momentum, adam, optax.apply_every, zero_nans) must come after the codec, which makes them the same on all"
-)
-_AROUND = (
-    "tx calls a codec in some steps only, or with what is already the same on all workers along {axes}: there is a "
-    "wrapper around the codec, such as optax.MultiSteps, apply_if_finite, conditionally_transform or "
-    "conditionally_mask, or a second codec behind it. Workers could part, or wait for each other for ever. Put the "
-    "wrapper after the codec: optax.chain(codec, optax.MultiSteps(...)). Steps that are not finite the codec skips by "
-    "itself; to send once for several batches, let loss_fn average over them. Without a wrapper or second codec, what "
-    "stands before the codec mixes, in its control flow, what differs between workers with what does not: let it "
-    "start from vary(zeros, axis)"
-)
-
-
-class _Shapes(NamedTuple):
-    """A tree's structure, shapes and types, to remember it by."""
-
-    treedef: Any
-    leaves: tuple
-
-    @classmethod
-    def of(cls, tree: Any) -> "_Shapes":
-        leaves, treedef = jax.tree.flatten(tree)
-        return cls(treedef, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
-
-    def tree(self) -> Any:
-        return jax.tree.unflatten(self.treedef, [jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
-
-
-@functools.lru_cache(maxsize=64)
-def _require_agreement(tx: optax.GradientTransformation, sizes: tuple[tuple[str, int], ...], params: _Shapes) -> None:
-    """Refuses a tx that would let the workers part, in the same words whatever the step then runs in.
-
-    Under shard_map types tell what may differ between workers; vmap and unchecked steps have no such types. There tx is
-    traced alone, over a mesh of no devices.
-    """
-    _trace_alone(tx, dict(sizes), params.tree(), check_vma=True)
-
-
-def _trace_alone(tx: optax.GradientTransformation, sizes: Mapping[str, int], params: Any, check_vma: bool) -> None:
-    axes = tuple(sizes)
-    mesh = AbstractMesh(tuple(sizes.values()), axes, axis_types=(AxisType.Auto,) * len(axes))
-
-    def update(params: Any) -> None:
-        state = jax.tree.map(_vary_per_worker, tx.init(params), is_leaf=is_per_worker)
-        grads = collectives.vary(params, axes)
-        if check_vma:
-            _update(tx, sizes, grads, state, params)
-        else:
-            optax.with_extra_args_support(tx).update(grads, state, params)
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma), params)
-
-
-def _update(
-    tx: optax.GradientTransformation, sizes: Mapping[str, int], grads: Any, state: Any, params: Any, **extra_args: Any
-) -> tuple[Any, Any]:
-    """`tx.update`, where types tell what differs between workers, with our words for what they refuse.
-
-    Where types are not tracked it is `tx.update` alone.
-    """
-    axes = tuple(sizes)
-    try:
-        updates, state = _call(tx, grads, state, params, extra_args)
-    except (TypeError, AlreadyReducedError) as error:
-        if not collectives.tracked(axes):
-            raise
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        _trace_alone(
-            tx, sizes, shapes, check_vma=False
-        )  # what fails without types too has other reasons, and gives them
-        raise ValueError(_AROUND.format(axes=axes)) from error
-    if refusals := _differing(updates, axes, _UPDATES_DIFFER) + _differing(state, axes, _STATE_DIFFERS):
-        raise ValueError(refusals[0])
-    return updates, state
-
-
-def _call(tx: Any, grads: Any, state: Any, params: Any, extra_args: Mapping[str, Any]) -> tuple[Any, Any]:
-    update = optax.with_extra_args_support(tx).update
-    try:
-        return update(grads, state, params, **extra_args)
-    except TypeError:
-        if not extra_args:
-            raise
-        # Perhaps of a transformation, such as optax's sam, that takes no further arguments but its own.
-        return update(grads, state, params)
-
-
-def _vary_per_worker(x: Any) -> Any:
-    return PerWorker(collectives.vary(x.value, x.axis), x.axis) if is_per_worker(x) else x
-
-
-def _differing(tree: Any, axes: AxisName, refusal: str) -> list[str]:
-    """`refusal`, by name, of each leaf that may differ along `axes` without being marked to do so."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_per_worker)
-    return [
-        refusal.format(leaf=jax.tree_util.keystr(path, simple=True, separator="/"), axes=axes)
-        for path, leaf in leaves
-        if not is_per_worker(leaf) and collectives.known_different(leaf, axes)
-    ]
-
-
 def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool, has_state: bool) -> Step:
     """What one worker does in a step, on local state."""
     axes = tuple(sizes)
@@ -407,7 +296,7 @@ def _update_beside(
     # Of several codecs each would send it; one on a part of the axes would not reach all workers.
     rides = len(states) == 1 and collectives.axis_names(states[0].residual.axis) == axes
     extra = {"beside": beside} if rides else {}
-    updates, state = _update(tx, sizes, grads, opt_state, params, **extra)
+    updates, state = update_of(tx, sizes, grads, opt_state, params, **extra)
     arrived = [x for x in jax.tree.leaves(state, is_leaf=_is_delivered) if _is_delivered(x)]
     if arrived:
         state = jax.tree.map(lambda x: x.state if _is_delivered(x) else x, state, is_leaf=_is_delivered)

@@ -36,6 +36,10 @@ class Transform:
     block: int
     seed: int
 
+    def length(self, size: int) -> int:
+        """Of what a tensor of so many elements is turned to: whole blocks."""
+        return -(-size // self.block) * self.block
+
     @property
     def growth(self) -> float:
         """By how much a block's largest magnitude can grow."""
@@ -82,6 +86,12 @@ def _hadamard(bits: int) -> np.ndarray:
     return (-1.0) ** np.bitwise_count(places[:, None] & places) / math.sqrt(2**bits)
 
 
+def _takes_flat(coder: Coder) -> bool:
+    """Whether a coder takes a tensor as flat, and what it stands for may be turned back."""
+    coder = coder.coders[0] if isinstance(coder, Switched) else coder
+    return type(coder).lay is Coder.lay and not (coder.votes or coder.shares_scale)
+
+
 def transformed(tx: Compressor, kind: str, block: int = 64, *, seed: int = 0) -> Compressor:
     """A codec that codes, with an orthonormal transform of blocks before it and its inverse behind it.
 
@@ -104,20 +114,17 @@ def transformed(tx: Compressor, kind: str, block: int = 64, *, seed: int = 0) ->
     >>> import optax
     >>> from gradcomp_jax import qsgd, topk, transformed
     >>> tx = optax.chain(transformed(qsgd(2, bucket_size=128), "hadamard", 128), optax.sgd(0.1))
-    >>> tx = optax.chain(transformed(topk(0.01), "dct"), optax.sgd(0.1))  # what DeMo sends
+    >>> tx = optax.chain(transformed(topk(0.01), "dct"), optax.sgd(0.1))
     """
-    codec = tx.codec if isinstance(tx, Compressor) else tx
-    coder = codec.coder if isinstance(codec, Coding) else None
-    coder = coder.coders[0] if isinstance(coder, Switched) else coder
-    if coder is None or type(coder).lay is not Coder.lay or coder.votes or coder.shares_scale:
+    codec = tx.codec if isinstance(tx, Compressor) else None
+    if not isinstance(codec, Coding) or not _takes_flat(codec.coder) or codec.transform is not None:
         raise ValueError(
-            f"tx={getattr(codec, 'name', codec)!r} must be a qsgd without shared_scale, a topk or a signnorm without "
-            "majority: a transform goes before a coder of flat tensors"
+            f"tx={tx if codec is None else codec.name!r} must be a qsgd without shared_scale, a topk or a signnorm "
+            "without majority, and without a transform: that goes before a coder of flat tensors, once"
         )
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} must be one of {', '.join(map(repr, KINDS))}")
     require_whole("block", block, 2)
     if kind == "hadamard" and block & (block - 1):
         raise ValueError(f"block={block} must be a power of two for kind='hadamard'")
-    assert isinstance(codec, Coding)
     return compressor(dataclasses.replace(codec, transform=Transform(kind, block, seed)), tx.settings)

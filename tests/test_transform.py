@@ -61,10 +61,19 @@ def test_accordion_switches_what_is_transformed():
         gc.accordion(gc.topk(0.3), high, interval=2)
 
 
-@pytest.mark.parametrize("tx", [gc.powersgd(2), gc.onebit(), gc.adaptive(), gc.signnorm(majority=True), None])
+@pytest.mark.parametrize(
+    "tx",
+    [gc.powersgd(2), gc.onebit(), gc.adaptive(), gc.signnorm(majority=True), gc.transformed(gc.topk(), "dct"), None],
+)
 def test_what_is_no_code_of_flat_tensors_is_refused(tx):
     with pytest.raises(ValueError, match="must be a qsgd without shared_scale, a topk or a signnorm without"):
         gc.transformed(tx, "dct")
+
+
+def test_a_quantizer_with_a_transform_is_refused():
+    """Else the transform would be left out without a word."""
+    with pytest.raises(ValueError, match="quantizer of codec 'powersgd' has a transform"):
+        gc.powersgd(2, quantizer=gc.transformed(gc.qsgd(8), "hadamard"))
 
 
 @pytest.mark.parametrize(

@@ -302,7 +302,7 @@ def accordion(
     if norm_source not in NORM_SOURCES:
         raise ValueError(f"norm_source={norm_source!r} must be one of {', '.join(map(repr, NORM_SOURCES))}")
     weak, strong = _require_strengths(low, high)
-    inner = low.codec.at((weak.value, strong.value))
+    inner = weak.at((weak.value, strong.value))
     codec = Accordion(inner, interval, window, threshold, per_layer, learning_rate, norm_source, reset_on_switch)
     return compressor(codec, low.settings)
 
@@ -363,11 +363,8 @@ def _require_strengths(low: Compressor, high: Compressor) -> tuple[Strength, Str
             f"low is {low.codec.name} by {weak.setting}, high is {high.codec.name} by {strong.setting}: accordion "
             "switches between two strengths of one codec, which share its state"
         )
-    others = [
-        {**x.others, "transform": getattr(c, "transform", None)} for x, c in ((weak, low.codec), (strong, high.codec))
-    ]
     for name, a, b in [
-        *((name, x, others[1][name]) for name, x in others[0].items()),
+        *((name, x, strong.others[name]) for name, x in weak.others.items()),
         *zip(low.settings._fields, low.settings, high.settings, strict=True),
     ]:
         if a != b:

@@ -191,7 +191,7 @@ class Adaptive(Coding):
         coder = self.coders[0]
         names = {"threshold_scope": "threshold_scope", "sample": "sample", "capacity": "room", "seed": "seed"}
         others = {name: getattr(coder, field) for name, field in names.items()}
-        return Strength("proportion", coder.proportion, False, others)
+        return Strength("proportion", coder.proportion, False, others, self.at)
 
     def at(self, proportions: tuple[float, ...]) -> "Adaptive":
         """The codec of these proportions."""

@@ -246,7 +246,9 @@ class GradiVeQ(Codec):
     def strength(self) -> Strength | None:
         names = ("k", "train_steps", "compress_steps", "warmup_steps", "k_max", "reuse")
         others = {name: getattr(self, name) for name in names}
-        return Strength("ratio", self.ratios[0], False, others) if self.select == "ratio" and not self.numbers else None
+        if self.select != "ratio" or self.numbers:
+            return None
+        return Strength("ratio", self.ratios[0], False, others, self.at)
 
     def at(self, ratios: tuple[float, ...]) -> "GradiVeQ":
         """The codec of these ratios."""

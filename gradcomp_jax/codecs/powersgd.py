@@ -129,9 +129,9 @@ class PowerSGD(Codec):
 
     @property
     def strength(self) -> Strength | None:
-        names = ("min_rate", "stacked", "split", "seed", "every")
-        others = {name: getattr(self, name) for name in names}
-        return None if self.numbers else Strength("rank", self.ranks[0], True, others)
+        others = {name: getattr(self, name) for name in ("min_rate", "stacked", "split", "seed")}
+        others["refresh"] = self.every
+        return None if self.numbers else Strength("rank", self.ranks[0], True, others, self.at)
 
     def at(self, ranks: tuple[int, ...]) -> "PowerSGD":
         """The codec of these ranks."""

@@ -126,7 +126,7 @@ class Buckets(Coder):
     pooled: ClassVar[bool] = True
     draws: ClassVar[bool] = True
     unbiased: ClassVar[bool] = True
-    numbers: ClassVar[bool] = False
+    indexes: ClassVar[bool] = False
     scales: ClassVar[tuple[str, ...]] = ("scale",)
 
     @property
@@ -241,8 +241,8 @@ class QSGD(Coding):
     @property
     def strength(self) -> Strength | None:
         coder = self.coders[0]
-        others = {"bucket_size": coder.d, "norm": coder.norm, "seed": coder.seed}
-        return Strength("bits", coder.bits, True, others) if self.switchable else None
+        others = {"bucket_size": coder.d, "norm": coder.norm, "seed": coder.seed, "transform": self.transform}
+        return Strength("bits", coder.bits, True, others, self.at) if self.switchable else None
 
     def at(self, bits: tuple[int, ...]) -> "QSGD":
         """The codec of these numbers of bits."""

@@ -133,8 +133,8 @@ class Subset(Codec):
 
     @property
     def strength(self) -> Strength | None:
-        others = {"seed": self.seed}
-        return None if self.numbers else Strength("rank" if self.ranked else "fraction", self.amounts[0], True, others)
+        setting, others = "rank" if self.ranked else "fraction", {"seed": self.seed}
+        return None if self.numbers else Strength(setting, self.amounts[0], True, others, self.at)
 
     def at(self, amounts: tuple[float, ...]) -> "Subset":
         """The codec of these fractions or ranks."""

@@ -84,7 +84,7 @@ class TopK(Coding):
 
     @property
     def strength(self) -> Strength:
-        return Strength("fraction", self.fractions[0], True, {})
+        return Strength("fraction", self.fractions[0], True, {"transform": self.transform}, self.at)
 
     def at(self, fractions: tuple[float, ...]) -> "TopK":
         """The codec of these fractions."""

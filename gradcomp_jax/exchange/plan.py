@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gradcomp_jax.coder import Coder, Switched
 from gradcomp_jax.contract import AxisName, Codec, Predicate
-from gradcomp_jax.exchange.codes import Group, grouped
+from gradcomp_jax.exchange.shards import Group, grouped
 
 # By how much riders may lengthen a gather; else they take an all-reduce of their own.
 RIDE = 0.01

@@ -1,0 +1,185 @@
+"""Tensors in shards: how they are cut, encoded and decoded, whoever is sent which."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from gradcomp_jax.coder import Coder, Message, Part
+from gradcomp_jax.contract import Sparse
+from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
+from gradcomp_jax.exchange.ways import within
+from gradcomp_jax.views import always, split
+
+
+class Group(NamedTuple):
+    """Tensors that are cut into shards together: one, or of a pooled coder all.
+
+    Attributes:
+      coder: theirs.
+      ys: as the coder lays them out.
+      each: places of the last axis in a shard.
+      shards: how many shards there are.
+      keys: random keys of each tensor, one for each shard and one more; empty of a coder that draws nothing.
+      strength: int32, or None.
+    """
+
+    coder: Coder
+    ys: list[jax.Array]
+    each: int
+    shards: int
+    keys: Any
+    strength: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of a shard."""
+        return (*self.ys[0].shape[:-1], self.each)
+
+    def part(self, index: Any, key: jax.Array | None = None) -> Part:
+        """What the coder is told of the shard at `index`; with a key, if it is to encode it."""
+        length = self.each * self.shards if self.coder.pooled else self.ys[0].shape[-1]
+        return Part(index, self.shards, length, key, self.strength)
+
+    def key(self, place: int, index: Any) -> jax.Array | None:
+        """The key of a tensor's shard; at `shards`, of what is encoded again."""
+        return self.keys[place][index] if len(self.keys) else None
+
+    def restore(self, message: Message, index: Any = 0) -> jax.Array:
+        """What the message of one shard stands for."""
+        return self.coder.restore(message, self.shape, self.part(index))
+
+    def starts(self) -> list[int]:
+        """Where each tensor begins among the places of all, tensors being whole units."""
+        starts, unit = [0], self.coder.unit
+        for y in self.ys:
+            starts.append(starts[-1] + -(-y.shape[-1] // unit) * unit)
+        return starts
+
+
+def grouped(
+    coder: Coder, ys: Sequence[Any], shards: int, key: Any, strengths: Sequence[Any], draws: bool = True
+) -> list[Group]:
+    """Tensors in groups, to be cut into so many shards."""
+    groups = []
+    keys: Any = ()
+    if coder.draws and draws:  # all at once: to draw one by one compiles for long
+        fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
+        of_each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(ys), dtype=jnp.int32))
+        keys = fold(of_each, jnp.arange(shards + 1, dtype=jnp.int32))
+    for places in [list(range(len(ys)))] if coder.pooled else [[place] for place in range(len(ys))]:
+        mine = [ys[i] for i in places]
+        if shards == 1 and not coder.rowwise:
+            each = mine[0].shape[-1]
+        else:
+            units = sum(-(-y.shape[-1] // coder.unit) for y in mine)
+            each = max(1, -(-units // shards)) * coder.unit
+        of_these = [keys[i] for i in places] if len(keys) else ()
+        groups.append(Group(coder, mine, each, shards, of_these, strengths[places[0]]))
+    return groups
+
+
+def encode_all(group: Group) -> Message:
+    """The messages of all shards, arrays [shards, ...]."""
+    coder, n = group.coder, group.shards
+    if coder.rowwise:  # whole tensors are encoded, and messages cut
+        whole = [
+            coder.encode(y, Part(0, 1, y.shape[-1], group.key(i, 0), group.strength)) for i, y in enumerate(group.ys)
+        ]
+        axis, count = coder.unit_axis, group.each // coder.unit
+        rows = jax.tree.map(lambda *x: jnp.concatenate(x, axis) if len(x) > 1 else x[0], *whole)
+        return jax.tree.map(lambda x: cut(x, n, count, axis), rows)
+    if n == 1:
+        return jax.tree.map(lambda x: x[None], coder.encode(group.ys[0], group.part(0, group.key(0, 0))))
+    keys = group.keys[0][:n] if len(group.keys) else None
+    shards = cut(group.ys[0], n, group.each), jnp.arange(n, dtype=jnp.int32), keys
+    encode = lambda shard: coder.encode(shard[0], group.part(*shard[1:]))  # noqa: E731
+    # One after another where there are branches: a shard's choice between them stays a choice.
+    return lax.map(encode, shards) if coder.branches else jax.vmap(encode)(shards)
+
+
+def encode_each(groups: list[Group]) -> list[Message]:
+    """The messages of all shards of all groups, arrays [shards, ...]."""
+    messages: list[Message] = []
+    for group in groups:
+        if messages and group.coder.branches:
+            # One after another, so that memory holds the workings of one: a compiler would begin with all of them.
+            done = always(jax.tree.leaves(messages[-1])[0])
+            group = group._replace(ys=[jnp.where(done, y, 0) for y in group.ys])
+        messages.append(encode_all(group))
+    return messages
+
+
+def decode_all(group: Group, messages: Message) -> list[jax.Array]:
+    """The group's tensors, from the messages of all shards."""
+    coder = group.coder
+    if coder.rowwise:
+        axis = coder.unit_axis
+        starts, ys = group.starts(), []
+        sizes = [end - start for start, end in itertools.pairwise(starts)]
+        arrays, treedef = jax.tree.flatten(jax.tree.map(lambda x: uncut(x, axis), messages))
+        pieces = [split(x, [size // coder.unit for size in sizes], axis) for x in arrays]
+        for y, size, *mine in zip(group.ys, sizes, *pieces, strict=True):
+            whole = coder.restore(jax.tree.unflatten(treedef, mine), (*y.shape[:-1], size), group.part(0))
+            ys.append(whole[..., : y.shape[-1]])
+        return ys
+    if (sparse := sparse_of(group, messages)) is not None:
+        return [sparse.dense()]
+    if group.shards == 1:
+        return [group.restore(row(messages, 0))]
+    return [uncut(jax.vmap(group.restore)(messages))[..., : group.ys[0].shape[-1]]]
+
+
+def sparse_of(group: Group, messages: Message) -> Sparse | None:
+    """The group's tensor, of a coder that keeps few elements of each shard."""
+    parts = jax.vmap(lambda message: group.coder.sparse(message, (group.each,)))(messages)
+    if parts is None:
+        return None
+    indices = parts.indices + group.each * jnp.arange(group.shards, dtype=jnp.int32)[:, None]
+    return Sparse(indices.reshape(-1), parts.values.reshape(-1), group.ys[0].shape)
+
+
+def cut(y: jax.Array, shards: int, each: int, axis: int = -1) -> jax.Array:
+    """An axis in shards of `each`, filled up with zeros: [shards, ..., each, ...]."""
+    axis %= y.ndim
+    missing = shards * each - y.shape[axis]
+    if missing:
+        y = jnp.pad(y, [(0, missing if i == axis else 0) for i in range(y.ndim)])
+    return jnp.moveaxis(y.reshape(*y.shape[:axis], shards, each, *y.shape[axis + 1 :]), axis, 0)
+
+
+def uncut(shards: jax.Array, axis: int = -1) -> jax.Array:
+    """The inverse of `cut`, with what it was filled up with."""
+    axis %= shards.ndim - 1
+    y = jnp.moveaxis(shards, 0, axis)
+    return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
+
+
+def row(tree: Any, index: Any) -> Any:
+    """Row `index` of each array; of None, a row of its own."""
+    if index is None:
+        return jax.tree.map(lambda x: x[None], tree)
+    cut = functools.partial(lax.dynamic_index_in_dim, index=index, keepdims=False, allow_negative_indices=False)
+    return jax.tree.map(cut, tree)
+
+
+def sound(groups: list[Group], messages: list[Message], growth: float) -> jax.Array:
+    """Whether all that messages [n, ...] stand for is finite, and stays so when it grows so many times, and twice."""
+    bounds = []
+    for group, message in zip(groups, messages, strict=True):
+        bound = jax.vmap(lambda one, g=group: g.coder.largest(one, g.shape, g.part(0)))(message)
+        bounds.append(bound.reshape(-1))
+    return within(jnp.concatenate(bounds), 2 * growth)
+
+
+def lengths(groups: list[Group], messages: list[Message]) -> jax.Array | None:
+    """The true length of messages [shards, ...] of all groups, as a pair; None where it is not told."""
+    pairs: list[Bits] = []
+    for group, message in zip(groups, messages, strict=True):
+        if group.coder.tells_length:
+            pairs += list(jax.vmap(lambda one, g=group: g.coder.code_length(one, g.shape, g.part(0)))(message))
+    return bit_pair(functools.reduce(sum_bits, pairs)) if pairs else None
