@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 import re
+import signal
 import sys
 
 import pytest
@@ -94,10 +95,13 @@ def test_a_failure_is_told_and_keeps_no_other_run_from_its_end(grid, tmp_path):
     assert calls(tmp_path) == dict(zip(EVERY, [1, 1, 2, 2], strict=True))
 
 
-def test_an_interruption_reaches_the_run_and_ends_the_sweep(grid, tmp_path, monkeypatch):
+def test_an_interruption_reaches_the_run_and_ends_the_sweep(grid, tmp_path, monkeypatch, request):
     (tmp_path / "out").mkdir()
     slow = tmp_path / "out" / "SLOW"
     slow.touch()
+    # A run takes after this process, which a shell in whose background it is has told to ignore interruptions.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
 
     @contextlib.contextmanager
     def interruptible():
