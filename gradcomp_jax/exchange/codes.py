@@ -131,8 +131,9 @@ def send(
 
     if compact is None:
         return *plain(), lengths(groups, messages if lead else [row(m, None) for m in messages])
-    pack, unpack = compact.pack, jax.vmap(compact.unpack)
-    payload, fits, length = (jax.vmap(pack) if lead else pack)(messages[0])
+    # One after another: a vmap of their loops would select all of what they make in each turn.
+    pack, unpack = compact.pack, functools.partial(lax.map, compact.unpack)
+    payload, fits, length = lax.map(pack, messages[0]) if lead else pack(messages[0])
     agreed_to, asking = wire.all_(jnp.all(fits))
 
     def shorter() -> tuple[Any, Bits]:
