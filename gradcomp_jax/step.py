@@ -24,7 +24,7 @@ from gradcomp_jax.sharding import (
     require_workers,
     state_specs,
 )
-from gradcomp_jax.views import widen
+from gradcomp_jax.views import always, others_are_automatic, widen
 
 Step = Callable[..., tuple[Any, ...]]
 
@@ -278,6 +278,7 @@ def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool,
         others = collectives.after(others, compressor_states(new_opt_state))
         kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
         new_params = _kept(kept, optax.apply_updates(params, updates), params)
+        kept = _once_stored(kept, new_params)
         loss, aux, floats = means
         states = []
         if has_state:
@@ -313,6 +314,18 @@ def _is_delivered(x: Any) -> bool:
 def _kept(kept: jax.Array, new: Any, old: Any) -> Any:
     """`new`, or `old` in a step that was skipped."""
     return jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
+
+
+def _once_stored(kept: jax.Array, params: Any) -> jax.Array:
+    """`kept`, on CPUs known only once there are the new parameters.
+
+    These are computed from the optimiser's state as it was before the step, and what selects by this flag overwrites
+    that. Without such an order XLA's CPU backend begins each step with a copy of the state.
+    """
+    if others_are_automatic() or not any(x.size for x in jax.tree.leaves(params)):
+        return kept
+    wait = lambda kept, params: jax.lax.cond(kept, always, lambda _: jnp.array(False), params)  # noqa: E731
+    return jax.lax.platform_dependent(kept, params, cpu=wait, default=lambda kept, _: kept)
 
 
 def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:

@@ -200,7 +200,9 @@ class PowerSGD(Codec):
         p = jax.lax.optimization_barrier(p)
         heard = yield self.say(functools.reduce(jnp.add, [down_the_rows(p, x) for x in terms]), n, m)
         mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (heard.mean, heard.own))
-        return Result(outer(p, mean, d[0].shape), outer(p, own, d[0].shape), {"q": mean})
+        # Parameters and momentum both take the mean, and would each add it up anew; what is owed is added up once.
+        applied = einsum("lrn,lrm->lnm", p, mean).reshape(d[0].shape)
+        return Result(applied, outer(p, own, d[0].shape), {"q": mean})
 
     def say(self, factor: jax.Array, n: int, m: int) -> Say:
         """What is asked of a factor [layers, r, ...]: its columns in front of its layers, so that those in use lead."""
