@@ -42,6 +42,8 @@ class Part(NamedTuple):
 
     def valid(self, each: int) -> jax.Array:
         """How many of this part's `each` places along the last axis the tensor has, int32."""
+        if self.length == self.shards * each:
+            return jnp.int32(each)
         return jnp.clip(self.length - self.index * each, 0, each)
 
 
@@ -86,7 +88,6 @@ class Coder(abc.ABC):
       unit_axis: which axis of a message's arrays counts units, of a rowwise coder: 0 or -1.
       pooled: the units of all tensors count as one's, which shards cross; rowwise only.
       draws: whether it uses random keys.
-      branches: whether it chooses between branches while it encodes, so that shards are encoded one after another.
       votes: the mean of what was decoded is itself encoded, as in a majority vote.
       tells_length: whether messages have unused room, and `code_length` tells of it.
       shares_scale: its codes are integers of a scale that all workers share, which are summed; see `codes.shared`.
@@ -102,7 +103,6 @@ class Coder(abc.ABC):
     unit_axis: ClassVar[int] = 0
     pooled: ClassVar[bool] = False
     draws: ClassVar[bool] = False
-    branches: ClassVar[bool] = False
     votes: ClassVar[bool] = False
     tells_length: ClassVar[bool] = False
     unbiased: ClassVar[bool] = False
@@ -122,6 +122,11 @@ class Coder(abc.ABC):
     def unlay(self, y: jax.Array, like: Any) -> jax.Array:
         """The inverse of `lay`, in the shape and type of `like`."""
         return y.reshape(like.shape).astype(like.dtype)
+
+    def branches(self, shape: tuple[int, ...]) -> bool:
+        """Whether it chooses between branches to encode a part of this shape: then shards are encoded one by one."""
+        del shape
+        return False
 
     def under(self, feedback: bool) -> "Coder":
         """The coder to use where what is lost comes back, or does not."""
@@ -145,11 +150,10 @@ class Coder(abc.ABC):
         del message, shape
         return None
 
-    def largest(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        """A bound of what the message decodes to, in magnitude; not finite where anything was not."""
+    def bounds(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        """Numbers that bound in magnitude what the message decodes to; not all finite where anything was not."""
         del shape, part
-        bounds = [jnp.max(jnp.abs(message[name]), initial=0) + jnp.sum(0 * message[name]) for name in self.scales]
-        return functools.reduce(jnp.maximum, bounds)
+        return jnp.concatenate([message[name].reshape(-1) for name in self.scales])
 
     @property
     def silences(self) -> bool:
@@ -201,8 +205,6 @@ class Switched(Coder):
 
     coders: tuple[Coder, ...] = ()
 
-    branches: ClassVar[bool] = True
-
     @property
     def draws(self) -> bool:  # type: ignore[override]
         return any(coder.draws for coder in self.coders)
@@ -225,6 +227,9 @@ class Switched(Coder):
     @property
     def unit(self) -> int:
         return self.coders[0].unit
+
+    def branches(self, shape: tuple[int, ...]) -> bool:
+        return True
 
     def under(self, feedback: bool) -> "Switched":
         return dataclasses.replace(self, coders=tuple(coder.under(feedback) for coder in self.coders))
@@ -252,8 +257,12 @@ class Switched(Coder):
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         return self._read(message, shape, part, lambda coder, one: coder.restore(one, shape, part))
 
-    def largest(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        return self._read(message, shape, part, lambda coder, one: coder.largest(one, shape, part))
+    def bounds(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        def largest(coder: Coder, one: Message) -> jax.Array:
+            bounds = coder.bounds(one, shape, part)
+            return jnp.max(jnp.abs(bounds)) + jnp.sum(0 * bounds)  # a maximum may drop a NaN
+
+        return self._read(message, shape, part, largest)
 
     def code_length(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         return self._read(message, shape, part, lambda coder, one: coder.code_length(one, shape, part))

@@ -153,14 +153,14 @@ class Context(NamedTuple):
 
     Attributes:
       step: int32, exchanges done, those that were skipped not counted; the same on all workers.
-      salt: a whole number that is this leaf's own, the same on all workers and in every run.
+      salt: int32, a number that is this leaf's own, the same on all workers and in every run.
       feedback: whether what is left out comes back in a later step.
       strength: int32, the place of the leaf's strength among those of the codec; None where it has one.
       learning_rate: as given to the transformation's update, or None.
     """
 
     step: jax.Array
-    salt: int
+    salt: jax.Array
     feedback: bool
     strength: jax.Array | None = None
     learning_rate: Any = None

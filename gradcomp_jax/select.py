@@ -52,8 +52,8 @@ def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.zeros_like(ranks), jnp.zeros_like(ranks)
     ends = jnp.cumsum(lax.population_count(words), dtype=jnp.int32)
     index = _count_reached(ends, ranks)
-    word = words[jnp.minimum(index, words.size - 1)]
-    rank = ranks - jnp.where(index > 0, ends[jnp.maximum(index - 1, 0)], 0)
+    word = _at(words, jnp.minimum(index, words.size - 1))
+    rank = ranks - jnp.where(index > 0, _at(ends, jnp.maximum(index - 1, 0)), 0)
 
     def halve(i: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         rank, word, bit = found
@@ -78,10 +78,15 @@ def _count_reached(ends: jax.Array, ranks: jax.Array) -> jax.Array:
     # A loop: written out, XLA would copy the steps before into each.
     def step(i: jax.Array, count: jax.Array) -> jax.Array:
         further = count + (jnp.int32(1) << (bits - 1 - i))
-        reached = ends[jnp.minimum(further, ends.size) - 1] <= ranks
+        reached = _at(ends, jnp.minimum(further, ends.size) - 1) <= ranks
         return jnp.where((further <= ends.size) & reached, further, count)
 
     return lax.fori_loop(0, bits, step, 0 * (ranks + ends[0]))  # zeros that vary as both do
+
+
+def _at(x: jax.Array, places: jax.Array) -> jax.Array:
+    """x[places], of places that are there: without what makes others mean something."""
+    return x.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def positions(mask: jax.Array, size: int) -> jax.Array:
@@ -127,8 +132,8 @@ def largest(x: jax.Array, k: int) -> jax.Array:
 
     def among_candidates() -> jax.Array:
         there = candidates < n
-        found = jnp.where(there, magnitude[jnp.where(there, candidates, 0)], NONE)
-        return candidates[lax.top_k(found, k)[1]]
+        found = jnp.where(there, _at(magnitude, jnp.where(there, candidates, 0)), NONE)
+        return _at(candidates, lax.top_k(found, k)[1])
 
     enough = (candidates[k - 1] < n) & (candidates[capacity] == n)
     return lax.cond(enough, among_candidates, lambda: lax.top_k(magnitude, k)[1])

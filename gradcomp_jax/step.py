@@ -24,7 +24,7 @@ from gradcomp_jax.sharding import (
     require_workers,
     state_specs,
 )
-from gradcomp_jax.views import always, others_are_automatic, widen
+from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
 
 Step = Callable[..., tuple[Any, ...]]
 
@@ -322,10 +322,9 @@ def _once_stored(kept: jax.Array, params: Any) -> jax.Array:
     These are computed from the optimiser's state as it was before the step, and what selects by this flag overwrites
     that. Without such an order XLA's CPU backend begins each step with a copy of the state.
     """
-    if others_are_automatic() or not any(x.size for x in jax.tree.leaves(params)):
+    if not on_cpus() or others_are_automatic() or not any(x.size for x in jax.tree.leaves(params)):
         return kept
-    wait = lambda kept, params: jax.lax.cond(kept, always, lambda _: jnp.array(False), params)  # noqa: E731
-    return jax.lax.platform_dependent(kept, params, cpu=wait, default=lambda kept, _: kept)
+    return jax.lax.cond(kept, always, lambda _: jnp.array(False), params)
 
 
 def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:

@@ -68,6 +68,12 @@ def others_are_automatic() -> bool:
     return not mesh.empty and AxisType.Auto in mesh.axis_types
 
 
+def on_cpus() -> bool:
+    """Whether what is traced here is for CPUs: by the mesh here, or where there is none by jax's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return (jax.default_backend() if device is None else device.platform) == "cpu"
+
+
 def always(results: Any) -> jax.Array:
     """True, which XLA does not know before it has one value of each array of `results`."""
     first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
@@ -81,12 +87,20 @@ def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]
     From places that are known at run time only: XLA's CPU backend compiles operations that are alike once, however many
     there are, and those upon slices of two places are not alike.
     """
-    if len(sizes) < 2:
+    if len(sizes) < 2 or not on_cpus():
         return cut_as_written(x, sizes, axis)
-    starts = [jnp.int32(start) for start in itertools.accumulate(sizes[:-1], initial=0)]
-    places = lax.cond(always(x), lambda: starts, lambda: [jnp.int32(0) for _ in starts])
+    places = known_late(list(itertools.accumulate(sizes[:-1], initial=0)), x)
     cut = functools.partial(lax.dynamic_slice_in_dim, x, axis=axis, allow_negative_indices=False)
     return [cut(place, size) for place, size in zip(places, sizes, strict=True)]
+
+
+def known_late(numbers: Sequence[int], x: jax.Array) -> list[jax.Array]:
+    """int32 numbers, which XLA's CPU backend does not know before it has `x`, so that what takes them is alike."""
+    if not on_cpus():
+        return [jnp.int32(number) for number in numbers]
+    # From a sort, which does not fuse, of what is in order.
+    key = jnp.broadcast_to(always(x), 2)
+    return [number[0] for number in lax.sort((key, *(jnp.full(2, n, jnp.int32) for n in numbers)))[1:]]
 
 
 def cut_as_written(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
@@ -135,7 +149,8 @@ def add_window(y: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:
     """`y` [..., length] plus `window` [..., w] from place `start` of the last axis on, of which any may lie outside."""
     # By places, which fuses into what takes it; those before the window are not from its end.
     places = lax.iota(jnp.uint32, y.shape[-1]) - start.astype(jnp.uint32)
-    return y + window.at[..., places].get(mode="fill", fill_value=0)
+    last = window.shape[-1] - 1
+    return y + jnp.where(places <= last, window.at[..., jnp.minimum(places, last)].get(mode="promise_in_bounds"), 0)
 
 
 def filled(x: jax.Array, length: int) -> jax.Array:

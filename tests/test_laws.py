@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import gradcomp_jax as gc
+from gradcomp_jax.coder import Coding
 from gradcomp_jax.compressor import _marked, _unmarked, compressor
 from gradcomp_jax.contract import Codec, Result, Say, dense, total
 from gradcomp_jax.exchange.plan import Settings, flatten, plan
@@ -183,9 +184,12 @@ class TestContextsAgree:
         reference = run_once(row.id, "vmap")
         for context in CONTEXTS[1:]:
             got = run_once(row.id, context)
-            # Some columns of PowerSGD's Q exceed 2, hence the relative part.
-            chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=1e-5)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
+            if rounds_sums(TX[row.id].codec):
+                assert sum(step_agrees(row.id, context, reference, t) for t in range(STEPS)) >= STEPS - 2
+            else:
+                # Some columns of PowerSGD's Q exceed 2, hence the relative part.
+                chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=1e-5)
 
     @pytest.mark.parametrize(("workers", "context"), [(1, "vmap"), (2, "checked"), (3, "pmap"), (8, "checked")])
     @every_row
@@ -197,6 +201,22 @@ class TestContextsAgree:
             assert gc.wire_bits(last(got.states)) == (0, 0)
         if conserves(TX[row.id]):
             assert_conserved(TX[row.id], grads, got, 1e-4)
+
+
+def rounds_sums(codec):
+    """Whether it rounds sums at random: one whose last bits differ, between two contexts, may go the other way."""
+    codec = getattr(codec, "inner", codec)  # of accordion
+    computed = not isinstance(codec, Coding) or codec.transform is not None
+    return computed and codec.coder is not None and codec.coder.draws
+
+
+def step_agrees(id, context, reference, t):
+    """Whether a step in this context, from the state in which the reference's began, ends as that did."""
+    state = at(reference.states, t - 1) if t else None
+    state = state and contexts.map_state(lambda x: x, lambda x: x[0], state)
+    got = run(TX[id], jax.tree.map(lambda x: x[t : t + 1], GRADS), context, state)
+    pairs = zip(jax.tree.leaves(at(got, 0)), jax.tree.leaves(at(reference, t)), strict=True)
+    return all(np.allclose(x, y, atol=2e-5, rtol=1e-5) for x, y in pairs)
 
 
 def noise_of(workers):

@@ -104,7 +104,6 @@ class Columns(Coder):
 
     name: ClassVar[str] = "adaptive"
     draws: ClassVar[bool] = True
-    branches: ClassVar[bool] = True
     tells_length: ClassVar[bool] = True
     silences: ClassVar[bool] = True  # type: ignore[assignment]
 
@@ -113,6 +112,9 @@ class Columns(Coder):
 
     def unlay(self, y: jax.Array, like: Any) -> jax.Array:
         return from_columns(y, like.shape, -1).astype(like.dtype)
+
+    def branches(self, shape: tuple[int, ...]) -> bool:
+        return True
 
     def sampled(self, shape: tuple[int, ...]) -> bool:
         """Whether thresholds are found on a sample."""
@@ -153,9 +155,8 @@ class Columns(Coder):
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
         return sparse.decode(message["data"], (shape[0], shape[1]), self.capacity(shape))
 
-    def largest(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        values = sparse.values(message["data"], shape[1])
-        return jnp.max(jnp.abs(values)) + jnp.sum(0 * values)
+    def bounds(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
+        return sparse.values(message["data"], shape[1])
 
     def silenced(self, message: Message, ok: jax.Array) -> Message:
         return {"data": jnp.where(ok, message["data"], 0)}  # bytes of zeros stand for zeros

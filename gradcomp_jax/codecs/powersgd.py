@@ -50,7 +50,7 @@ from gradcomp_jax.contract import (
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import scattered, step_key
-from gradcomp_jax.views import others_are_automatic
+from gradcomp_jax.views import on_cpus, others_are_automatic
 
 logger = logging.getLogger(__name__)
 
@@ -220,14 +220,10 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
 def down_the_rows(p: jax.Array, x: jax.Array) -> jax.Array:
     """P^T x, of P^T [layers, r, n] and x [layers, n, m]."""
     layers, r, n = p.shape
-    if r > WRITTEN_OUT or n % ROWS:
+    if r > WRITTEN_OUT or n % ROWS or not on_cpus():
         return einsum("lrn,lnm->lrm", p, x)
-
-    def by_blocks(p: jax.Array, x: jax.Array) -> jax.Array:
-        blocks = p.reshape(layers, r, -1, ROWS), x.reshape(layers, -1, ROWS, x.shape[-1])
-        return jnp.sum(einsum("lrbk,lbkm->lbrm", *blocks), axis=1)
-
-    return jax.lax.platform_dependent(p, x, cpu=by_blocks, default=functools.partial(einsum, "lrn,lnm->lrm"))
+    blocks = p.reshape(layers, r, -1, ROWS), x.reshape(layers, -1, ROWS, x.shape[-1])
+    return jnp.sum(einsum("lrbk,lbkm->lbrm", *blocks), axis=1)
 
 
 def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -78,14 +78,14 @@ class Draw(NamedTuple):
     """
 
     key: jax.Array
-    salt: int
+    salt: jax.Array
     n: int
     k: int
 
     @staticmethod
     def words(draws: list["Draw"]) -> jax.Array:
         """Data of a key for each, uint32 [., 2]."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(draws[0].key, jnp.array([draw.salt for draw in draws]))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(draws[0].key, jnp.stack([draw.salt for draw in draws]))
         return jax.random.key_data(keys)
 
 

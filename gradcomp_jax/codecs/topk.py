@@ -22,7 +22,7 @@ from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate, Sparse, Strength, require_fraction
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.select import largest
+from gradcomp_jax.select import SMALL, largest
 from gradcomp_jax.views import share
 from gradcomp_jax.wire.packing import Field, fields_bytes
 
@@ -38,18 +38,23 @@ class Largest(Coder):
     fraction: float
 
     name: ClassVar[str] = "topk"
-    branches: ClassVar[bool] = True
     scales: ClassVar[tuple[str, ...]] = ("values",)
 
     def count(self, n: int) -> tuple[int, int]:
         """K, and the bits of an index below n."""
         return share(n, self.fraction), max(0, n - 1).bit_length()
 
+    def branches(self, shape: tuple[int, ...]) -> bool:
+        return shape[0] > SMALL
+
     def encode(self, y: jax.Array, part: Part) -> Message:
         k, width = self.count(y.size)
         chosen = largest(y, k)
         places = chosen.astype(jnp.uint8 if width <= 8 else jnp.uint32)
-        return {"indices": Field(places, width), "values": y[chosen]}
+        return {
+            "indices": Field(places, width),
+            "values": y.at[chosen].get(mode="promise_in_bounds", wrap_negative_indices=False),
+        }
 
     def sparse(self, message: Message, shape: tuple[int, ...]) -> Sparse:
         return Sparse(message["indices"].values.astype(jnp.int32), message["values"], shape)

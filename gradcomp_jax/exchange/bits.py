@@ -61,6 +61,14 @@ def sum_bits(first: Bits, second: Bits) -> Bits:
     return jnp.stack([a[0] + b[0] + carry, low])
 
 
+def total_bits(pairs: jax.Array) -> jax.Array:
+    """The sum of up to 2^16 pairs, uint32 [k, 2] -> [2]."""
+    high, low = pairs[:, 0], pairs[:, 1]
+    lower = jnp.sum(low & 0xFFFF, dtype=jnp.uint32)
+    upper = jnp.sum(low >> 16, dtype=jnp.uint32) + (lower >> 16)
+    return jnp.stack([jnp.sum(high, dtype=jnp.uint32) + (upper >> 16), upper << 16 | lower & 0xFFFF])
+
+
 def add_bits(count: WireCount, bits: Bits) -> WireCount:
     """`count` after a step that sent `bits`."""
     last = bit_pair(bits)

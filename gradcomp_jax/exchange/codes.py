@@ -12,23 +12,25 @@ from jax import lax
 
 from gradcomp_jax.coder import Coder, Message
 from gradcomp_jax.contract import Heard, Say, Sparse, dense
-from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
+from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits, total_bits
 from gradcomp_jax.exchange.collectives import Wire, of_ring
 from gradcomp_jax.exchange.shards import (
     Group,
+    add,
     cut,
     decode_all,
     encode_all,
     encode_each,
+    encode_mean,
     grouped,
     lengths,
+    owns,
     row,
     sound,
-    sparse_of,
     uncut,
 )
 from gradcomp_jax.exchange.ways import Sent, agreed, within
-from gradcomp_jax.views import add_window, pack_front, unpack_front
+from gradcomp_jax.views import add_window, pack_front, split, unpack_front
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 
@@ -69,12 +71,12 @@ class Riders(NamedTuple):
 
     def restore(self, shards: list[jax.Array]) -> list[jax.Array]:
         """The arrays, from vectors [shards, ...] for each type."""
-        flats = {str(x.dtype): x.reshape(-1) for x in shards}
-        arrays, start = [], dict.fromkeys(flats, 0)
-        for x in self.arrays:
-            at = start[str(x.dtype)]
-            arrays.append(flats[str(x.dtype)][at : at + x.size].reshape(x.shape))
-            start[str(x.dtype)] = at + x.size
+        arrays = list(self.arrays)
+        for flat in shards:
+            places = [place for place, x in enumerate(self.arrays) if x.dtype == flat.dtype]
+            pieces = split(flat.reshape(-1), [arrays[place].size for place in places])
+            for place, piece in zip(places, pieces, strict=True):
+                arrays[place] = piece.reshape(arrays[place].shape)
         return arrays
 
 
@@ -140,8 +142,7 @@ def send(
         return _carry(payload, riding, collective, consume, lambda data: _unpacked([unpack(data)]))
 
     result, bits = wire.switch(agreed_to.astype(jnp.int32), [_paired(plain), _paired(shorter)])
-    whole = functools.reduce(sum_bits, length) if lead else length
-    return result, sum_bits(bits, asking), bit_pair(whole)
+    return result, sum_bits(bits, asking), total_bits(length) if lead else length
 
 
 def _paired(branch: Callable[[], tuple[Any, Bits]]) -> Callable[[], tuple[Any, jax.Array]]:
@@ -266,10 +267,10 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
     heard = []
     sent = jax.tree.map(lambda x: x[None], _as_sent(groups, mine, 0))
     for group, message, (voted, mean) in zip(groups, sent, means, strict=True):
-        owns = _owns(group, message)
+        became = owns(group, message)
         if coder.votes:
-            owns = [dense(x) + (v - m) for x, v, m in zip(owns, voted, mean, strict=True)]
-        heard += [Heard(v, own) for v, own in zip(voted, owns, strict=True)]
+            became = [dense(x) + (v - m) for x, v, m in zip(became, voted, mean, strict=True)]
+        heard += [Heard(v, own) for v, own in zip(voted, became, strict=True)]
     return Sent(heard, ride.restore(exact), ok, bits, length)
 
 
@@ -281,18 +282,6 @@ def _as_sent(groups: list[Group], messages: list[Message], lead: int) -> list[Me
     return unpack_arrays(lax.optimization_barrier(pack_arrays(messages, lead)), like)
 
 
-def _owns(group: Group, messages: Message) -> list[Any]:
-    """What the group's tensors became, from the messages [shards, ...] of all their shards."""
-    coder = group.coder
-    if coder.rowwise and not coder.pooled:
-        whole = jax.tree.map(lambda x: uncut(x, coder.unit_axis), messages)
-        count = -(-group.ys[0].shape[-1] // coder.unit)
-        whole = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, count, axis=coder.unit_axis), whole)
-        return [coder.restore(whole, group.ys[0].shape, group.part(0))]
-    sparse = sparse_of(group, messages)
-    return decode_all(group, messages) if sparse is None else [sparse]
-
-
 def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int) -> list[list[jax.Array]]:
     """The mean of what the workers' messages of whole tensors decode to; of: worker -> messages."""
     if n == 1:
@@ -300,25 +289,25 @@ def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int
 
     # One after another: memory holds one decoded copy however many workers there are. By index, as a scan would copy
     # the payloads.
-    def add(worker: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
+    def added(worker: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
         sums = []
         for group, total, one in zip(groups, totals, of(worker), strict=True):
             if group.coder.rowwise:
                 parts = decode_all(group, jax.tree.map(lambda x: x[None], one))
                 sums.append([t + y / n for t, y in zip(total, parts, strict=True)])
             else:
-                sums.append([group.coder.add(total[0], one, group.part(0), 1 / n)])
+                sums.append([add(group, total[0], one, jnp.int32(0), 1 / n)])
         return sums
 
     zeros = [[jnp.zeros(y.shape, y.dtype) for y in group.ys] for group in groups]
-    return functools.reduce(lambda t, w: add(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, add, zeros)
+    return functools.reduce(lambda t, w: added(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, added, zeros)
 
 
 def _voted(group: Group, mean: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
     """What the mean becomes if it is encoded too, and the mean."""
     if not group.coder.votes:
         return mean, mean
-    again = group._replace(ys=mean)
+    again = dataclasses.replace(group, ys=mean)
     return decode_all(again, encode_all(again)), mean
 
 
@@ -343,19 +332,18 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     (exact, rode), first_bits, first_length = send(groups, messages, ride.pack(), wire.scatter, average, wire)
     if seconds[0] is not None:
         exact = [x + row(e, me) for x, e in zip(exact, owed, strict=True)]
-    again = [g.coder.encode(x, g.part(me, g.key(0, n))) for g, x in zip(groups, exact, strict=True)]
-    lost = [g.restore(m, me) - x for g, m, x in zip(groups, again, exact, strict=True)]
+    encoded = [encode_mean(g, x, me) for g, x in zip(groups, exact, strict=True)]
+    again, lost = [message for message, _ in encoded], [change for _, change in encoded]
     riding = pack_arrays(rode) if ride.arrays else jnp.zeros(0, jnp.uint8)
     (means, rode, ok), bits, length = send(groups, again, riding, wire.gather, restore, wire)
     heard = []
     sent = _as_sent(groups, messages, 1)
     for place, (group, message, mean) in enumerate(zip(groups, sent, means, strict=True)):
-        owns = _owns(group, message)
         second = None
         if seconds[0] is not None:
             second = add_window(jnp.zeros_like(ys[place]), -lost[place], me * group.each)
             lost[place] = lost[place] + row(owed[place], me)
-        for own, start, one in zip(owns, group.starts(), mean, strict=False):
+        for own, start, one in zip(owns(group, message), group.starts(), mean, strict=False):
             heard.append(Heard(one, _plus_window(own, n * lost[place], me * group.each - start), second))
     if first_length is not None and length is not None:
         length = bit_pair(sum_bits(first_length, length))
@@ -372,13 +360,12 @@ def _plus_window(own: Any, window: jax.Array, start: jax.Array) -> Any:
 def _mean_of_shards(groups: list[Group], received: list[Message], n: int, me: jax.Array) -> list[jax.Array]:
     """The means of this worker's shards, from the messages [n, ...] of all for them."""
 
-    def add(worker: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
+    def added(worker: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
         each = zip(groups, totals, received, strict=True)
-        return [g.coder.add(total, row(message, worker), g.part(me), 1 / n) for g, total, message in each]
+        return [add(group, total, row(message, worker), me, 1 / n) for group, total, message in each]
 
-    # 0 * me: of a type that differs between the workers, as what is added does.
-    zeros = [jnp.zeros(group.shape, jnp.float32) + 0 * me.astype(jnp.float32) for group in groups]
-    return lax.fori_loop(0, n, add, zeros)
+    zero = 0 * me.astype(jnp.float32)  # of a type that differs between the workers, as what is added does
+    return lax.fori_loop(0, n, added, [jnp.broadcast_to(zero, group.shape) for group in groups])
 
 
 def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:

@@ -18,7 +18,7 @@ from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Tog
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different
-from gradcomp_jax.views import always
+from gradcomp_jax.views import always, known_late, split
 
 Terms = dict[str, tuple[jax.Array, ...]]
 
@@ -101,9 +101,11 @@ class Exchange(NamedTuple):
           riders: arrays that travel along.
           learning_rate: for codecs that ask.
         """
-        codec, whole = self.codec, Context(self.codec.step(state), 0, self.feedback, None, learning_rate)
+        codec, step = self.codec, self.codec.step(state)
+        whole = Context(step, jnp.int32(0), self.feedback, None, learning_rate)
         strengths = codec.strengths(state, learning_rate)
-        contexts = {path: whole._replace(salt=plan.salt(path), strength=strengths.get(path)) for path in terms}
+        salts = dict(zip(terms, known_late([plan.salt(path) for path in terms], step), strict=True))
+        contexts = {path: whole._replace(salt=salts[path], strength=strengths.get(path)) for path in terms}
         run = functools.partial(self._run, terms, state, contexts, riders)
         if codec.phases == 1 or not terms:
             done = run(0)
@@ -280,8 +282,7 @@ def _from_first(asked: dict[Any, Any], wire: Wire) -> tuple[dict[Any, Any], Bits
     for dtype in dict.fromkeys(x.dtype for x in leaves):
         places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
         flat, bits = wire.from_first(jnp.concatenate([leaves[i].reshape(-1) for i in places]))
-        start, sent = 0, sent + bits
-        for i in places:
-            got[i] = flat[start : start + leaves[i].size].reshape(leaves[i].shape)
-            start += leaves[i].size
+        sent += bits
+        for i, x in zip(places, split(flat, [leaves[i].size for i in places]), strict=True):
+            got[i] = x.reshape(leaves[i].shape)
     return jax.tree.unflatten(treedef, got), sent

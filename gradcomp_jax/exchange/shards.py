@@ -1,9 +1,10 @@
 """Tensors in shards: how they are cut, encoded and decoded, whoever is sent which."""
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,19 @@ from jax import lax
 
 from gradcomp_jax.coder import Coder, Message, Part
 from gradcomp_jax.contract import Sparse
-from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
+from gradcomp_jax.exchange.bits import total_bits
 from gradcomp_jax.exchange.ways import within
 from gradcomp_jax.views import always, split
 
 
-class Group(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["ys", "keys", "strength"], meta_fields=["coder", "each", "shards"]
+)
+@dataclasses.dataclass(frozen=True)
+class Group:
     """Tensors that are cut into shards together: one, or of a pooled coder all.
+
+    What is done with groups is jitted, so that groups of one shape are traced once.
 
     Attributes:
       coder: theirs.
@@ -71,6 +78,8 @@ def grouped(
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         of_each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(ys), dtype=jnp.int32))
         keys = fold(of_each, jnp.arange(shards + 1, dtype=jnp.int32))
+        pieces = split(jax.random.key_data(keys), [1] * len(ys), axis=0)
+        keys = [jax.random.wrap_key_data(x[0], impl=jax.random.key_impl(key)) for x in pieces]
     for places in [list(range(len(ys)))] if coder.pooled else [[place] for place in range(len(ys))]:
         mine = [ys[i] for i in places]
         if shards == 1 and not coder.rowwise:
@@ -83,6 +92,7 @@ def grouped(
     return groups
 
 
+@functools.partial(jax.jit, inline=True)
 def encode_all(group: Group) -> Message:
     """The messages of all shards, arrays [shards, ...]."""
     coder, n = group.coder, group.shards
@@ -99,21 +109,35 @@ def encode_all(group: Group) -> Message:
     shards = cut(group.ys[0], n, group.each), jnp.arange(n, dtype=jnp.int32), keys
     encode = lambda shard: coder.encode(shard[0], group.part(*shard[1:]))  # noqa: E731
     # One after another where there are branches: a shard's choice between them stays a choice.
-    return lax.map(encode, shards) if coder.branches else jax.vmap(encode)(shards)
+    return lax.map(encode, shards) if coder.branches(group.shape) else jax.vmap(encode)(shards)
 
 
 def encode_each(groups: list[Group]) -> list[Message]:
     """The messages of all shards of all groups, arrays [shards, ...]."""
     messages: list[Message] = []
     for group in groups:
-        if messages and group.coder.branches:
+        if messages and group.coder.branches(group.shape):
             # One after another, so that memory holds the workings of one: a compiler would begin with all of them.
             done = always(jax.tree.leaves(messages[-1])[0])
-            group = group._replace(ys=[jnp.where(done, y, 0) for y in group.ys])
+            group = dataclasses.replace(group, ys=[jnp.where(done, y, 0) for y in group.ys])
         messages.append(encode_all(group))
     return messages
 
 
+@functools.partial(jax.jit, inline=True)
+def encode_mean(group: Group, mean: jax.Array, index: jax.Array) -> tuple[Message, jax.Array]:
+    """The message of a shard's mean, at `index`, and what it changes."""
+    message = group.coder.encode(mean, group.part(index, group.key(0, group.shards)))
+    return message, group.restore(message, index) - mean
+
+
+@functools.partial(jax.jit, static_argnames="share", inline=True)
+def add(group: Group, to: jax.Array, message: Message, index: jax.Array, share: float) -> jax.Array:
+    """`to` plus `share` times what the message of the shard at `index` stands for."""
+    return group.coder.add(to, message, group.part(index), share)
+
+
+@functools.partial(jax.jit, inline=True)
 def decode_all(group: Group, messages: Message) -> list[jax.Array]:
     """The group's tensors, from the messages of all shards."""
     coder = group.coder
@@ -132,6 +156,19 @@ def decode_all(group: Group, messages: Message) -> list[jax.Array]:
     if group.shards == 1:
         return [group.restore(row(messages, 0))]
     return [uncut(jax.vmap(group.restore)(messages))[..., : group.ys[0].shape[-1]]]
+
+
+@functools.partial(jax.jit, inline=True)
+def owns(group: Group, messages: Message) -> list[Any]:
+    """What the group's tensors became, from the messages [shards, ...] of all their shards."""
+    coder = group.coder
+    if coder.rowwise and not coder.pooled:
+        whole = jax.tree.map(lambda x: uncut(x, coder.unit_axis), messages)
+        count = -(-group.ys[0].shape[-1] // coder.unit)
+        whole = jax.tree.map(lambda x: lax.slice_in_dim(x, 0, count, axis=coder.unit_axis), whole)
+        return [coder.restore(whole, group.ys[0].shape, group.part(0))]
+    sparse = sparse_of(group, messages)
+    return decode_all(group, messages) if sparse is None else [sparse]
 
 
 def sparse_of(group: Group, messages: Message) -> Sparse | None:
@@ -171,15 +208,12 @@ def sound(groups: list[Group], messages: list[Message], growth: float) -> jax.Ar
     """Whether all that messages [n, ...] stand for is finite, and stays so when it grows so many times, and twice."""
     bounds = []
     for group, message in zip(groups, messages, strict=True):
-        bound = jax.vmap(lambda one, g=group: g.coder.largest(one, g.shape, g.part(0)))(message)
-        bounds.append(bound.reshape(-1))
+        bounds.append(jax.vmap(lambda one, g=group: g.coder.bounds(one, g.shape, g.part(0)))(message).reshape(-1))
     return within(jnp.concatenate(bounds), 2 * growth)
 
 
 def lengths(groups: list[Group], messages: list[Message]) -> jax.Array | None:
     """The true length of messages [shards, ...] of all groups, as a pair; None where it is not told."""
-    pairs: list[Bits] = []
-    for group, message in zip(groups, messages, strict=True):
-        if group.coder.tells_length:
-            pairs += list(jax.vmap(lambda one, g=group: g.coder.code_length(one, g.shape, g.part(0)))(message))
-    return bit_pair(functools.reduce(sum_bits, pairs)) if pairs else None
+    told = [each for each in zip(groups, messages, strict=True) if each[0].coder.tells_length]
+    pairs = [jax.vmap(lambda one, g=g: g.coder.code_length(one, g.shape, g.part(0)))(message) for g, message in told]
+    return total_bits(jnp.concatenate(pairs)) if pairs else None

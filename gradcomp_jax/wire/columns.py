@@ -154,4 +154,4 @@ def _column_counts(words: jax.Array) -> jax.Array:
 
 def _split(index: jax.Array, bit: jax.Array, words: int) -> tuple[jax.Array, jax.Array]:
     """Column and row of a bit, of columns of so many words; the column is m for a bit that is not there."""
-    return index // words, index % words * 32 + bit
+    return lax.div(index, jnp.int32(words)), lax.rem(index, jnp.int32(words)) * 32 + bit

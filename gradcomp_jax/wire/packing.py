@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def from_bytes(data: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax
     return jax.lax.bitcast_convert_type(data.reshape(*shape, *bytes_each), dtype)
 
 
-# Fields of fewer values are packed with others of their width.
+# Arrays of fewer values are packed with others of their kind.
 LARGE = 2**14
 
 
@@ -124,32 +124,69 @@ class Field:
     width: int
 
 
+class _Packed(NamedTuple):
+    """Arrays of one kind that are packed together.
+
+    Attributes:
+      places: among the leaves of the tree.
+      dtype: of their values.
+      width: bits of each value of fields; -1 of arrays.
+    """
+
+    places: list[int]
+    dtype: Any
+    width: int
+
+    def pack(self, values: jax.Array) -> jax.Array:
+        """The bytes of the values [..., k] of all."""
+        if self.width >= 0:
+            return pack_fields(values, self.width)
+        return jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(*values.shape[:-1], -1)
+
+    def unpack(self, data: jax.Array, k: int) -> jax.Array:
+        """The inverse of `pack`."""
+        if self.width >= 0:
+            return unpack_fields(data, k, self.width)
+        return from_bytes(data, (*data.shape[:-1], k), self.dtype)
+
+    def size(self, k: int) -> int:
+        """The bytes of k values."""
+        return fields_bytes(k, self.width) if self.width >= 0 else k * jnp.dtype(self.dtype).itemsize
+
+
 def _is_field(x: Any) -> bool:
     return isinstance(x, Field)
 
 
-def _together(tree: Any, lead: int = 0) -> list[list[int]]:
-    """The places of fields among a tree's leaves: those that are packed together."""
-    groups: dict[Any, list[int]] = {}
-    for place, x in enumerate(jax.tree.leaves(tree, is_leaf=_is_field)):
-        if _is_field(x):
-            size = math.prod(x.values.shape[lead:])
-            groups.setdefault((x.width, place if size >= LARGE else -1), []).append(place)
-    return [groups[key] for key in sorted(groups)]
+def _values(x: Any) -> Any:
+    return x.values if _is_field(x) else x
+
+
+def _together(leaves: list[Any], lead: int = 0) -> list[_Packed]:
+    """A tree's leaves by what is packed together: arrays, and then fields by width."""
+    kinds: dict[Any, _Packed] = {}
+    for place, x in enumerate(leaves):
+        width, dtype = x.width if _is_field(x) else -1, _values(x).dtype
+        large = math.prod(_values(x).shape[lead:]) >= LARGE
+        kinds.setdefault((width, dtype, place if large else -1), _Packed([], dtype, width)).places.append(place)
+    return sorted(kinds.values(), key=lambda packed: packed.width)
 
 
 def pack_arrays(tree: Any, lead: int = 0) -> jax.Array:
     """The bytes of a tree's arrays, uint8 [..., p], of which the first `lead` axes are kept.
 
-    First those of arrays one after another, then fields by `pack_fields`: large ones each by itself, and small ones of
-    one width together, so that a tree of many compiles to little more than one of few.
+    First those of arrays, then fields by `pack_fields`: large ones each by itself, and small ones of one type or width
+    together, so that a tree of many compiles to little more than one of few.
     """
     leaves = jax.tree.leaves(tree, is_leaf=_is_field)
-    parts = [to_bytes(x).reshape(*x.shape[:lead], -1) for x in leaves if not _is_field(x)]
-    for places in _together(tree, lead):
-        flat = [leaves[i].values.reshape(*leaves[i].values.shape[:lead], -1) for i in places]
-        joined = jnp.concatenate(flat, axis=-1) if len(flat) > 1 else flat[0]
-        parts.append(pack_fields(joined, leaves[places[0]].width))
+    parts = []
+    for group in _together(leaves, lead):
+        values = [_values(leaves[i]) for i in group.places]
+        parts.append(group.pack(_joined([x.reshape(*x.shape[:lead], -1) for x in values])))
+    return _joined(parts)
+
+
+def _joined(parts: list[jax.Array]) -> jax.Array:
     return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
@@ -159,16 +196,13 @@ def unpack_arrays(data: jax.Array, like: Any, split: Callable[..., list[jax.Arra
     `split` cuts vectors in pieces; `cut_as_written` where there are few, and in a vmap.
     """
     leaves, treedef = jax.tree.flatten(like, is_leaf=_is_field)
-    lead, parts = data.shape[:-1], [*leaves]
-    plain, groups = [i for i, x in enumerate(leaves) if not _is_field(x)], _together(like)
-    totals = [sum(leaves[i].values.size for i in places) for places in groups]
-    widths = [leaves[places[0]].width for places in groups]
-    sizes = [leaves[i].size * leaves[i].dtype.itemsize for i in plain]
-    pieces = split(data, [*sizes, *map(fields_bytes, totals, widths)])
-    for i, piece in zip(plain, pieces, strict=False):
-        parts[i] = from_bytes(piece, (*lead, *leaves[i].shape), leaves[i].dtype)
-    for places, piece, total, width in zip(groups, pieces[len(plain) :], totals, widths, strict=True):
-        values = split(unpack_fields(piece, total, width), [leaves[i].values.size for i in places])
-        for i, x in zip(places, values, strict=True):
-            parts[i] = Field(x.reshape(*lead, *leaves[i].values.shape), width)
+    lead, parts, groups = data.shape[:-1], [*leaves], _together(leaves)
+    totals = [sum(_values(leaves[i]).size for i in group.places) for group in groups]
+    pieces = split(data, [group.size(total) for group, total in zip(groups, totals, strict=True)])
+    for group, piece, total in zip(groups, pieces, totals, strict=True):
+        shapes = [_values(leaves[i]).shape for i in group.places]
+        values = split(group.unpack(piece, total), [math.prod(shape) for shape in shapes])
+        for i, x, shape in zip(group.places, values, shapes, strict=True):
+            x = x.reshape(*lead, *shape)
+            parts[i] = Field(x, group.width) if group.width >= 0 else x
     return jax.tree.unflatten(treedef, parts)
