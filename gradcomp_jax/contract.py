@@ -153,14 +153,14 @@ class Context(NamedTuple):
 
     Attributes:
       step: int32, exchanges done, those that were skipped not counted; the same on all workers.
-      salt: int32, a number that is this leaf's own, the same on all workers and in every run.
+      salt: a whole number that is this leaf's own, the same on all workers and in every run.
       feedback: whether what is left out comes back in a later step.
       strength: int32, the place of the leaf's strength among those of the codec; None where it has one.
       learning_rate: as given to the transformation's update, or None.
     """
 
     step: jax.Array
-    salt: jax.Array
+    salt: int
     feedback: bool
     strength: jax.Array | None = None
     learning_rate: Any = None
@@ -254,14 +254,12 @@ class Codec(abc.ABC):
         return state
 
     def coder_state(self, state: Any) -> Any:
-        """The part of the state that is the coder's own."""
-        del state
-        return ()
+        """The part of the state that is the coder's own: the field `quantizer`, if there is one."""
+        return getattr(state, "quantizer", ())
 
     def with_coder_state(self, state: Any, coder_state: Any) -> Any:
         """The state with another part of the coder's."""
-        del coder_state
-        return state
+        return state._replace(quantizer=coder_state) if hasattr(state, "quantizer") else state
 
     def step(self, state: Any) -> jax.Array:
         """int32, the exchanges done."""
@@ -321,9 +319,9 @@ class Codec(abc.ABC):
         return {}
 
     def tick(self, state: Any, after: Any, ctx: Context) -> Any:
-        """`after`, the state with its leaves renewed, with what belongs to the whole renewed too."""
-        del state, ctx
-        return after
+        """`after`, the state with its leaves renewed, with what is the whole's renewed too: `step`, if it counts."""
+        del ctx
+        return after._replace(step=state.step + 1) if hasattr(state, "step") else after
 
     def flushed(self, state: Any) -> Any:
         """The state once the residual has been sent, for codecs whose state repeats a part of it."""

@@ -28,6 +28,9 @@ from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
 
 Step = Callable[..., tuple[Any, ...]]
 
+# The optimiser's state of a parameter of fewer elements is copied in less than it takes to compile what saves that.
+LARGE = 2**15
+
 
 def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
     """A device mesh for `train_step`.
@@ -320,11 +323,12 @@ def _once_stored(kept: jax.Array, params: Any) -> jax.Array:
     """`kept`, on CPUs known only once there are the new parameters.
 
     These are computed from the optimiser's state as it was before the step, and what selects by this flag overwrites
-    that. Without such an order XLA's CPU backend begins each step with a copy of the state.
+    that. Without such an order XLA's CPU backend begins each step with a copy of the state; of small parameters it may.
     """
-    if not on_cpus() or others_are_automatic() or not any(x.size for x in jax.tree.leaves(params)):
+    large = [x for x in jax.tree.leaves(params) if x.size >= LARGE]
+    if not large or not on_cpus() or others_are_automatic():
         return kept
-    return jax.lax.cond(kept, always, lambda _: jnp.array(False), params)
+    return jax.lax.cond(kept, always, lambda _: jnp.array(False), large)
 
 
 def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:

@@ -298,12 +298,6 @@ class GradiVeQ(Codec):
         quantizer = self.numbers.start() if self.numbers else ()
         return GradiVeQState(position=jnp.int32(-self.warmup_steps - self.settling), quantizer=quantizer, **fields)
 
-    def coder_state(self, state: GradiVeQState) -> Any:
-        return state.quantizer
-
-    def with_coder_state(self, state: GradiVeQState, coder_state: Any) -> GradiVeQState:
-        return state._replace(quantizer=coder_state)
-
     def phase(self, state: GradiVeQState) -> jax.Array:
         training = jnp.where(state.position >= 0, TRAINING, DENSE) if self.numbers else DENSE
         return jnp.where(state.position >= self.train_steps, COMPRESSED, training).astype(jnp.int32)

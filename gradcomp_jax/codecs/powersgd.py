@@ -44,13 +44,14 @@ from gradcomp_jax.contract import (
     Strength,
     Talk,
     Tensors,
+    Together,
     require_whole,
     total,
 )
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import scattered, step_key
-from gradcomp_jax.views import on_cpus, others_are_automatic
+from gradcomp_jax.views import known_late, on_cpus, others_are_automatic
 
 logger = logging.getLogger(__name__)
 
@@ -166,15 +167,6 @@ class PowerSGD(Codec):
         q = {path: fields["q"] for path, fields in leaves.items()}
         return PowerSGDState(q, jnp.int32(0), self.numbers.start() if self.numbers else ())
 
-    def coder_state(self, state: PowerSGDState) -> Any:
-        return state.quantizer
-
-    def with_coder_state(self, state: PowerSGDState, coder_state: Any) -> PowerSGDState:
-        return state._replace(quantizer=coder_state)
-
-    def tick(self, state: PowerSGDState, after: PowerSGDState, ctx: Context) -> PowerSGDState:
-        return after._replace(step=state.step + 1)
-
     def forget(self, leaf: Any, where: jax.Array) -> Any:
         return leaf._replace(q=jnp.where(where, 0, leaf.q))
 
@@ -184,9 +176,10 @@ class PowerSGD(Codec):
         # is summed over its axis, each by itself.
         terms = [x.reshape(layers, -1, m) for x in ((total(d),) if others_are_automatic() else d)]
         n, q = terms[0].shape[1], leaf.q
+        salt = yield Together(salts, (ctx.salt, ctx.step))
         if self.every is not None:
             due = (ctx.step > 0) & (ctx.step % self.every == 0)
-            q = jnp.where(due, scattered(q.shape, q.dtype, self.seed, ctx.salt, ctx.step), q)
+            q = jnp.where(due, scattered(q.shape, q.dtype, self.seed, salt, ctx.step), q)
 
         def product(subscripts: str, factor: jax.Array) -> jax.Array:
             # As written: turned round, such a product takes twice to ten times as long on CPUs.
@@ -194,7 +187,7 @@ class PowerSGD(Codec):
             return functools.reduce(jnp.add, products)
 
         p = yield self.say(product("lnm,lrm->lnr", tamed(q)).swapaxes(1, 2), n, m)
-        p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, ctx.salt, ctx.step + 1)
+        p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, salt, ctx.step + 1)
         p = orthonormalize(tamed(p))
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
@@ -209,6 +202,11 @@ class PowerSGD(Codec):
         layers, r, length = factor.shape
         counts = tuple(min(n, m, rank) * layers * length for rank in self.ranks)
         return Say(factor.swapaxes(0, 1), counts if len(counts) > 1 else None, growth=r)
+
+
+def salts(asked: list[tuple[int, jax.Array]]) -> list[jax.Array]:
+    """The leaves' own numbers, such that what takes them compiles once for leaves of one shape; asked with the step."""
+    return known_late([salt for salt, _ in asked], asked[0][1])
 
 
 def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:

@@ -78,14 +78,14 @@ class Draw(NamedTuple):
     """
 
     key: jax.Array
-    salt: jax.Array
+    salt: int
     n: int
     k: int
 
     @staticmethod
     def words(draws: list["Draw"]) -> jax.Array:
         """Data of a key for each, uint32 [., 2]."""
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(draws[0].key, jnp.stack([draw.salt for draw in draws]))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(draws[0].key, jnp.array([draw.salt for draw in draws]))
         return jax.random.key_data(keys)
 
 
@@ -157,15 +157,6 @@ class Subset(Codec):
     def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
         zero = jnp.int32(0)
         return QuantizedSubsetState(zero, self.numbers.start()) if self.numbers else SubsetState(zero)
-
-    def coder_state(self, state: Any) -> Any:
-        return state.quantizer if self.numbers else ()
-
-    def with_coder_state(self, state: Any, coder_state: Any) -> Any:
-        return state._replace(quantizer=coder_state) if self.numbers else state
-
-    def tick(self, state: Any, after: Any, ctx: Context) -> Any:
-        return after._replace(step=state.step + 1)
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
         counts, n = self.counts(d[0]), d[0].size

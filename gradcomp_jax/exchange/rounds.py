@@ -18,7 +18,7 @@ from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Tog
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different
-from gradcomp_jax.views import always, known_late, split
+from gradcomp_jax.views import always, split
 
 Terms = dict[str, tuple[jax.Array, ...]]
 
@@ -101,11 +101,9 @@ class Exchange(NamedTuple):
           riders: arrays that travel along.
           learning_rate: for codecs that ask.
         """
-        codec, step = self.codec, self.codec.step(state)
-        whole = Context(step, jnp.int32(0), self.feedback, None, learning_rate)
+        codec, whole = self.codec, Context(self.codec.step(state), 0, self.feedback, None, learning_rate)
         strengths = codec.strengths(state, learning_rate)
-        salts = dict(zip(terms, known_late([plan.salt(path) for path in terms], step), strict=True))
-        contexts = {path: whole._replace(salt=salts[path], strength=strengths.get(path)) for path in terms}
+        contexts = {path: whole._replace(salt=plan.salt(path), strength=strengths.get(path)) for path in terms}
         run = functools.partial(self._run, terms, state, contexts, riders)
         if codec.phases == 1 or not terms:
             done = run(0)
