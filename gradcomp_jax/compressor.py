@@ -110,6 +110,8 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         beside: a tree of floating arrays whose means over the workers are wanted too: they travel in the codec's own
           messages, and update returns `Delivered` in the place of its state.
         learning_rate: of this step, for codecs that ask.
+        fresh: True, as `train_step` gives, where the gradients are computed in the same program: what their backend
+          computed them as is then read as it lies. Without effect on what is sent.
 
       Gradients that are already reduced are refused by name where types are tracked, which is under
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
@@ -127,6 +129,7 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         flush: bool = False,
         beside: Any = None,
         learning_rate: Any = None,
+        fresh: bool = False,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del params, extra_args
@@ -138,7 +141,7 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         dense = [widen(leaves[path]) for path in the.dense]
         riders = [*dense, *(widen(x) for x in jax.tree.leaves(beside))]
         feeds = settings.error_feedback is not None
-        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense))
+        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense), fresh)
         if flush:
             exchange = exchange._replace(codec=Uncompressed(), aggregate=None)
         done, state = _exchange(exchange, codec, settings, the, leaves, state, riders, learning_rate, flush)

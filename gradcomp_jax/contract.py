@@ -155,6 +155,7 @@ class Context(NamedTuple):
       step: int32, exchanges done, those that were skipped not counted; the same on all workers.
       salt: a whole number that is this leaf's own, the same on all workers and in every run.
       feedback: whether what is left out comes back in a later step.
+      fresh: whether the first term is a gradient that this program computes.
       strength: int32, the place of the leaf's strength among those of the codec; None where it has one.
       learning_rate: as given to the transformation's update, or None.
     """
@@ -162,6 +163,7 @@ class Context(NamedTuple):
     step: jax.Array
     salt: int
     feedback: bool
+    fresh: bool = False
     strength: jax.Array | None = None
     learning_rate: Any = None
 

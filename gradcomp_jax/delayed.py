@@ -64,7 +64,7 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
         collectives.workers(axis_name)
         collectives.require_local(list(leaves.items()), axis_name)
         collectives.require_same_elsewhere(list(leaves.items()), axis_name)
-        applied, codec = tx.update(state.pending.value, state.codec, params, **extra_args)
+        applied, codec = tx.update(state.pending.value, state.codec, params, **extra_args | {"fresh": False})
         # The state keeps its types, those of the parameters, where gradients have others.
         applied = jax.tree.map(lambda a, g: narrow(a, g.dtype), applied, updates)
         pending = jax.tree.map(lambda g, p: narrow(g, p.dtype), updates, state.pending.value)

@@ -113,7 +113,7 @@ def train_step(
     """
     mesh = automatic(mesh)
     axes = tuple(mesh.axis_names)
-    worker = _worker_step(loss_fn, tx, mesh.shape, has_aux, has_state)
+    worker = _worker_step(loss_fn, tx, mesh.shape, has_aux, has_state, fresh=True)
 
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
@@ -171,7 +171,7 @@ def simulate(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    worker = _worker_step(loss_fn, tx, {axis_name: workers}, has_aux, has_state)
+    worker = _worker_step(loss_fn, tx, {axis_name: workers}, has_aux, has_state, fresh=False)
 
     def step(params, opt_state, *rest):
         _require_divisible(rest[-1], workers, f"{workers} workers")
@@ -254,7 +254,7 @@ def _any_nonzero(tree: Any) -> bool:
     return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(tree))
 
 
-def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool, has_state: bool) -> Step:
+def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool, has_state: bool, fresh: bool) -> Step:
     """What one worker does in a step, on local state."""
     axes = tuple(sizes)
 
@@ -277,7 +277,7 @@ def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool,
             )
         floats, others = _model_state_parts(model_state)
         beside = [loss, aux, floats]
-        updates, new_opt_state, means = _update_beside(tx, sizes, grads, opt_state, params, beside)
+        updates, new_opt_state, means = _update_beside(tx, sizes, grads, opt_state, params, beside, fresh)
         others = collectives.after(others, compressor_states(new_opt_state))
         kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
         new_params = _kept(kept, optax.apply_updates(params, updates), params)
@@ -292,14 +292,14 @@ def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool,
 
 
 def _update_beside(
-    tx: Any, sizes: Mapping[str, int], grads: Any, opt_state: Any, params: Any, beside: Any
+    tx: Any, sizes: Mapping[str, int], grads: Any, opt_state: Any, params: Any, beside: Any, fresh: bool
 ) -> tuple[Any, Any, Any]:
     """Updates, the next state, and the means of what is beside, which rides in the messages of tx's codec."""
     axes = tuple(sizes)
     states = compressor_states(opt_state)
     # Of several codecs each would send it; one on a part of the axes would not reach all workers.
     rides = len(states) == 1 and collectives.axis_names(states[0].residual.axis) == axes
-    extra = {"beside": beside} if rides else {}
+    extra = {"beside": beside, "fresh": fresh} if rides else {}
     updates, state = update_of(tx, sizes, grads, opt_state, params, **extra)
     arrived = [x for x in jax.tree.leaves(state, is_leaf=_is_delivered) if _is_delivered(x)]
     if arrived:

@@ -174,24 +174,22 @@ class PowerSGD(Codec):
         layers, r, m = leaf.q.shape
         # Apart, as their sum is as large as the gradient, a product is not; but a product with what the compiler shards
         # is summed over its axis, each by itself.
-        terms = [x.reshape(layers, -1, m) for x in ((total(d),) if others_are_automatic() else d)]
-        n, q = terms[0].shape[1], leaf.q
+        sharded = others_are_automatic()
+        terms = [Matrix.of(x, layers, m) for x in ((total(d),) if sharded else d)]
+        if ctx.fresh and not sharded:
+            terms[0] = Matrix.of(d[0], layers, m, computed(d[0].shape, layers, m))
+        n, q = terms[0].x.shape[1], leaf.q
         salt = yield Together(salts, (ctx.salt, ctx.step))
         if self.every is not None:
             due = (ctx.step > 0) & (ctx.step % self.every == 0)
             q = jnp.where(due, scattered(q.shape, q.dtype, self.seed, salt, ctx.step), q)
 
-        def product(subscripts: str, factor: jax.Array) -> jax.Array:
-            # As written: turned round, such a product takes twice to ten times as long on CPUs.
-            products = [jax.lax.optimization_barrier(einsum(subscripts, x, factor)) for x in terms]
-            return functools.reduce(jnp.add, products)
-
-        p = yield self.say(product("lnm,lrm->lnr", tamed(q)).swapaxes(1, 2), n, m)
+        p = yield self.say(functools.reduce(jnp.add, [x.times(tamed(q)) for x in terms]).swapaxes(1, 2), n, m)
         p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, salt, ctx.step + 1)
         p = orthonormalize(tamed(p))
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
-        heard = yield self.say(functools.reduce(jnp.add, [down_the_rows(p, x) for x in terms]), n, m)
+        heard = yield self.say(functools.reduce(jnp.add, [x.down(p) for x in terms]), n, m)
         mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (heard.mean, heard.own))
         # Parameters and momentum both take the mean, and would each add it up anew; what is owed is added up once.
         applied = einsum("lrn,lrm->lnm", p, mean).reshape(d[0].shape)
@@ -215,13 +213,53 @@ def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
-def down_the_rows(p: jax.Array, x: jax.Array) -> jax.Array:
-    """P^T x, of P^T [layers, r, n] and x [layers, n, m]."""
-    layers, r, n = p.shape
-    if r > WRITTEN_OUT or n % ROWS or not on_cpus():
-        return einsum("lrn,lnm->lrm", p, x)
-    blocks = p.reshape(layers, r, -1, ROWS), x.reshape(layers, -1, ROWS, x.shape[-1])
-    return jnp.sum(einsum("lrbk,lbkm->lbrm", *blocks), axis=1)
+class Matrix(NamedTuple):
+    """A term D as a matrix, or one for each layer, whose rows may lie in another order than the leaf's.
+
+    Attributes:
+      x: [layers, n, m].
+      rows: the sizes of the leaf's axes that count rows; empty where they lie in the leaf's order.
+      order: these axes in the order in which x has them.
+    """
+
+    x: jax.Array
+    rows: tuple[int, ...]
+    order: tuple[int, ...]
+
+    @classmethod
+    def of(cls, x: jax.Array, layers: int, m: int, order: tuple[int, ...] = ()) -> "Matrix":
+        """The matrix of a leaf."""
+        turned = x.transpose(*order, *range(len(order), x.ndim)) if order else x
+        return cls(turned.reshape(layers, -1, m), x.shape[: len(order)], order)
+
+    def times(self, q: jax.Array) -> jax.Array:
+        """D Q, of Q^T [layers, r, m]: [layers, n, r]."""
+        # As written: turned round, such a product takes twice to ten times as long on CPUs.
+        product = jax.lax.optimization_barrier(einsum("lnm,lrm->lnr", self.x, q))
+        if self.order:
+            back = sorted(range(len(self.order)), key=self.order.__getitem__)
+            lying = product.reshape(*(self.rows[axis] for axis in self.order), -1)
+            product = lying.transpose(*back, len(back)).reshape(product.shape)
+        return product
+
+    def down(self, p: jax.Array) -> jax.Array:
+        """P^T D, of P^T [layers, r, n]: [layers, r, m]."""
+        layers, r, n = p.shape
+        if self.order:
+            p = p.reshape(r, *self.rows).transpose(0, *(1 + axis for axis in self.order)).reshape(p.shape)
+        if r > WRITTEN_OUT or n % ROWS or not on_cpus():
+            return einsum("lrn,lnm->lrm", p, self.x)
+        blocks = p.reshape(layers, r, -1, ROWS), self.x.reshape(layers, -1, ROWS, self.x.shape[-1])
+        return jnp.sum(einsum("lrbk,lbkm->lbrm", *blocks), axis=1)
+
+
+def computed(shape: tuple[int, ...], layers: int, m: int) -> tuple[int, ...]:
+    """The order in which XLA's CPU backend computes the rows of a gradient; empty where it is the leaf's own.
+
+    Of a convolution's kernel [h, w, i, o] it computes [i, h, w, o], and turns that round for each product that reads it
+    otherwise.
+    """
+    return (2, 0, 1) if on_cpus() and layers == 1 and len(shape) == 4 and shape[-1] == m else ()
 
 
 def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -81,6 +81,7 @@ class Exchange(NamedTuple):
       feedback: whether what is left out comes back.
       want_own: whether to tell `own`.
       checked: how many of the first riders must be finite; None: all.
+      fresh: as `Context.fresh`.
     """
 
     codec: Codec
@@ -89,6 +90,7 @@ class Exchange(NamedTuple):
     feedback: bool = False
     want_own: bool = True
     checked: int | None = None
+    fresh: bool = False
 
     def __call__(
         self, terms: Terms, state: Any, riders: Sequence[jax.Array] = (), learning_rate: Any = None
@@ -101,7 +103,7 @@ class Exchange(NamedTuple):
           riders: arrays that travel along.
           learning_rate: for codecs that ask.
         """
-        codec, whole = self.codec, Context(self.codec.step(state), 0, self.feedback, None, learning_rate)
+        codec, whole = self.codec, Context(self.codec.step(state), 0, self.feedback, self.fresh, None, learning_rate)
         strengths = codec.strengths(state, learning_rate)
         contexts = {path: whole._replace(salt=plan.salt(path), strength=strengths.get(path)) for path in terms}
         run = functools.partial(self._run, terms, state, contexts, riders)
