@@ -110,8 +110,8 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         beside: a tree of floating arrays whose means over the workers are wanted too: they travel in the codec's own
           messages, and update returns `Delivered` in the place of its state.
         learning_rate: of this step, for codecs that ask.
-        fresh: True, as `train_step` gives, where the gradients are computed in the same program: what their backend
-          computed them as is then read as it lies. Without effect on what is sent.
+        fresh: True, as `train_step` gives, where the gradients are computed in the same program: they are then read in
+          the order in which their backend computed them, which may change last bits.
 
       Gradients that are already reduced are refused by name where types are tracked, which is under
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
@@ -141,7 +141,7 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         dense = [widen(leaves[path]) for path in the.dense]
         riders = [*dense, *(widen(x) for x in jax.tree.leaves(beside))]
         feeds = settings.error_feedback is not None
-        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense), fresh)
+        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense), fresh is True)
         if flush:
             exchange = exchange._replace(codec=Uncompressed(), aggregate=None)
         done, state = _exchange(exchange, codec, settings, the, leaves, state, riders, learning_rate, flush)

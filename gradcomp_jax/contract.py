@@ -201,7 +201,7 @@ class Codec(abc.ABC):
     """An algorithm for one tensor. Subclasses are frozen dataclasses whose fields are the settings.
 
     Its state is a NamedTuple. The fields that `by_leaf` names are dicts by path, perhaps in `Mine`, of which a talk
-    sees its leaf's entry; the others are the whole's.
+    sees its leaf's entry; the others are the whole's. Of those `step` counts exchanges, and `quantizer` is the coder's.
     """
 
     name: ClassVar[str]

@@ -75,7 +75,7 @@ def on_cpus() -> bool:
 
 
 def always(results: Any) -> jax.Array:
-    """True, which XLA does not know before it has one value of each array of `results`."""
+    """True, which XLA does not know before it has one value of each array of `results`, of which one is not empty."""
     first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
     bits = [lax.bitcast_convert_type(x, jnp.int32) for x in first]
     return (functools.reduce(jnp.bitwise_or, bits) & 1) < 2
@@ -84,10 +84,10 @@ def always(results: Any) -> jax.Array:
 def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
     """`x` in pieces of these sizes along an axis, from the front on; what follows is left out.
 
-    From places that are known at run time only: XLA's CPU backend compiles operations that are alike once, however many
-    there are, and those upon slices of two places are not alike.
+    On CPUs from places that are known at run time only: XLA's backend for them compiles operations that are alike once,
+    however many there are, and those upon slices of two places are not alike.
     """
-    if len(sizes) < 2 or not on_cpus():
+    if len(sizes) < 2 or not x.size or not on_cpus():
         return cut_as_written(x, sizes, axis)
     places = known_late(list(itertools.accumulate(sizes[:-1], initial=0)), x)
     cut = functools.partial(lax.dynamic_slice_in_dim, x, axis=axis, allow_negative_indices=False)

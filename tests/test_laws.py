@@ -186,7 +186,7 @@ class TestContextsAgree:
             got = run_once(row.id, context)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
             if rounds_sums(TX[row.id].codec):
-                assert sum(step_agrees(row.id, context, reference, t) for t in range(STEPS)) >= STEPS - 2
+                assert sum(step_agrees(row.id, context, reference, t) for t in range(STEPS)) >= STEPS - 1
             else:
                 # Some columns of PowerSGD's Q exceed 2, hence the relative part.
                 chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=1e-5)
@@ -352,6 +352,16 @@ class TestStateIsStable:
             updates, state = jax.jit(worker)(np.zeros(3))
             chex.assert_trees_all_equal_structs(updates, tree)
             assert gc.wire_bits(state) == (0, 0)
+
+    @each_codec
+    def test_leaves_without_elements(self, row):
+        """Several, so that they travel as pieces of a buffer that has none."""
+        grads = trees.noise({"w": (64, 32), "a": (0,), "b": (0, 3)}, 15, (WORKERS,))
+        state = contexts.first_state(TX[row.id], grads)
+        axes = contexts.map_state(lambda _: 0, lambda _: None, state)
+        update = jax.vmap(TX[row.id].update, in_axes=(0, axes), out_axes=(0, axes), axis_name="data")
+        updates, after = jax.eval_shape(update, grads, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (grads, state))
 
     # Donation and Orbax: test_checkpoint.py, for each codec.
 

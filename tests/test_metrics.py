@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from gradcomp_jax.exchange.bits import add_bits, no_bits
+from gradcomp_jax.exchange.bits import add_bits, no_bits, total_bits
 
 
 @hypothesis.given(st.lists(st.integers(0, 2**40), min_size=1, max_size=20))
@@ -18,6 +18,13 @@ def test_counts_do_not_wrap(steps):
     for bits in steps:
         count = add_bits(count, bits)
     assert gc.wire_bits(count) == (steps[-1], sum(steps))
+
+
+@hypothesis.given(st.lists(st.integers(0, 2**40), min_size=1, max_size=9), st.sampled_from([1, 2**17]))
+def test_many_counts_add_up(counts, times):
+    pairs = jnp.array([divmod(bits, 2**32) for bits in counts], jnp.uint32)
+    high, low = total_bits(jnp.tile(pairs, (times, 1))).tolist()
+    assert high << 32 | low == times * sum(counts)
 
 
 def test_counts_pass_through_jit_and_carry():

@@ -175,9 +175,9 @@ class PowerSGD(Codec):
         # Apart, as their sum is as large as the gradient, a product is not; but a product with what the compiler shards
         # is summed over its axis, each by itself.
         sharded = others_are_automatic()
-        terms = [Matrix.of(x, layers, m) for x in ((total(d),) if sharded else d)]
-        if ctx.fresh and not sharded:
-            terms[0] = Matrix.of(d[0], layers, m, computed(d[0].shape, layers, m))
+        order = computed(d[0].shape, layers, m) if ctx.fresh and not sharded else ()
+        first, *more = (total(d),) if sharded else d
+        terms = [Matrix.of(first, layers, m, order), *(Matrix.of(x, layers, m) for x in more)]
         n, q = terms[0].x.shape[1], leaf.q
         salt = yield Together(salts, (ctx.salt, ctx.step))
         if self.every is not None:
@@ -256,8 +256,8 @@ class Matrix(NamedTuple):
 def computed(shape: tuple[int, ...], layers: int, m: int) -> tuple[int, ...]:
     """The order in which XLA's CPU backend computes the rows of a gradient; empty where it is the leaf's own.
 
-    Of a convolution's kernel [h, w, i, o] it computes [i, h, w, o], and turns that round for each product that reads it
-    otherwise.
+    Of a convolution's kernel [h, w, i, o], which a leaf of four axes is taken for, it computes [i, h, w, o], and turns
+    that round for each product that reads it otherwise.
     """
     return (2, 0, 1) if on_cpus() and layers == 1 and len(shape) == 4 and shape[-1] == m else ()
 

@@ -62,11 +62,13 @@ def sum_bits(first: Bits, second: Bits) -> Bits:
 
 
 def total_bits(pairs: jax.Array) -> jax.Array:
-    """The sum of up to 2^16 pairs, uint32 [k, 2] -> [2]."""
+    """The sum of up to 2^24 pairs, uint32 [k, 2] -> [2]."""
     high, low = pairs[:, 0], pairs[:, 1]
-    lower = jnp.sum(low & 0xFFFF, dtype=jnp.uint32)
-    upper = jnp.sum(low >> 16, dtype=jnp.uint32) + (lower >> 16)
-    return jnp.stack([jnp.sum(high, dtype=jnp.uint32) + (upper >> 16), upper << 16 | lower & 0xFFFF])
+    total, carry = jnp.uint32(0), jnp.uint32(0)
+    for shift in (0, 8, 16, 24):  # by bytes, whose sums do not wrap
+        carry = jnp.sum(low >> shift & 0xFF, dtype=jnp.uint32) + carry
+        total, carry = total | (carry & 0xFF) << shift, carry >> 8
+    return jnp.stack([jnp.sum(high, dtype=jnp.uint32) + carry, total])
 
 
 def add_bits(count: WireCount, bits: Bits) -> WireCount:

@@ -29,8 +29,8 @@ from gradcomp_jax.exchange.shards import (
     sound,
     uncut,
 )
-from gradcomp_jax.exchange.ways import Sent, agreed, within
-from gradcomp_jax.views import add_window, pack_front, split, unpack_front
+from gradcomp_jax.exchange.ways import Sent, agreed, parts_of, within
+from gradcomp_jax.views import add_window, pack_front, unpack_front
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 
@@ -74,9 +74,8 @@ class Riders(NamedTuple):
         arrays = list(self.arrays)
         for flat in shards:
             places = [place for place, x in enumerate(self.arrays) if x.dtype == flat.dtype]
-            pieces = split(flat.reshape(-1), [arrays[place].size for place in places])
-            for place, piece in zip(places, pieces, strict=True):
-                arrays[place] = piece.reshape(arrays[place].shape)
+            for place, x in zip(places, parts_of(flat.reshape(-1), [arrays[i] for i in places]), strict=True):
+                arrays[place] = x
         return arrays
 
 

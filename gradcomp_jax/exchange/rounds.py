@@ -18,7 +18,7 @@ from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Tog
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different
-from gradcomp_jax.views import always, split
+from gradcomp_jax.views import always
 
 Terms = dict[str, tuple[jax.Array, ...]]
 
@@ -283,6 +283,6 @@ def _from_first(asked: dict[Any, Any], wire: Wire) -> tuple[dict[Any, Any], Bits
         places = [i for i, x in enumerate(leaves) if x.dtype == dtype]
         flat, bits = wire.from_first(jnp.concatenate([leaves[i].reshape(-1) for i in places]))
         sent += bits
-        for i, x in zip(places, split(flat, [leaves[i].size for i in places]), strict=True):
-            got[i] = x.reshape(leaves[i].shape)
+        for i, x in zip(places, ways.parts_of(flat, [leaves[i] for i in places]), strict=True):
+            got[i] = x
     return jax.tree.unflatten(treedef, got), sent

@@ -24,7 +24,7 @@ from gradcomp_jax.views import always, split
 class Group:
     """Tensors that are cut into shards together: one, or of a pooled coder all.
 
-    What is done with groups is jitted, so that groups of one shape are traced once.
+    What is done with each is jitted, where it has many operations, so that groups of one shape are traced once.
 
     Attributes:
       coder: theirs.

@@ -110,7 +110,7 @@ def exact(
     ok = agreed(flags, before)
     got: dict[int, jax.Array] = {}
     for mean, places in zip(means, groups.values(), strict=True):
-        got |= dict(zip(places, _split(mean, [arrays[i] for i in places]), strict=True))
+        got |= dict(zip(places, parts_of(mean, [arrays[i] for i in places]), strict=True))
         counted = [i for i in places if i < last]
         got |= dict(zip(counted, _apart(ok, mean, [arrays[i] for i in counted]), strict=True))
     heard = [Heard(got[i], say.x) for i, say in enumerate(says)]
@@ -119,7 +119,7 @@ def exact(
 
 def _apart(ok: jax.Array, mean: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     """The arrays of a buffer, or zeros where not `ok`."""
-    return _split(jnp.where(ok, mean, 0), like)
+    return parts_of(jnp.where(ok, mean, 0), like)
 
 
 def _mean(buffers: list[jax.Array], wire: Wire, ring: bool) -> tuple[list[jax.Array], Bits]:
@@ -162,7 +162,7 @@ def _fronts(
         counts = (jnp.arange(piece.size, dtype=jnp.int32) < count).reshape(say.x.shape)
         mean = jnp.where(counts & ok, piece.reshape(say.x.shape).astype(say.x.dtype), 0)
         heard.append(Heard(mean, jnp.where(counts, say.x, 0)))
-    rode = [x.astype(like.dtype) for x, like in zip(_split(received, riders), riders, strict=True)]
+    rode = [x.astype(like.dtype) for x, like in zip(parts_of(received, riders), riders, strict=True)]
     return Sent(heard, [*rode[len(rode) - checked :], *rode[: len(rode) - checked]], ok, bits)
 
 
@@ -171,7 +171,7 @@ def _flat(arrays: Sequence[jax.Array]) -> jax.Array:
     return arrays[0] if len(arrays) == 1 else jnp.concatenate([x.reshape(-1) for x in arrays])
 
 
-def _split(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
+def parts_of(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
     """The inverse of `_flat`; what follows in the vector is left out."""
     if len(like) == 1 and flat.shape == like[0].shape:
         return [flat]
