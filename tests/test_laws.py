@@ -186,7 +186,9 @@ class TestContextsAgree:
             got = run_once(row.id, context)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
             if rounds_sums(TX[row.id].codec):
-                assert sum(step_agrees(row.id, context, reference, t) for t in range(STEPS)) >= STEPS - 1
+                apart = [step_differs(row.id, context, reference, t) for t in range(STEPS)]
+                assert np.count_nonzero(apart) <= 1  # for one code that was rounded the other way, of thousands
+                assert max(apart) < 0.05
             else:
                 # Some columns of PowerSGD's Q exceed 2, hence the relative part.
                 chex.assert_trees_all_close(got, reference, atol=2e-5, rtol=1e-5)
@@ -210,13 +212,14 @@ def rounds_sums(codec):
     return computed and codec.coder is not None and codec.coder.draws
 
 
-def step_agrees(id, context, reference, t):
-    """Whether a step in this context, from the state in which the reference's began, ends as that did."""
+def step_differs(id, context, reference, t):
+    """By which share of its norm a leaf differs after a step from the state in which the reference's began; else 0."""
     state = at(reference.states, t - 1) if t else None
     state = state and contexts.map_state(lambda x: x, lambda x: x[0], state)
     got = run(TX[id], jax.tree.map(lambda x: x[t : t + 1], GRADS), context, state)
     pairs = zip(jax.tree.leaves(at(got, 0)), jax.tree.leaves(at(reference, t)), strict=True)
-    return all(np.allclose(x, y, atol=2e-5, rtol=1e-5) for x, y in pairs)
+    apart = [(x, y) for x, y in pairs if not np.allclose(x, y, atol=2e-5, rtol=1e-5)]
+    return max((np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in apart), default=0)
 
 
 def noise_of(workers):
