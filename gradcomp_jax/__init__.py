@@ -23,10 +23,21 @@ from gradcomp_jax.delayed import DelayedState, delayed
 from gradcomp_jax.exchange.bits import WireBits, WireCount, code_bits, wire_bits
 from gradcomp_jax.exchange.collectives import vary
 from gradcomp_jax.feedback import EF21, Feedback
+from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
+from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
-from gradcomp_jax.sharding import PerWorker, global_state, init, local_state, resize_workers, state_specs
-from gradcomp_jax.step import flush, make_mesh, simulate, train_step
+from gradcomp_jax.sharding import (
+    PerWorker,
+    global_state,
+    init,
+    local_state,
+    place,
+    resize_workers,
+    shard_batch,
+    state_specs,
+)
+from gradcomp_jax.step import make_mesh, simulate, train_step
 from gradcomp_jax.transform import transformed
 
 CODECS: dict[str, Callable[..., Compressor]] = {
@@ -56,6 +67,7 @@ __all__ = [
     "EFMomentumState",
     "Feedback",
     "GradiVeQState",
+    "LossScaleState",
     "OneBitState",
     "PerWorker",
     "PowerSGDState",
@@ -76,14 +88,18 @@ __all__ = [
     "gradiveq",
     "init",
     "local_state",
+    "loss_scale",
+    "loss_scaled",
     "make_mesh",
     "none",
     "onebit",
+    "place",
     "powersgd",
     "qsgd",
     "randomblock",
     "randomk",
     "resize_workers",
+    "shard_batch",
     "signnorm",
     "simulate",
     "skipped",

@@ -1,6 +1,7 @@
 """That the workers stay alike: what tx gives is the same on all, or it is refused, in words of ours."""
 
 import functools
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.contract import AlreadyReducedError, AxisName
 from gradcomp_jax.exchange import collectives
+from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.sharding import PerWorker, is_per_worker
 
 _UPDATES_DIFFER = (
@@ -33,6 +35,11 @@ _AROUND = (
     "itself; to send once for several batches, let loss_fn average over them. Without a wrapper or second codec, what "
     "stands before the codec mixes, in its control flow, what differs between workers with what does not: let it "
     "start from vary(zeros, axis)"
+)
+_SEARCHES = (
+    "a transformation in tx asks for {asked}, as line searches do. They evaluate the loss at other parameters, on the "
+    "whole batch, which a step over several workers cannot give. Use another rule for the learning rate, such as "
+    "optax.contrib.reduce_on_plateau, which gets the mean loss as value"
 )
 
 
@@ -67,26 +74,41 @@ def _trace_alone(tx: optax.GradientTransformation, sizes: Mapping[str, int], par
 
     def update(params: Any) -> None:
         state = jax.tree.map(_vary_per_worker, tx.init(params), is_leaf=is_per_worker)
-        grads = collectives.vary(params, axes)
+        grads, loss = collectives.vary((params, jnp.float32(0)), axes)
         if check_vma:
-            update_of(tx, sizes, grads, state, params)
+            update_of(tx, sizes, grads, state, params, loss)
         else:
-            optax.with_extra_args_support(tx).update(grads, state, params)
+            _call(tx, grads, state, params, loss, Wire(axes), {})
 
     with jax.sharding.use_abstract_mesh(mesh):
         jax.eval_shape(jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma), params)
 
 
 def update_of(
-    tx: optax.GradientTransformation, sizes: Mapping[str, int], grads: Any, state: Any, params: Any, **extra_args: Any
+    tx: optax.GradientTransformation,
+    sizes: Mapping[str, int],
+    grads: Any,
+    state: Any,
+    params: Any,
+    loss: jax.Array,
+    **extra_args: Any,
 ) -> tuple[Any, Any]:
     """`tx.update`, where types tell what differs between workers, with our words for what they refuse.
 
     Where types are not tracked it is `tx.update` alone.
+
+    Args:
+      tx: the transformation.
+      sizes: of the axes of workers.
+      grads: this worker's.
+      state: the state.
+      params: the parameters.
+      loss: this worker's, of which the mean is `value` for transformations that ask for it.
+      **extra_args: of the codec.
     """
     axes = tuple(sizes)
     try:
-        updates, state = _call(tx, grads, state, params, extra_args)
+        updates, state = _call(tx, grads, state, params, loss, Wire(axes), extra_args)
     except (TypeError, AlreadyReducedError) as error:
         if not collectives.tracked(axes):
             raise
@@ -99,11 +121,20 @@ def update_of(
     return updates, state
 
 
-def _call(tx: Any, grads: Any, state: Any, params: Any, extra_args: Mapping[str, Any]) -> tuple[Any, Any]:
+def _call(
+    tx: Any, grads: Any, state: Any, params: Any, loss: jax.Array, wire: Wire, extra_args: Mapping[str, Any]
+) -> tuple[Any, Any]:
     update = optax.with_extra_args_support(tx).update
     try:
         return update(grads, state, params, **extra_args)
-    except TypeError:
+    except TypeError as error:
+        asked = re.findall("'(value|grad|value_fn)'", str(error)) if "required keyword-only" in str(error) else []
+        if asked == ["value"]:
+            total, _ = wire.total(loss)
+            value = total / wire.workers
+            return update(collectives.after(grads, value), state, params, value=value, **extra_args)
+        if asked:
+            raise ValueError(_SEARCHES.format(asked=" and ".join(asked))) from error
         if not extra_args:
             raise
         # Perhaps of a transformation, such as optax's sam, that takes no further arguments but its own.

@@ -84,7 +84,8 @@ def local_state(state: Any) -> Any:
             if leaf.ndim == 0 or leaf.shape[0] != 1:
                 raise ValueError(
                     f"state leaf {jax.tree_util.keystr(path)} of shape {leaf.shape} is not one worker's row of "
-                    "the global form: make the state by init(tx, params, mesh) and pass it through shard_map "
+                    "the global form: make the state by init(tx, params, mesh), or take one of another number of "
+                    "workers through resize_workers(opt_state, mesh), and pass it through shard_map "
                     "with in_specs from state_specs(tx, params)"
                 )
         return jax.tree.map(lambda leaf: leaf[0], x)
@@ -131,7 +132,82 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     mesh = automatic(mesh)
     jax.eval_shape(global_init, params)  # refuses a wrong axis before a sharding is made of it
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
-    return jax.jit(global_init, out_shardings=shardings)(jax.device_put(params, NamedSharding(mesh, P())))
+    with jax.set_mesh(mesh):
+        return jax.jit(global_init, out_shardings=shardings)(place(params, mesh))
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Puts parameters, an optimiser state, or a tree that holds them where the step on this mesh wants them.
+
+    What differs between workers is sharded over them, all else is replicated. A step on what lies there compiles once;
+    on parameters that lie on one device, such as new ones, it compiles a second time for those it returned; and what
+    was restored from a checkpoint may be committed to one device, where the step refuses it.
+
+    Args:
+      tree: arrays, numpy's or jax's; an optimiser state in its global form.
+      mesh: the mesh of the step.
+
+    Returns:
+      The same tree on the mesh; arrays that lie there already are not copied.
+
+    Raises:
+      ValueError: the optimiser state is one of another number of workers, or several processes give different values.
+
+    >>> import jax.numpy as jnp
+    >>> from gradcomp_jax import make_mesh, place
+    >>> place({"w": jnp.ones(3)}, make_mesh(1))["w"].sharding.is_fully_replicated
+    True
+    """
+    require_workers(tree, mesh)
+    mesh = automatic(mesh)
+    put = lambda path, x, spec: _put(path, x, NamedSharding(mesh, spec))  # noqa: E731
+    return jax.tree_util.tree_map_with_path(put, tree, _specs(tree))
+
+
+def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
+    try:
+        return jax.device_put(x, sharding)
+    except AssertionError as error:  # by which jax says that processes give different values
+        raise ValueError(
+            f"leaf {jax.tree_util.keystr(path)} differs between the processes, and is to be the same on all: make it "
+            "from one seed on all, or take the first process's by "
+            "jax.experimental.multihost_utils.broadcast_one_to_all(tree)"
+        ) from error
+
+
+def shard_batch(batch: Any, mesh: Mesh) -> Any:
+    """One batch over the mesh, made of the rows that each process has read.
+
+    Args:
+      batch: this process's rows, arrays [rows, ...]; as many on every process, divisible among its devices. With one
+        process it is the whole batch.
+      mesh: the mesh of the step.
+
+    Returns:
+      Arrays of the rows of all processes, in the order of the mesh, split over all its axes.
+
+    Raises:
+      ValueError: the rows of a leaf do not divide among this process's devices.
+
+    >>> import numpy as np
+    >>> from gradcomp_jax import make_mesh, shard_batch
+    >>> shard_batch({"x": np.ones((8, 3))}, make_mesh(1))["x"].shape
+    (8, 3)
+    """
+    mesh = automatic(mesh)
+    sharding = NamedSharding(mesh, P(tuple(mesh.axis_names)))
+    require_divisible(batch, len(mesh.local_devices), f"the {len(mesh.local_devices)} devices of this process")
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+
+
+def require_divisible(batch: Any, workers: int, whom: str) -> None:
+    """Raises ValueError, by name of the leaf, for a batch whose first axes do not divide among workers."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        if not np.ndim(leaf) or np.shape(leaf)[0] % workers:
+            raise ValueError(
+                f"batch leaf {jax.tree_util.keystr(path)!r} of shape {np.shape(leaf)} does not divide among {whom}: "
+                "its first axis must be a multiple of them"
+            )
 
 
 def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
@@ -169,7 +245,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
                 "the leaves of opt_state that differ between workers do not begin with one axis of workers, they have "
                 f"{sorted(rows)}: pass the global form, as init and the steps return it"
             )
-        return jax.tree.map(lambda old: _regrouped(old, new), x)
+        return jax.tree.map(lambda old: regrouped(old, new), x)
 
     def resize(opt_state):
         return _map_per_worker(resized, opt_state, lambda x: x)
@@ -178,11 +254,13 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     if isinstance(mesh, int):
         return jax.jit(resize)(opt_state)
     jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
-    shardings = jax.tree.map(lambda spec: NamedSharding(automatic(mesh), spec), _specs(opt_state))
-    return jax.jit(resize, out_shardings=shardings)(opt_state)
+    mesh = automatic(mesh)
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(opt_state))
+    with jax.set_mesh(mesh):
+        return jax.jit(resize, out_shardings=shardings)(opt_state)
 
 
-def _regrouped(old: jax.Array, new: int) -> jax.Array:
+def regrouped(old: jax.Array, new: int) -> jax.Array:
     """Rows of old workers as those of new: means of equal groups, or of all; of whole numbers the first of each."""
     groups = new if old.shape[0] % new == 0 else 1
     grouped = old.reshape(groups, -1, *old.shape[1:])
@@ -209,12 +287,48 @@ def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
     count = _count(mesh)
     for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker):
         if is_per_worker(x):
-            got = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
+            got = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
             if got and got != {(count(x.axis),)}:
                 raise ValueError(
                     f"opt_state is of {sorted(got)} workers along {x.axis!r}, mesh={mesh} has {count(x.axis)}: pass "
-                    "the mesh of the step, or the state through resize_workers first"
+                    "the mesh of the step, or the state through resize_workers(opt_state, mesh) first, which keeps "
+                    "what the residuals owe"
                 )
+
+
+def require_state(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: Mesh | int) -> None:
+    """Refuses, by name of the leaf, a state that is not the global form of one of `tx` for `params` on the mesh.
+
+    Raises:
+      ValueError: it is another's; the message says what leads from it to one that fits, if anything does.
+    """
+    expected = jax.eval_shape(tx.init, params)
+    got, want = _leaves(opt_state), _leaves(expected)
+    differing = sorted(got.keys() ^ want.keys())
+    if owed := [path for path in differing if ".residual" in path]:
+        with_it, without = ("opt_state", "tx") if owed[0] in got else ("tx", "opt_state")
+        raise ValueError(
+            f"{with_it} keeps error feedback and {without} does not, by leaf {owed[0]}: give the codec the "
+            "error_feedback with which the state was made. To change it, flush with the tx of the state, and begin "
+            "with a state of init(tx, params, mesh)"
+        )
+    if differing:
+        raise ValueError(
+            f"opt_state is not one of tx for these parameters: leaf {differing[0]} is "
+            f"{'left over' if differing[0] in got else 'missing'}; give the tx and the parameters that the state was "
+            "made with, or make a new one by init(tx, params, mesh)"
+        )
+    mine = _leaves(_map_per_worker(lambda x: x, expected, lambda _: None))
+    if mine and all(np.shape(got[path]) == want[path].shape for path in mine):
+        raise ValueError(
+            f"opt_state is in its local form, as tx.init makes it: leaf {min(mine)} has no axis of workers; make the "
+            "state by init(tx, params, mesh)"
+        )
+    require_workers(opt_state, mesh)
+
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _count(mesh: Mesh | int) -> Callable[[AxisName], int]:

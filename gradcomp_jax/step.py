@@ -1,7 +1,7 @@
 """The data-parallel training step over a mesh, and its twin that simulates the workers on one device."""
 
 import contextlib
-import functools
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,22 +11,27 @@ import optax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
+from gradcomp_jax import beside
 from gradcomp_jax.agreement import Shapes, require_agreement, update_of
-from gradcomp_jax.compressor import Delivered, compressor_states, is_compressor_state, skipped, skipped_steps
+from gradcomp_jax.compressor import Delivered, compressor_states, is_compressor_state, skipped_steps
 from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.loss import UntypedError, own_gradients, require_unconstrained
+from gradcomp_jax.loss_scale import is_loss_scale, loss_scale
 from gradcomp_jax.sharding import (
-    PerWorker,
     automatic,
     global_state,
     is_per_worker,
     local_state,
-    require_workers,
+    require_divisible,
+    require_state,
     state_specs,
 )
 from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
 
 Step = Callable[..., tuple[Any, ...]]
+
+_log = logging.getLogger(__name__)
 
 # The optimiser's state of a parameter of fewer elements is copied in less than it takes to compile what saves that.
 LARGE = 2**15
@@ -72,6 +77,7 @@ def train_step(
     *,
     has_aux: bool = False,
     has_state: bool = False,
+    reduce_aux: Any = None,
     donate: bool = False,
     check_vma: bool = True,
 ) -> Step:
@@ -79,8 +85,8 @@ def train_step(
 
     Each worker computes the loss and gradient on its part of the batch; `tx`, with a codec first, makes
     them one update; all workers apply it. Where a codec finds a gradient that is not finite on any worker,
-    parameters, model state and optimiser state stay as they were on all, and only `skipped` and the count
-    of bits go on. (`average` alone tests nothing.)
+    parameters and optimiser state stay as they were on all, and only `skipped`, the count of bits and the scale of
+    `loss_scaled` go on. (`average` alone tests nothing.)
 
     To freeze leaves, put `optax.freeze(mask)` after the codec. As a label of `optax.partition`, beside one that
     has a codec, use `optax.stateless(lambda u, p: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), u))`, which
@@ -88,46 +94,69 @@ def train_step(
 
     Args:
       loss_fn: `(params, batch) -> loss`, a scalar that is this worker's mean over its part of the batch; not
-        reduced over the workers.
-      tx: the optimiser, with a codec, or `average`, first.
+        reduced over the workers. Where `loss_scaled` is in tx, it returns the loss as it is.
+      tx: the optimiser, with a codec, or `average`, first. A transformation after the codec that asks for `value`,
+        such as `optax.contrib.reduce_on_plateau`, gets the mean loss, which costs a small all-reduce of its own.
       mesh: the workers; the batch is split over all its axes. See `make_mesh`.
-      has_aux: loss_fn returns `(loss, aux)`; the step returns aux last, averaged over the workers.
+      has_aux: loss_fn returns `(loss, aux)`; the step returns aux last.
       has_state: loss_fn is `(params, model_state, batch) -> (loss, model_state)`, or with has_aux
         `(loss, (model_state, aux))`, for batch statistics and the like. Floating leaves of the new model
-        state are averaged over the workers; of integer leaves, such as counters, the largest is kept.
+        state are averaged over the workers; of integer leaves, such as counters, the largest is kept. In a step that
+        is skipped the loss has been computed nonetheless: integers, and floating leaves that are finite, go on; a
+        floating leaf that is not finite stays as it was.
+      reduce_aux: what becomes of aux over the workers, a tree that is a prefix of it: "mean"; "sum", for integers
+        exact; or "workers", which keeps each worker's own: [workers, ...], sharded over the mesh, and not sent. By
+        default floating leaves are averaged, and integers and truth values summed.
       donate: reuse the memory of params, opt_state and model_state, which cannot be read afterwards.
-      check_vma: let shard_map check what differs between workers. Switch it off only for a model that it
-        cannot check; gradients stay local then too, and tx, which is traced by itself first, is still checked.
+      check_vma: let shard_map check what differs between workers. A model that cannot be given such types is traced
+        without; gradients stay local then too, and tx, which is traced by itself first, is still checked. So it is with
+        check_vma=False from the start.
 
     Returns:
       `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
       `init(tx, params, mesh)`, every leaf of the batch is split along its first axis, and loss is the mean
       over the workers. With has_state: `step(params, opt_state, model_state, batch) -> (params, opt_state,
       model_state, loss)`. It has jax.jit's `lower`. Parameters that lie on one device at the first call have
-      the second one compiled anew; `jax.device_put(params, NamedSharding(mesh, PartitionSpec()))` spares that.
+      the second one compiled anew: `place(params, mesh)` spares that. Where the mesh is of several processes, make
+      each process's rows a batch by `shard_batch(rows, mesh)`.
 
     Raises:
-      ValueError: when called with a batch that does not divide among the workers, a loss that is reduced
-        already, or a tx that leaves the workers' updates or its state different, or calls a codec in some
-        steps only.
+      ValueError: when called with a batch that does not divide among the workers, or is one process's of several, a
+        loss that is reduced already, an optimiser state that is not one of tx for params and the mesh, a model that
+        constrains shardings over the mesh, or a tx that leaves the workers' updates or its state different, or calls a
+        codec in some steps only.
     """
     mesh = automatic(mesh)
     axes = tuple(mesh.axis_names)
-    worker = _worker_step(loss_fn, tx, mesh.shape, has_aux, has_state, fresh=True)
+    with_rest = _with_rest(loss_fn, has_aux, has_state)
+    worker = _worker_step(with_rest, tx, mesh.shape, has_aux, has_state, reduce_aux, in_shards=True)
+    rest_specs = (*(P(),) * has_state, P(axes))
 
-    def step(params, opt_state, *rest):
-        _require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
+    def sharded(params, opt_state, rest, check_vma):
         if not check_vma:
             require_agreement(tx, tuple(mesh.shape.items()), Shapes.of(params))
+            require_unconstrained(with_rest, params, rest, mesh, rest_specs)
         specs = state_specs(tx, params)
-        in_specs = (P(), specs, *(P(),) * has_state, P(axes))
-        out_specs = (P(), specs, *(P(),) * (1 + has_state + has_aux))
-        sharded = jax.shard_map(
-            _on_global_state(worker, mesh), mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+        own = jax.tree.map(lambda how: P(axes) if how == "workers" else P(), reduce_aux)
+        out_specs = (P(), specs, *(P(),) * (1 + has_state), *((P() if own is None else own),) * has_aux)
+        step = _on_global_state(worker, mesh)
+        in_specs = (P(), specs, *rest_specs)
+        return jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)(
+            params, opt_state, *rest
         )
-        return sharded(params, opt_state, *rest)
+
+    def step(params, opt_state, *rest):
+        require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
+        require_state(tx, params, opt_state, mesh)
+        try:
+            return sharded(params, opt_state, rest, check_vma)
+        except UntypedError as error:
+            _log.info("loss_fn is traced without shard_map's types, which it does not take: %s", error.__cause__)
+        return sharded(params, opt_state, rest, False)
 
     jitted = jax.jit(step, donate_argnums=_donated(donate, has_state))
+    if _spans_processes(mesh):
+        return _WholeBatches(jitted, mesh)
     return _OneAtATime(jitted, loss=2 + has_state) if _emulates(mesh) else jitted
 
 
@@ -150,6 +179,7 @@ def simulate(
     axis_name: str = "data",
     has_aux: bool = False,
     has_state: bool = False,
+    reduce_aux: Any = None,
     donate: bool = False,
 ) -> Step:
     """The twin of `train_step` with all workers on one device, by vmap: the same numbers, no mesh.
@@ -161,6 +191,7 @@ def simulate(
       axis_name: the codec's axis_name.
       has_aux: as in `train_step`.
       has_state: as in `train_step`.
+      reduce_aux: as in `train_step`.
       donate: as in `train_step`.
 
     Returns:
@@ -171,94 +202,28 @@ def simulate(
     """
     if workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
-    worker = _worker_step(loss_fn, tx, {axis_name: workers}, has_aux, has_state, fresh=False)
+    with_rest = _with_rest(loss_fn, has_aux, has_state)
+    worker = _worker_step(with_rest, tx, {axis_name: workers}, has_aux, has_state, reduce_aux, in_shards=False)
 
     def step(params, opt_state, *rest):
-        _require_divisible(rest[-1], workers, f"{workers} workers")
+        require_divisible(rest[-1], workers, f"{workers} workers")
+        require_state(tx, params, opt_state, workers)
         require_agreement(tx, ((axis_name, workers),), Shapes.of(params))
         batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), rest[-1])
         state_axes = jax.tree.map(lambda spec: 0 if axis_name in spec else None, state_specs(tx, params))
         in_axes = (None, state_axes, *(None,) * has_state, 0)
-        out_axes = (None, state_axes, *(None,) * (1 + has_state + has_aux))
+        own = jax.tree.map(lambda how: 0 if how == "workers" else None, reduce_aux)
+        out_axes = (None, state_axes, *(None,) * (1 + has_state), *(own,) * has_aux)
         simulated = jax.vmap(worker, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name)
         return simulated(params, opt_state, *rest[:-1], batch)
 
     return jax.jit(step, donate_argnums=_donated(donate, has_state))
 
 
-def flush(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: Mesh | int) -> tuple[Any, Any]:
-    """Applies what residuals still hold, and what is pending under `delayed`, as at the end of training.
+def _with_rest(loss_fn: Callable[..., Any], has_aux: bool, has_state: bool) -> Callable[..., Any]:
+    """`loss_fn` as (params, rest) -> (loss, (model state, auxiliary outputs)), None where there are none."""
 
-    One step of `tx` with gradients of zero, in which every codec sends its residual uncompressed; the bits are
-    counted. The rest of the chain sees the mean as a gradient like any other: momentum, weight decay and
-    schedules go on by a step. So it must be a step in which the chain applies what it is given. Where no codec
-    keeps residuals nothing happens.
-
-    Args:
-      tx: the optimiser, as in `train_step`.
-      params: the parameters.
-      opt_state: the optimiser state, in its global form.
-      mesh: the workers; or, for an opt_state of `simulate`, how many there are.
-
-    Returns:
-      The new parameters and opt_state, whose residuals are zero. With 16-bit gradients their mean is rounded.
-
-    Raises:
-      ValueError: the mesh is not that of opt_state; a transformation of tx does not pass extra arguments on to
-        the codec inside it; or no parameter changed, as under a learning rate of zero or in `optax.MultiSteps`.
-    """
-    residuals = _owed(opt_state)
-    if not jax.tree.leaves(residuals):
-        return params, opt_state
-    require_workers(opt_state, mesh)
-    tx = optax.with_extra_args_support(tx)
-    flushing = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, flush=True))
-
-    def loss_fn(params, batch):
-        del params
-        return jnp.sum(batch)
-
-    if isinstance(mesh, int):
-        axis_name = residuals[0].axis
-        if not isinstance(axis_name, str):
-            raise ValueError(f"mesh={mesh}: workers along {axis_name} are those of a mesh, pass that")
-        step, workers = simulate(loss_fn, flushing, mesh, axis_name=axis_name), mesh
-    else:
-        step, workers = train_step(loss_fn, flushing, mesh), mesh.size
-    skipped_before = skipped(opt_state)
-    flushed, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
-    if skipped(opt_state) > skipped_before:  # what was pending was not finite, and is gone now
-        residuals = _owed(opt_state)
-        flushed, opt_state, _ = step(flushed, opt_state, jnp.zeros(workers))
-    if _any_nonzero(_owed(opt_state)):
-        raise ValueError(
-            "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
-            "flush reaches it; make that one an optax.GradientTransformationExtraArgs that passes them on"
-        )
-    held = jax.tree.map(lambda x: jnp.mean(x, axis=0), residuals)
-    if _any_nonzero(held) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
-        raise ValueError(
-            "flush changed no parameter, though residuals held something: the learning rate is zero here, or what "
-            "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that"
-        )
-    return flushed, opt_state
-
-
-def _owed(opt_state: Any) -> list[PerWorker]:
-    """Residuals, and gradients that are pending."""
-    marked = [x for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker) if is_per_worker(x)]
-    return [x for x in marked if x.role in ("owed", "pending")]
-
-
-def _any_nonzero(tree: Any) -> bool:
-    return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(tree))
-
-
-def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool, has_state: bool, fresh: bool) -> Step:
-    """What one worker does in a step, on local state."""
-    axes = tuple(sizes)
-
-    def loss_and_rest(params, rest):
+    def with_rest(params, rest):
         out = loss_fn(params, *rest)
         if not (has_state or has_aux):
             return out, (None, None)
@@ -267,45 +232,56 @@ def _worker_step(loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool,
             return loss, more
         return loss, (more, None) if has_state else (None, more)
 
+    return with_rest
+
+
+def _worker_step(
+    loss_fn: Any, tx: Any, sizes: Mapping[str, int], has_aux: bool, has_state: bool, reduce_aux: Any, in_shards: bool
+) -> Step:
+    """What one worker does in a step, on local state; in shard_map, or else under vmap."""
+    axes, wire = tuple(sizes), Wire(tuple(sizes))
+    own = (lambda x: x[None]) if in_shards else (lambda x: x)  # of what each worker keeps, as its specs say
+
     def step(params, opt_state, *rest):
-        grad_fn = jax.value_and_grad(loss_and_rest, has_aux=True)
-        (loss, (model_state, aux)), grads = grad_fn(collectives.vary(params, axes), rest)
-        if collectives.known_equal(loss, axes):
-            raise ValueError(
-                f"loss_fn's loss is already reduced over the workers along {axes}, which would divide its "
-                "gradients: return the worker's own mean, the step averages the loss it returns"
-            )
-        floats, others = _model_state_parts(model_state)
-        beside = [loss, aux, floats]
-        updates, new_opt_state, means = _update_beside(tx, sizes, grads, opt_state, params, beside, fresh)
+        scaled = loss_scale(opt_state) if _scales(opt_state) else None
+        (loss, (model_state, aux)), grads = own_gradients(loss_fn, params, rest, axes, scaled)
+        floats, others = beside.model_state_parts(model_state)
+        hows = beside.reductions(reduce_aux, aux, jax.tree.leaves(rest[-1])[0].shape[0])
+        riders = [loss, beside.sent(aux, hows, wire.workers), floats]
+        updates, new_opt_state, means = _update_beside(tx, sizes, grads, opt_state, params, riders, in_shards)
         others = collectives.after(others, compressor_states(new_opt_state))
         kept = skipped_steps(new_opt_state) == skipped_steps(opt_state)
         new_params = _kept(kept, optax.apply_updates(params, updates), params)
-        kept = _once_stored(kept, new_params)
-        loss, aux, floats = means
+        loss, aux_means, floats = means
         states = []
         if has_state:
-            states = [_kept(kept, _model_state(model_state, floats, others, Wire(axes)), rest[0])]
+            states = [beside.model_state(model_state, rest[0], floats, wire.largest(others)[0], kept)]
+        kept = _once_stored(kept, new_params)
+        aux = beside.arrived(aux, hows, aux_means, wire.workers, own)
         return new_params, _keep_state(kept, new_opt_state, opt_state), *states, loss, *([aux] if has_aux else [])
 
     return step
 
 
+def _scales(opt_state: Any) -> bool:
+    return any(map(is_loss_scale, jax.tree.leaves(opt_state, is_leaf=is_loss_scale)))
+
+
 def _update_beside(
-    tx: Any, sizes: Mapping[str, int], grads: Any, opt_state: Any, params: Any, beside: Any, fresh: bool
+    tx: Any, sizes: Mapping[str, int], grads: Any, opt_state: Any, params: Any, riders: Any, fresh: bool
 ) -> tuple[Any, Any, Any]:
-    """Updates, the next state, and the means of what is beside, which rides in the messages of tx's codec."""
+    """Updates, the next state, and the means of the riders, which travel in the messages of tx's codec."""
     axes = tuple(sizes)
     states = compressor_states(opt_state)
     # Of several codecs each would send it; one on a part of the axes would not reach all workers.
     rides = len(states) == 1 and collectives.axis_names(states[0].residual.axis) == axes
-    extra = {"beside": beside, "fresh": fresh} if rides else {}
-    updates, state = update_of(tx, sizes, grads, opt_state, params, **extra)
+    extra = {"beside": riders, "fresh": fresh} if rides else {}
+    updates, state = update_of(tx, sizes, grads, opt_state, params, riders[0], **extra)
     arrived = [x for x in jax.tree.leaves(state, is_leaf=_is_delivered) if _is_delivered(x)]
     if arrived:
         state = jax.tree.map(lambda x: x.state if _is_delivered(x) else x, state, is_leaf=_is_delivered)
         return updates, state, arrived[0].beside
-    leaves, treedef = jax.tree.flatten(collectives.after(beside, compressor_states(state)))
+    leaves, treedef = jax.tree.flatten(collectives.after(riders, compressor_states(state)))
     sent = ways.exact([], [widen(x) for x in leaves], Wire(axes), [], ring=False, before=None)
     return updates, state, jax.tree.unflatten(treedef, sent.rode)
 
@@ -343,45 +319,11 @@ def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:
             return new._replace(
                 codec=_kept(kept, new.codec, old.codec), residual=_kept(kept, new.residual, old.residual)
             )
+        if is_loss_scale(new):
+            return new._replace(inner=_keep_state(kept, new.inner, old.inner))
         return _kept(kept, new, old)
 
-    return jax.tree.map(part, new, old, is_leaf=lambda x: is_compressor_state(x) or pending(x))
-
-
-def _model_state_parts(model_state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Its floating leaves, which are averaged, and its others, of which the largest is kept.
-
-    Raises:
-      TypeError: a leaf is a random key.
-    """
-    floats: list[jax.Array] = []
-    others: list[jax.Array] = []
-    for path, x in jax.tree_util.tree_leaves_with_path(model_state):
-        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            raise TypeError(
-                f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, of which there is no "
-                "mean: pass the workers' keys in the batch"
-            )
-        (floats if jnp.issubdtype(x.dtype, jnp.inexact) else others).append(x)
-    return floats, others
-
-
-def _model_state(like: Any, floats: list[jax.Array], others: list[jax.Array], wire: Wire) -> Any:
-    """The model state, from the means of its floating leaves and this worker's others."""
-    leaves, treedef = jax.tree.flatten(like)
-    means, largest = iter(floats), iter(wire.largest(others)[0])
-    floating = [jnp.issubdtype(x.dtype, jnp.inexact) for x in leaves]
-    merged = [next(means).astype(x.dtype) if f else next(largest) for x, f in zip(leaves, floating, strict=True)]
-    return jax.tree.unflatten(treedef, merged)
-
-
-def _require_divisible(batch: Any, workers: int, whom: str) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
-        if not leaf.ndim or leaf.shape[0] % workers:
-            raise ValueError(
-                f"batch leaf {jax.tree_util.keystr(path)!r} of shape {leaf.shape} does not divide among {whom}: its "
-                "first axis must be a multiple of them"
-            )
+    return jax.tree.map(part, new, old, is_leaf=lambda x: is_compressor_state(x) or pending(x) or is_loss_scale(x))
 
 
 class _OneAtATime:
@@ -405,6 +347,34 @@ class _OneAtATime:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._step, name)
+
+
+class _WholeBatches:
+    """A jitted step over the devices of several processes, that refuses a batch of one of them."""
+
+    def __init__(self, step: Any, mesh: Mesh):
+        self._step, self._mesh = step, mesh
+
+    def __call__(self, params: Any, opt_state: Any, *rest: Any) -> tuple[Any, ...]:
+        for path, x in jax.tree_util.tree_leaves_with_path(rest[-1]):
+            if not isinstance(x, jax.core.Tracer) and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
+                raise ValueError(
+                    f"batch leaf {jax.tree_util.keystr(path)!r} is {type(x).__name__} of this process alone, and the "
+                    f"mesh is of {_processes(self._mesh)} processes: a part of each one's rows would be dropped. Make "
+                    "it one array of all: shard_batch(batch, mesh), where each process gives its own rows"
+                )
+        return self._step(params, opt_state, *rest)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
+
+def _processes(mesh: Mesh) -> int:
+    return len({device.process_index for device in mesh.devices.flat})
+
+
+def _spans_processes(mesh: Mesh) -> bool:
+    return _processes(mesh) > 1
 
 
 def _emulates(mesh: Mesh) -> bool:

@@ -1,0 +1,156 @@
+"""What workers bring beside gradients, and what becomes of it: the loss, auxiliary outputs, model state.
+
+All of it rides in the codec's own messages, as floating arrays of which the means over the workers arrive.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+REDUCTIONS = ("mean", "sum", "workers")
+# Whole numbers of fewer bits come back exactly from their float32 mean: three roundings of 2^-24 stay below 1/2.
+EXACT_BITS = 21
+
+
+def reductions(reduce_aux: Any, aux: Any, rows: int) -> Any:
+    """The reduction of each leaf of the auxiliary outputs: a tree like `aux`.
+
+    Args:
+      reduce_aux: as `train_step` takes it.
+      aux: one worker's outputs.
+      rows: of the worker's part of the batch.
+
+    Raises:
+      ValueError: reduce_aux is no prefix of aux, or names another reduction.
+    """
+    if reduce_aux is None:
+        return jax.tree_util.tree_map_with_path(lambda path, x: _by_type(path, x, rows), aux)
+    for how in jax.tree.leaves(reduce_aux):
+        if how not in REDUCTIONS:
+            raise ValueError(f"reduce_aux has {how!r}: a leaf must be one of {', '.join(map(repr, REDUCTIONS))}")
+    try:
+        return jax.tree.broadcast(reduce_aux, aux)
+    except ValueError as error:
+        raise ValueError(
+            f"reduce_aux={reduce_aux!r} must be a prefix of the auxiliary outputs, which are "
+            f"{jax.tree.map(lambda x: x.shape, aux)}"
+        ) from error
+
+
+def _by_type(path: Any, x: Any, rows: int) -> str:
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        return "sum"
+    if x.ndim and x.shape[0] == rows > 1:
+        warnings.warn(
+            f"auxiliary output {jax.tree_util.keystr(path) or 'aux'} of shape {x.shape} has as many rows as a worker's "
+            "part of the batch, and is averaged over the workers, row by row: to keep all rows give "
+            "reduce_aux='workers', which returns [workers, ...], or reduce_aux='mean' if this is meant",
+            stacklevel=2,
+        )
+    return "mean"
+
+
+def sent(aux: Any, hows: Any, workers: int) -> list[list[jax.Array]]:
+    """For each leaf, the floating arrays whose means over the workers `arrived` asks for."""
+    return [_sent(x, how, workers) for x, how in zip(jax.tree.leaves(aux), jax.tree.leaves(hows), strict=True)]
+
+
+def _sent(x: jax.Array, how: str, workers: int) -> list[jax.Array]:
+    if how == "workers":
+        return []
+    return [x] if jnp.issubdtype(x.dtype, jnp.inexact) else _pieces(x, workers)
+
+
+def arrived(aux: Any, hows: Any, means: list[list[jax.Array]], workers: int, own: Callable[[Any], Any]) -> Any:
+    """The auxiliary outputs of the step.
+
+    Args:
+      aux: one worker's.
+      hows: the reduction of each leaf.
+      means: what came of what was `sent`.
+      workers: how many there are.
+      own: what to make of an output that each worker keeps.
+    """
+    leaves, treedef = jax.tree.flatten(aux)
+    of = lambda x, how, mean: own(x) if how == "workers" else _reduced(x, how, mean, workers)  # noqa: E731
+    return jax.tree.unflatten(treedef, [of(*leaf) for leaf in zip(leaves, jax.tree.leaves(hows), means, strict=True)])
+
+
+def _reduced(x: jax.Array, how: str, means: list[jax.Array], workers: int) -> jax.Array:
+    whole = not jnp.issubdtype(x.dtype, jnp.inexact)
+    if how == "mean":
+        return _joined(x, means, workers).astype(jnp.float32) / workers if whole else means[0]
+    return _joined(x, means, workers) if whole else means[0] * workers
+
+
+def _pieces(x: jax.Array, workers: int) -> list[jax.Array]:
+    """Whole numbers as floats of so few bits that the sum of each over the workers is exact."""
+    x = _summable(x)
+    unsigned = x.astype(jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+    bits = _piece_bits(workers)
+    mask = jnp.asarray(2**bits - 1, unsigned.dtype)
+    shifts = range(0, 8 * x.dtype.itemsize, bits)
+    return [(unsigned >> jnp.asarray(s, unsigned.dtype) & mask).astype(jnp.float32) for s in shifts]
+
+
+def _joined(x: jax.Array, means: list[jax.Array], workers: int) -> jax.Array:
+    """The sum over the workers, of the means of its pieces; it wraps as its type does."""
+    dtype = _summable(x).dtype
+    total = jnp.zeros(x.shape, dtype)
+    for i, mean in enumerate(means):
+        piece = jnp.round(mean * workers).astype(dtype)
+        total = total + (piece << jnp.asarray(i * _piece_bits(workers), dtype))
+    return total
+
+
+def _piece_bits(workers: int) -> int:
+    return max(1, EXACT_BITS - workers.bit_length())
+
+
+def _summable(x: jax.Array) -> jax.Array:
+    """In a type of 32 bits at least, as `jnp.sum` has it."""
+    return jnp.asarray(x, jnp.sum(jnp.zeros(1, x.dtype)).dtype)
+
+
+def model_state_parts(model_state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Its floating leaves, which are averaged, and its others, of which the largest is kept.
+
+    Raises:
+      TypeError: a leaf is a random key.
+    """
+    floats: list[jax.Array] = []
+    others: list[jax.Array] = []
+    for path, x in jax.tree_util.tree_leaves_with_path(model_state):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            raise TypeError(
+                f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, of which there is no "
+                "mean: pass the workers' keys in the batch"
+            )
+        (floats if jnp.issubdtype(x.dtype, jnp.inexact) else others).append(x)
+    return floats, others
+
+
+def model_state(like: Any, before: Any, floats: list[jax.Array], others: list[jax.Array], kept: jax.Array) -> Any:
+    """The model state, from the means of its floating leaves and the largest of its others.
+
+    In a step that is skipped a floating leaf stays as it was before if it is not finite.
+
+    Raises:
+      ValueError: loss_fn changed the structure.
+    """
+    leaves, treedef = jax.tree.flatten(like)
+    given = jax.tree.structure(before)
+    if len({treedef, given}) > 1:
+        raise ValueError(f"loss_fn is given a model state {given}, and returns one of another structure: {treedef}")
+    means, largest = iter(floats), iter(others)
+    merged = []
+    for x, old in zip(leaves, jax.tree.leaves(before), strict=True):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            merged.append(next(largest))
+            continue
+        mean = next(means)
+        merged.append(jnp.where(kept | jnp.all(jnp.isfinite(mean)), mean.astype(x.dtype), old))
+    return jax.tree.unflatten(treedef, merged)

@@ -1,0 +1,217 @@
+"""The end of training: what residuals still hold is applied."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gradcomp_jax.agreement import update_of
+from gradcomp_jax.compressor import is_compressor_state, skipped
+from gradcomp_jax.exchange.collectives import axis_names
+from gradcomp_jax.exchange.plan import flatten
+from gradcomp_jax.sharding import PerWorker, is_per_worker, place, regrouped, require_state
+from gradcomp_jax.step import simulate, train_step
+
+# At so many points of the run so far schedules are compared with where they are now.
+POINTS = 16
+# Sizes of a gradient, next to what is owed, at which the rest of the chain is compared with what it makes of all of it.
+SMALLER = (1.0, 2.0**-4, 2.0**-8, 2.0**-12)
+
+
+def flush(
+    tx: optax.GradientTransformation,
+    params: Any,
+    opt_state: Any,
+    mesh: Mesh | int,
+    *,
+    learning_rate: float | jax.Array | None = None,
+    at_least: float = 0.9,
+) -> tuple[Any, Any]:
+    """Applies what residuals still hold, and what is pending under `delayed`, as at the end of training.
+
+    Every codec sends its residual uncompressed; the bits are counted. Then either
+
+    - the rest of the chain sees the mean as a gradient like any other, in one step of `tx` in which this worker's own
+      gradients are zero: momentum, weight decay and schedules go on by a step. What makes gradients smaller would make
+      that smaller too: clipping, a schedule near its end, the division by what Adam has seen. So the share that would
+      be applied is computed first, next to what the chain makes of a small gradient and to the largest that its
+      schedules have been, and a share below `at_least` is refused; or
+    - with `learning_rate`, all of it is applied: the parameters move by learning_rate times what is owed, and the rest
+      of the chain is as if nothing had been.
+
+    Where no codec keeps residuals nothing happens.
+
+    Args:
+      tx: the optimiser, as in `train_step`.
+      params: the parameters.
+      opt_state: the optimiser state, in its global form.
+      mesh: the workers; or, for an opt_state of `simulate`, how many there are.
+      learning_rate: by which to multiply what is owed, past the rest of the chain; None goes through it.
+      at_least: the least share of what is owed that the chain may apply.
+
+    Returns:
+      The new parameters and opt_state, whose residuals are zero. With 16-bit gradients their mean is rounded.
+
+    Raises:
+      ValueError: opt_state is not one of tx for the mesh; a transformation of tx does not pass extra arguments on to
+        the codec inside it; the chain would apply less than `at_least` of what is owed; or no parameter changed, as
+        under a learning rate of zero or in `optax.MultiSteps`.
+    """
+    residuals = _owed(opt_state)
+    if not jax.tree.leaves(residuals):
+        return params, opt_state
+    require_state(tx, params, opt_state, mesh)
+    tx = optax.with_extra_args_support(tx)
+    flushing = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, flush=True))
+    step, workers = _step(flushing, residuals[0].axis, mesh)
+    if not isinstance(mesh, int):
+        params, opt_state = place((params, opt_state), mesh)
+    if learning_rate is None and at_least > 0:
+        _require_share(tx, params, opt_state, at_least)
+    before = opt_state
+    flushed, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
+    if skipped(opt_state) > skipped(before):  # what was pending was not finite, and is gone now
+        residuals = _owed(opt_state)
+        flushed, opt_state, _ = step(flushed, opt_state, jnp.zeros(workers))
+    if _any_nonzero(_owed(opt_state)):
+        raise ValueError(
+            "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
+            "flush reaches it; make that one an optax.GradientTransformationExtraArgs that passes them on"
+        )
+    owed = jax.jit(_mean_owed)(residuals)
+    if learning_rate is not None:
+        return _moved(params, owed, learning_rate), _codecs_of(opt_state, before)
+    if _any_nonzero(owed) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
+        raise ValueError(
+            "flush changed no parameter, though residuals held something: the learning rate is zero here, or what "
+            "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that, or "
+            "give learning_rate="
+        )
+    return flushed, opt_state
+
+
+def _step(flushing: optax.GradientTransformation, axis_name: Any, mesh: Mesh | int) -> tuple[Any, int]:
+    """A step whose gradients are zero, and for how many workers it is."""
+
+    def loss_fn(params, batch):
+        del params
+        return jnp.sum(batch)
+
+    if not isinstance(mesh, int):
+        return train_step(loss_fn, flushing, mesh), mesh.size
+    if not isinstance(axis_name, str):
+        raise ValueError(f"mesh={mesh}: workers along {axis_name} are those of a mesh, pass that")
+    return simulate(loss_fn, flushing, mesh, axis_name=axis_name), mesh
+
+
+def _owed(opt_state: Any) -> list[PerWorker]:
+    """Residuals, and gradients that are pending."""
+    marked = [x for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker) if is_per_worker(x)]
+    return [x for x in marked if x.role in ("owed", "pending")]
+
+
+def _any_nonzero(tree: Any) -> bool:
+    return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(tree))
+
+
+def _mean_owed(residuals: list[PerWorker]) -> dict[str, jax.Array]:
+    """By path, the mean over the workers of all that is owed."""
+    owed: dict[str, jax.Array] = {}
+    for x in residuals:
+        for path, rows in flatten(x.value)[0].items():
+            mean = jnp.mean(rows, axis=0)
+            owed[path] = owed[path] + mean.astype(owed[path].dtype) if path in owed else mean
+    return owed
+
+
+@jax.jit
+def _moved(params: Any, owed: dict[str, jax.Array], learning_rate: Any) -> Any:
+    """The parameters less learning_rate times what is owed."""
+    leaves, treedef = flatten(params)
+    moved = [
+        (x - learning_rate * owed[path].astype(jnp.result_type(x, jnp.float32))).astype(x.dtype) if path in owed else x
+        for path, x in leaves.items()
+    ]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def _codecs_of(after: Any, before: Any) -> Any:
+    """`before`, with the codecs' states and what is pending of `after`."""
+    of_codec = lambda x: is_compressor_state(x) or is_per_worker(x)  # noqa: E731
+    return jax.tree.map(lambda new, old: new if of_codec(new) else old, after, before, is_leaf=of_codec)
+
+
+def _require_share(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any, at_least: float) -> None:
+    """Refuses a flush of which the rest of the chain would apply too small a share."""
+    response = jax.jit(functools.partial(_response, tx))
+    at = [float(response(params, opt_state, size, 1.0)) for size in SMALLER]
+    largest = max(range(len(SMALLER)), key=lambda i: at[i])
+    over_time = [float(response(params, opt_state, SMALLER[largest], i / POINTS)) for i in range(POINTS)]
+    most = max(*at, *over_time)
+    if at[0] < at_least * most:
+        raise ValueError(
+            f"flush would apply {at[0] / most:.1%} of what is owed, less than at_least={at_least}: the rest of tx "
+            "shrinks it more than smaller or earlier gradients, as clipping does, a learning rate that has fallen, or "
+            "Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a learning_rate= "
+            "by which to multiply what is owed; to accept the share give at_least=0"
+        )
+
+
+def _response(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any, size: Any, point: Any) -> Any:
+    """How far a step moves the parameters in the direction of what is owed, for each unit of that.
+
+    Args:
+      tx: the optimiser.
+      params: the parameters.
+      opt_state: its state, in the global form.
+      size: what is owed in this step, as a share of what really is.
+      point: where schedules are, from 0, their begin, to 1, now.
+    """
+    owed = _mean_owed(_owed(opt_state))
+    axes = tuple(dict.fromkeys(axis for x in _owed(opt_state) for axis in axis_names(x.axis)))
+
+    def updates(size):
+        state = _earlier(_as_of_one_worker(opt_state, size), point)
+        zeros, loss = jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
+
+        def worker(_):
+            return update_of(tx, dict.fromkeys(axes, 1), zeros, state, params, loss, flush=True)[0]
+
+        for axis in axes:
+            worker = jax.vmap(worker, axis_name=axis)
+        return jax.tree.map(lambda x: jnp.squeeze(x, tuple(range(len(axes)))), worker(jnp.zeros((1,) * len(axes))))
+
+    steps = flatten(jax.tree.map(jnp.subtract, updates(0.0), updates(size)))[0]
+    return sum(jnp.vdot(x, steps[path]).astype(jnp.float32) for path, x in owed.items()) / size
+
+
+def _as_of_one_worker(opt_state: Any, size: Any) -> Any:
+    """The local form of the state of a single worker, who owes so much of what all owe on average."""
+
+    def one(x: Any) -> Any:
+        if not is_per_worker(x):
+            return x
+        share = size if x.role in ("owed", "pending") else 1
+        return jax.tree.map(lambda rows: (regrouped(rows, 1)[0] * share).astype(rows.dtype), x)
+
+    return jax.tree.map(one, opt_state, is_leaf=is_per_worker)
+
+
+def _earlier(opt_state: Any, point: Any) -> Any:
+    """The state with its schedules, but no other counts, where they were at a point of the run so far."""
+    at = lambda tree: jax.tree.map(lambda n: jnp.floor(n * point).astype(jnp.result_type(n)), tree)  # noqa: E731
+    injects = lambda x: isinstance(x, optax.InjectStatefulHyperparamsState)  # noqa: E731
+    schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
+
+    def set_back(x: Any) -> Any:
+        if schedule(x):
+            return at(x)
+        if injects(x):
+            back = _earlier(x.inner_state, point)
+            return x._replace(hyperparams_states=at(x.hyperparams_states), inner_state=back)
+        return x
+
+    return jax.tree.map(set_back, opt_state, is_leaf=lambda x: schedule(x) or injects(x))
