@@ -12,13 +12,13 @@ from gradcomp_jax.agreement import update_of
 from gradcomp_jax.compressor import is_compressor_state, skipped
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
-from gradcomp_jax.sharding import PerWorker, is_per_worker, place, regrouped, require_state
+from gradcomp_jax.sharding import PerWorker, in_automatic_axes, is_per_worker, place, regrouped, require_state
 from gradcomp_jax.step import simulate, train_step
 
 # At so many points of the run so far schedules are compared with where they are now.
 POINTS = 16
 # Sizes of a gradient, next to what is owed, at which the rest of the chain is compared with what it makes of all of it.
-SMALLER = (1.0, 2.0**-4, 2.0**-8, 2.0**-12)
+SMALLER = (1.0, 2.0**-4, 2.0**-8)
 
 
 def flush(
@@ -37,8 +37,9 @@ def flush(
     - the rest of the chain sees the mean as a gradient like any other, in one step of `tx` in which this worker's own
       gradients are zero: momentum, weight decay and schedules go on by a step. What makes gradients smaller would make
       that smaller too: clipping, a schedule near its end, the division by what Adam has seen. So the share that would
-      be applied is computed first, next to what the chain makes of a small gradient and to the largest that its
-      schedules have been, and a share below `at_least` is refused; or
+      be applied is computed first, next to what the chain makes of a gradient up to 256 times smaller, and where its
+      schedules have been; a share below `at_least` is refused. Under Adam, whose steps hardly depend on the size of a
+      gradient, that is mostly so; or
     - with `learning_rate`, all of it is applied: the parameters move by learning_rate times what is owed, and the rest
       of the chain is as if nothing had been.
 
@@ -64,7 +65,19 @@ def flush(
     if not jax.tree.leaves(residuals):
         return params, opt_state
     require_state(tx, params, opt_state, mesh)
-    tx = optax.with_extra_args_support(tx)
+    flushed = functools.partial(_flush, optax.with_extra_args_support(tx), mesh, learning_rate, at_least)
+    return in_automatic_axes(mesh, flushed)(params, opt_state)
+
+
+def _flush(
+    tx: optax.GradientTransformationExtraArgs,
+    mesh: Mesh | int,
+    learning_rate: Any,
+    at_least: float,
+    params: Any,
+    opt_state: Any,
+) -> tuple[Any, Any]:
+    residuals = _owed(opt_state)
     flushing = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, flush=True))
     step, workers = _step(flushing, residuals[0].axis, mesh)
     if not isinstance(mesh, int):
@@ -155,8 +168,8 @@ def _require_share(tx: optax.GradientTransformationExtraArgs, params: Any, opt_s
         raise ValueError(
             f"flush would apply {at[0] / most:.1%} of what is owed, less than at_least={at_least}: the rest of tx "
             "shrinks it more than smaller or earlier gradients, as clipping does, a learning rate that has fallen, or "
-            "Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a learning_rate= "
-            "by which to multiply what is owed; to accept the share give at_least=0"
+            "Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a "
+            "learning_rate= by which to multiply what is owed; to accept the share give at_least=0"
         )
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.contract import AxisName
@@ -103,6 +103,44 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
+def in_automatic_axes(mesh: Mesh | int, f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f`, called where the axes of all meshes are automatic, whatever mesh the caller has set.
+
+    Under `jax.set_mesh(jax.make_mesh(...))`, whose axes are explicit, arrays carry their sharding in their types, and
+    those on a mesh with automatic axes are refused. So arguments come from the caller's types, and results go to them;
+    the memory stays where it is.
+
+    Args:
+      mesh: for which f computes; or a number of workers, for any.
+      f: a function of trees of arrays to one.
+    """
+
+    def called(*args: Any) -> Any:
+        theirs = jax.sharding.get_abstract_mesh()
+        if theirs.empty:
+            return f(*args)
+        ours = theirs if isinstance(mesh, int) else mesh.abstract_mesh
+        ours = ours.update_axis_types(dict.fromkeys(ours.axis_names, AxisType.Auto))
+        with jax.sharding.use_abstract_mesh(ours):
+            results = f(*_typed(args, {}))
+        return _typed(results, dict(zip(theirs.axis_names, theirs.axis_types, strict=True)))
+
+    return called
+
+
+def _typed(tree: Any, types: dict[str, AxisType]) -> Any:
+    """The arrays of a tree where they lie, on meshes whose axes are of these types, or automatic."""
+
+    def typed(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) or not isinstance(getattr(x, "sharding", None), NamedSharding):
+            return x
+        old = x.sharding.mesh
+        new = Mesh(old.devices, old.axis_names, tuple(types.get(name, AxisType.Auto) for name in old.axis_names))
+        return x if new == old else jax.device_put(x, NamedSharding(new, x.sharding.spec))
+
+    return jax.tree.map(typed, tree)
+
+
 def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any:
     """The optimiser's first state in its global form, for `train_step`, `simulate` or your own shard_map.
 
@@ -128,12 +166,12 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
         return _map_per_worker(stack, tx.init(params), lambda x: x)
 
     if isinstance(mesh, int):
-        return jax.jit(global_init)(params)
+        return in_automatic_axes(mesh, jax.jit(global_init))(params)
     mesh = automatic(mesh)
     jax.eval_shape(global_init, params)  # refuses a wrong axis before a sharding is made of it
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
-    with jax.set_mesh(mesh):
-        return jax.jit(global_init, out_shardings=shardings)(place(params, mesh))
+    made = jax.jit(global_init, out_shardings=shardings)
+    return in_automatic_axes(mesh, lambda params: made(place(params, mesh)))(params)
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -161,7 +199,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
     require_workers(tree, mesh)
     mesh = automatic(mesh)
     put = lambda path, x, spec: _put(path, x, NamedSharding(mesh, spec))  # noqa: E731
-    return jax.tree_util.tree_map_with_path(put, tree, _specs(tree))
+    return in_automatic_axes(mesh, functools.partial(jax.tree_util.tree_map_with_path, put))(tree, _specs(tree))
 
 
 def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
@@ -197,7 +235,8 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     mesh = automatic(mesh)
     sharding = NamedSharding(mesh, P(tuple(mesh.axis_names)))
     require_divisible(batch, len(mesh.local_devices), f"the {len(mesh.local_devices)} devices of this process")
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    whole = lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x))  # noqa: E731
+    return in_automatic_axes(mesh, functools.partial(jax.tree.map, whole))(batch)
 
 
 def require_divisible(batch: Any, workers: int, whom: str) -> None:
@@ -252,12 +291,11 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
 
     opt_state = jax.tree.map(functools.partial(_movable, mesh=mesh), opt_state)
     if isinstance(mesh, int):
-        return jax.jit(resize)(opt_state)
+        return in_automatic_axes(mesh, jax.jit(resize))(opt_state)
     jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
     mesh = automatic(mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(opt_state))
-    with jax.set_mesh(mesh):
-        return jax.jit(resize, out_shardings=shardings)(opt_state)
+    return in_automatic_axes(mesh, jax.jit(resize, out_shardings=shardings))(opt_state)
 
 
 def regrouped(old: jax.Array, new: int) -> jax.Array:

@@ -21,6 +21,7 @@ from gradcomp_jax.loss_scale import is_loss_scale, loss_scale
 from gradcomp_jax.sharding import (
     automatic,
     global_state,
+    in_automatic_axes,
     is_per_worker,
     local_state,
     require_divisible,
@@ -154,10 +155,7 @@ def train_step(
             _log.info("loss_fn is traced without shard_map's types, which it does not take: %s", error.__cause__)
         return sharded(params, opt_state, rest, False)
 
-    jitted = jax.jit(step, donate_argnums=_donated(donate, has_state))
-    if _spans_processes(mesh):
-        return _WholeBatches(jitted, mesh)
-    return _OneAtATime(jitted, loss=2 + has_state) if _emulates(mesh) else jitted
+    return _Jitted(jax.jit(step, donate_argnums=_donated(donate, has_state)), mesh, loss=2 + has_state)
 
 
 def _on_global_state(worker: Step, mesh: Mesh) -> Step:
@@ -217,7 +215,7 @@ def simulate(
         simulated = jax.vmap(worker, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name)
         return simulated(params, opt_state, *rest[:-1], batch)
 
-    return jax.jit(step, donate_argnums=_donated(donate, has_state))
+    return _Jitted(jax.jit(step, donate_argnums=_donated(donate, has_state)), workers, loss=2 + has_state)
 
 
 def _with_rest(loss_fn: Callable[..., Any], has_aux: bool, has_state: bool) -> Callable[..., Any]:
@@ -326,55 +324,46 @@ def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(part, new, old, is_leaf=lambda x: is_compressor_state(x) or pending(x) or is_loss_scale(x))
 
 
-class _OneAtATime:
-    """A jitted step that begins when the one before is done, else as jax.jit made it.
+class _Jitted:
+    """A jitted step, of `train_step` or `simulate`, that looks at what it is called with, else as jax.jit made it.
 
-    Each CPU device may have 32 programs in flight; one more waits on a thread of the pool that the programs before it
+    Of several processes, it refuses a batch of one of them. Of several CPU devices, it begins when the step before is
+    done: each may have 32 programs in flight; one more waits on a thread of the pool that the programs before it
     need, and where there are no more threads than devices, a loop that reads no results ends so.
     """
 
-    def __init__(self, step: Any, loss: int):
-        self._step, self._loss, self._last = step, loss, None
+    def __init__(self, step: Any, mesh: Mesh | int, loss: int):
+        self._step, self._mesh, self._loss, self._last = step, mesh, loss, None
+        devices = [] if isinstance(mesh, int) else list(mesh.devices.flat)
+        self._processes = len({device.process_index for device in devices})
+        self._one_at_a_time = not isinstance(mesh, int) and _emulates(mesh)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def __call__(self, params: Any, opt_state: Any, *rest: Any) -> tuple[Any, ...]:
+        if self._processes > 1:
+            _require_whole(rest[-1], self._processes)
         last, self._last = self._last, None
         if last is not None and not last.is_deleted():
             jax.block_until_ready(last)
-        results = self._step(*args, **kwargs)
-        if not isinstance(results[self._loss], jax.core.Tracer):
+        results = in_automatic_axes(self._mesh, self._step)(params, opt_state, *rest)
+        if self._one_at_a_time and not isinstance(results[self._loss], jax.core.Tracer):
             self._last = results[self._loss]
         return results
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._step, name)
-
-
-class _WholeBatches:
-    """A jitted step over the devices of several processes, that refuses a batch of one of them."""
-
-    def __init__(self, step: Any, mesh: Mesh):
-        self._step, self._mesh = step, mesh
-
-    def __call__(self, params: Any, opt_state: Any, *rest: Any) -> tuple[Any, ...]:
-        for path, x in jax.tree_util.tree_leaves_with_path(rest[-1]):
-            if not isinstance(x, jax.core.Tracer) and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
-                raise ValueError(
-                    f"batch leaf {jax.tree_util.keystr(path)!r} is {type(x).__name__} of this process alone, and the "
-                    f"mesh is of {_processes(self._mesh)} processes: a part of each one's rows would be dropped. Make "
-                    "it one array of all: shard_batch(batch, mesh), where each process gives its own rows"
-                )
-        return self._step(params, opt_state, *rest)
+    def lower(self, *args: Any) -> Any:
+        return in_automatic_axes(self._mesh, self._step.lower)(*args)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._step, name)
 
 
-def _processes(mesh: Mesh) -> int:
-    return len({device.process_index for device in mesh.devices.flat})
-
-
-def _spans_processes(mesh: Mesh) -> bool:
-    return _processes(mesh) > 1
+def _require_whole(batch: Any, processes: int) -> None:
+    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+        if not isinstance(x, jax.core.Tracer) and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
+            raise ValueError(
+                f"batch leaf {jax.tree_util.keystr(path)!r} is {type(x).__name__} of this process alone, and the mesh "
+                f"is of {processes} processes: a part of each one's rows would be dropped. Make it one array of all: "
+                "shard_batch(batch, mesh), where each process gives its own rows"
+            )
 
 
 def _emulates(mesh: Mesh) -> bool:
