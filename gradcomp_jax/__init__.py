@@ -27,6 +27,7 @@ from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
+from gradcomp_jax.restore import restore
 from gradcomp_jax.sharding import (
     PerWorker,
     global_state,
@@ -99,6 +100,7 @@ __all__ = [
     "randomblock",
     "randomk",
     "resize_workers",
+    "restore",
     "shard_batch",
     "signnorm",
     "simulate",

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -12,7 +13,15 @@ from gradcomp_jax.agreement import update_of
 from gradcomp_jax.compressor import is_compressor_state, skipped
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
-from gradcomp_jax.sharding import PerWorker, in_automatic_axes, is_per_worker, place, regrouped, require_state
+from gradcomp_jax.sharding import (
+    PerWorker,
+    in_automatic_axes,
+    is_per_worker,
+    place,
+    regrouped,
+    require_state,
+    shard_batch,
+)
 from gradcomp_jax.step import simulate, train_step
 
 # At so many points of the run so far schedules are compared with where they are now.
@@ -79,16 +88,16 @@ def _flush(
 ) -> tuple[Any, Any]:
     residuals = _owed(opt_state)
     flushing = optax.GradientTransformationExtraArgs(tx.init, functools.partial(tx.update, flush=True))
-    step, workers = _step(flushing, residuals[0].axis, mesh)
+    step, batch = _step(flushing, residuals[0].axis, mesh)
     if not isinstance(mesh, int):
         params, opt_state = place((params, opt_state), mesh)
     if learning_rate is None and at_least > 0:
         _require_share(tx, params, opt_state, at_least)
     before = opt_state
-    flushed, opt_state, _ = step(params, opt_state, jnp.zeros(workers))
+    flushed, opt_state, _ = step(params, opt_state, batch)
     if skipped(opt_state) > skipped(before):  # what was pending was not finite, and is gone now
         residuals = _owed(opt_state)
-        flushed, opt_state, _ = step(flushed, opt_state, jnp.zeros(workers))
+        flushed, opt_state, _ = step(flushed, opt_state, batch)
     if _any_nonzero(_owed(opt_state)):
         raise ValueError(
             "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
@@ -106,18 +115,18 @@ def _flush(
     return flushed, opt_state
 
 
-def _step(flushing: optax.GradientTransformation, axis_name: Any, mesh: Mesh | int) -> tuple[Any, int]:
-    """A step whose gradients are zero, and for how many workers it is."""
+def _step(flushing: optax.GradientTransformation, axis_name: Any, mesh: Mesh | int) -> tuple[Any, jax.Array]:
+    """A step whose gradients are zero, and its batch."""
 
     def loss_fn(params, batch):
         del params
         return jnp.sum(batch)
 
     if not isinstance(mesh, int):
-        return train_step(loss_fn, flushing, mesh), mesh.size
+        return train_step(loss_fn, flushing, mesh), shard_batch(np.zeros(len(mesh.local_devices)), mesh)
     if not isinstance(axis_name, str):
         raise ValueError(f"mesh={mesh}: workers along {axis_name} are those of a mesh, pass that")
-    return simulate(loss_fn, flushing, mesh, axis_name=axis_name), mesh
+    return simulate(loss_fn, flushing, mesh, axis_name=axis_name), jnp.zeros(mesh)
 
 
 def _owed(opt_state: Any) -> list[PerWorker]:

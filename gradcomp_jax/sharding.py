@@ -52,7 +52,8 @@ def _map_per_worker(f: Callable[[PerWorker], Any], state: Any, other: Callable[[
     return jax.tree.map(lambda x: f(x) if is_per_worker(x) else other(x), state, is_leaf=is_per_worker)
 
 
-def _specs(state: Any) -> Any:
+def specs_of(state: Any) -> Any:
+    """The `state_specs` of a state."""
     return _map_per_worker(lambda x: jax.tree.map(lambda _: P(x.axis), x), state, lambda _: P())
 
 
@@ -67,7 +68,7 @@ def state_specs(tx: optax.GradientTransformation, params: Any) -> Any:
       A tree like `tx.init(params)` with a `PartitionSpec` for each array: over the workers' axis for what
       differs between them, replicated otherwise. It serves as in_specs and out_specs of shard_map.
     """
-    return _specs(jax.eval_shape(tx.init, params))
+    return specs_of(jax.eval_shape(tx.init, params))
 
 
 def local_state(state: Any) -> Any:
@@ -199,10 +200,12 @@ def place(tree: Any, mesh: Mesh) -> Any:
     require_workers(tree, mesh)
     mesh = automatic(mesh)
     put = lambda path, x, spec: _put(path, x, NamedSharding(mesh, spec))  # noqa: E731
-    return in_automatic_axes(mesh, functools.partial(jax.tree_util.tree_map_with_path, put))(tree, _specs(tree))
+    return in_automatic_axes(mesh, functools.partial(jax.tree_util.tree_map_with_path, put))(tree, specs_of(tree))
 
 
 def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
+    if not hasattr(x, "dtype"):  # such as a step number beside the arrays
+        return x
     try:
         return jax.device_put(x, sharding)
     except AssertionError as error:  # by which jax says that processes give different values
@@ -294,7 +297,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
         return in_automatic_axes(mesh, jax.jit(resize))(opt_state)
     jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
     mesh = automatic(mesh)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), _specs(opt_state))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(opt_state))
     return in_automatic_axes(mesh, jax.jit(resize, out_shardings=shardings))(opt_state)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gradcomp_jax.coder import CodeLength
 
@@ -81,14 +82,16 @@ def code_bits(opt_state: Any) -> float:
     """The true length of codes that fill their buffers only in part: QSGD's Elias code, adaptive's columns.
 
     What travels is the buffer, and `wire_bits` counts that; this is what a runtime with messages of any length would
-    have had to send (the *entropy*, see the module), before it is multiplied by the ring laws.
+    have had to send (the *entropy*, see the module), before it is multiplied by the ring laws. Each worker knows its
+    own length only: where workers are in several processes call it in all of them, as one alone would wait for the
+    others.
 
     Args:
       opt_state: an optimiser state that holds the state of such codecs: they add up. Any form.
 
     Returns:
-      Bits that a worker encoded in the last step, in both stages if there are two; the mean over the workers whose
-      state this is.
+      Bits that a worker encoded in the last step, in both stages if there are two; the mean over the workers, the same
+      number in every process.
 
     Raises:
       ValueError: there is no such codec.
@@ -97,8 +100,14 @@ def code_bits(opt_state: Any) -> float:
     found = [x for x in jax.tree.leaves(opt_state, is_leaf=is_length) if is_length(x)]
     if not found:
         raise ValueError(f"opt_state holds no code of variable length: got {type(opt_state).__name__}")
-    pairs = [np.asarray(length.last, np.float64).reshape(-1, 2) for length in found]
+    pairs = [np.asarray(_of_all(length.last), np.float64).reshape(-1, 2) for length in found]
     return float(sum((high * 2.0**32 + low).mean() for high, low in (pair.T for pair in pairs)))
+
+
+def _of_all(x: Any) -> Any:
+    """An array that processes share, as each can read it."""
+    shared = isinstance(x, jax.Array) and not x.is_fully_addressable
+    return multihost_utils.process_allgather(x, tiled=True) if shared else x
 
 
 def wire_bits(opt_state: Any) -> WireBits:

@@ -1,0 +1,87 @@
+"""Checkpoints that Orbax wrote, for whatever number of workers there is now."""
+
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from gradcomp_jax.sharding import automatic, is_per_worker, place, resize_workers, specs_of
+
+
+def restore(
+    directory: str | os.PathLike, like: Any, mesh: Mesh | int, *, step: int | None = None, item: str = "default"
+) -> Any:
+    """Reads a checkpoint, made with any number of workers, for the workers of a mesh.
+
+    Orbax takes the shapes of what it reads from a target. Given that of another number of workers it refuses, and with
+    `strict=False`, which it then advises, it cuts residuals off or fills them with zeros. Here the number of workers is
+    read from the checkpoint first, and the state goes through `resize_workers` where there are others now.
+
+    Args:
+      directory: of an `orbax.checkpoint.CheckpointManager`.
+      like: a tree like the one that was saved, such as `{"params": params, "opt_state": init(tx, params, mesh)}`;
+        arrays, or their shapes by `jax.eval_shape`.
+      mesh: the mesh of the step; or, for `simulate`, the number of workers.
+      step: which checkpoint; by default the last.
+      item: its item, where several were saved.
+
+    Returns:
+      A tree like `like`, placed on the mesh as by `place`: the next step can take it.
+
+    Raises:
+      ImportError: orbax-checkpoint is not installed.
+      FileNotFoundError: there is no such checkpoint.
+      ValueError: a leaf is missing from it, left over in it, or of another shape for another reason than the workers.
+    """
+    try:
+        import orbax.checkpoint as ocp
+    except ModuleNotFoundError as error:
+        raise ImportError("restore reads checkpoints by Orbax: pip install orbax-checkpoint") from error
+    handlers = {item: ocp.StandardCheckpointHandler()}
+    with ocp.CheckpointManager(os.path.abspath(directory), item_names=(item,), item_handlers=handlers) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None or step not in manager.all_steps():
+            raise FileNotFoundError(
+                f"there is no checkpoint {'' if step is None else f'of step {step} '}in {directory}"
+            )
+        shapes = _by_path(manager.item_metadata(step)[item])
+        target = _target(like, {path: x.shape for path, x in shapes.items()}, mesh)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+        saved = manager.restore(step, args=args)[item]
+    resized = lambda x: resize_workers(x, mesh) if is_per_worker(x) else x  # noqa: E731
+    saved = jax.tree.map(resized, saved, is_leaf=is_per_worker)
+    return saved if isinstance(mesh, int) else place(saved, mesh)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
+
+
+def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> Any:
+    """What Orbax is to read: `like`, with as many workers as were saved; those of another number on the host."""
+    mine = _by_path(like)
+    if differing := sorted(mine.keys() ^ saved.keys()):
+        what = "lacks" if differing[0] in mine else "has beside what like has"
+        hint = "its error_feedback, " if "residual" in differing[0] else ""
+        raise ValueError(
+            f"the checkpoint {what} leaf {differing[0]!r}: make like with the tx, {hint}and the parameters that the "
+            "checkpoint was made with"
+        )
+    workers = set(_by_path(jax.tree.map(lambda x: x if is_per_worker(x) else None, like, is_leaf=is_per_worker)))
+
+    def target(path: Any, x: Any, spec: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        if not hasattr(x, "dtype"):
+            return x
+        shape, differs = saved[name], name in workers
+        if shape[differs:] != x.shape[differs:]:
+            raise ValueError(f"leaf {name!r} of the checkpoint has the shape {shape}, like has {x.shape}")
+        if isinstance(mesh, int) or shape != x.shape:
+            return np.zeros(shape, jnp.dtype(x.dtype))
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(automatic(mesh), spec))
+
+    return jax.tree_util.tree_map_with_path(target, like, specs_of(like))
