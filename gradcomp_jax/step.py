@@ -226,6 +226,7 @@ def _with_rest(loss_fn: Callable[..., Any], has_aux: bool, has_state: bool) -> C
         if not (has_state or has_aux):
             return out, (None, None)
         loss, more = out
+        more = jax.tree.map(jnp.asarray, more)  # Python's numbers too
         if has_state and has_aux:
             return loss, more
         return loss, (more, None) if has_state else (None, more)
