@@ -345,7 +345,15 @@ class _Jitted:
         last, self._last = self._last, None
         if last is not None and not last.is_deleted():
             jax.block_until_ready(last)
-        results = in_automatic_axes(self._mesh, self._step)(params, opt_state, *rest)
+        try:
+            results = in_automatic_axes(self._mesh, self._step)(params, opt_state, *rest)
+        except ValueError as error:
+            if "incompatible devices" not in str(error):
+                raise
+            raise ValueError(
+                "some of the step's arrays are committed to other devices than its mesh, as what was restored from a "
+                f"checkpoint may be: params, opt_state = place((params, opt_state), mesh), see also restore. {error}"
+            ) from error
         if self._one_at_a_time and not isinstance(results[self._loss], jax.core.Tracer):
             self._last = results[self._loss]
         return results

@@ -14,7 +14,6 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
@@ -41,21 +40,15 @@ def loss_fn(params, batch):
 
 def train(tx, mesh, rank):
     """(parameters, state, loss), as this worker has them, after each step."""
-    params = jax.device_put(kernels(), NamedSharding(mesh, P()))
+    params = gc.place(kernels(), mesh)
     opt_state = gc.init(tx, params, mesh)
     step = gc.train_step(loss_fn, tx, mesh)
     history = []
     for batch in problem.batches(STEPS):
         rows = jax.tree.map(lambda x: np.split(np.asarray(x), mesh.size)[rank], batch)
-        params, opt_state, loss = step(params, opt_state, from_rows(mesh, rows))
+        params, opt_state, loss = step(params, opt_state, gc.shard_batch(rows, mesh))
         history.append(jax.tree.map(lambda x: np.asarray(x.addressable_data(0)), (params, opt_state, loss)))
     return history
-
-
-def from_rows(mesh, rows):
-    """Each worker's rows as one array of all workers."""
-    sharding = NamedSharding(mesh, P("data"))
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), rows)
 
 
 def traffic(tx, mesh, rank, coordinator):
@@ -70,7 +63,7 @@ def traffic(tx, mesh, rank, coordinator):
     step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=(P("data"), specs), out_specs=(P(), specs)))
     rng = np.random.default_rng(rank)
     grads = {path: rng.standard_normal((1, *shape), np.float32) for path, shape in TRAFFIC.items()}
-    grads = from_rows(mesh, grads)
+    grads = gc.shard_batch(grads, mesh)
     state = gc.init(tx, params, mesh)
     declared, sent = [], []
     for _ in range(STEPS):
@@ -139,10 +132,15 @@ def main(file, rank, processes, port):
         pickle.dump(results, out)
 
 
-if __name__ == "__main__":
+def ended(run):
+    """Runs it, and ends the process at once where that fails."""
     try:
-        main(*sys.argv[1:])
+        run()
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         os._exit(1)  # jax would first wait for the other processes, and they for this one
+
+
+if __name__ == "__main__":
+    ended(lambda: main(*sys.argv[1:]))

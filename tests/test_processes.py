@@ -65,14 +65,14 @@ def launched(processes):
         return launch(processes, pathlib.Path(folder))
 
 
-def launch(processes, folder):
+def launch(processes, folder, module="tests.process_worker", read=lambda file: pickle.loads(file.read_bytes())):
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     files = [folder / str(rank) for rank in range(processes)]
     children = []
     try:
         for rank, file in enumerate(files):
-            command = [sys.executable, "-m", "tests.process_worker", str(file), str(rank), str(processes), str(port)]
+            command = [sys.executable, "-m", module, str(file), str(rank), str(processes), str(port)]
             with file.with_suffix(".log").open("wb") as log:
                 # The compiler flags, which decide on the bits, are in the environment.
                 children.append(subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=log, stderr=log))
@@ -81,7 +81,7 @@ def launch(processes, folder):
         for child in children:
             child.kill()
             child.wait()
-    return [pickle.loads(file.read_bytes()) for file in files]
+    return [read(file) for file in files]
 
 
 def wait(children, logs):
