@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
 from gradcomp_jax.codecs.adaptive import AdaptiveState, adaptive
+from gradcomp_jax.codecs.cast import cast
 from gradcomp_jax.codecs.gradiveq import GradiVeQState, gradiveq
 from gradcomp_jax.codecs.none import average, none
 from gradcomp_jax.codecs.onebit import OneBitState, onebit
@@ -43,6 +44,7 @@ from gradcomp_jax.transform import transformed
 
 CODECS: dict[str, Callable[..., Compressor]] = {
     "none": none,
+    "cast": cast,
     "gradiveq": gradiveq,
     "powersgd": powersgd,
     "qsgd": qsgd,
@@ -80,6 +82,7 @@ __all__ = [
     "accordion_log",
     "adaptive",
     "average",
+    "cast",
     "code_bits",
     "collective_bytes",
     "delayed",

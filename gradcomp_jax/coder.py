@@ -290,14 +290,14 @@ class Coding(Codec):
 
     transform: Any = None
 
-    def shrinks(self, path: str, leaf: Any) -> bool:
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         coder = self.coder.coders[-1] if isinstance(self.coder, Switched) else self.coder
         if coder.indexes:
             require_indexable(self.name, path, leaf)
         if not leaf.size:
             return False
         shape = leaf.shape if self.transform is None else (self.transform.length(leaf.size),)
-        return coder.size(laid(coder, shape)) < 4 * leaf.size
+        return coder.size(laid(coder, shape)) < uncompressed
 
     def coder_state(self, state: Any) -> Any:
         return state

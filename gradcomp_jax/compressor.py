@@ -18,10 +18,10 @@ from gradcomp_jax.contract import Codec, Mine, Uncompressed, require_whole
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.exchange.bits import WireCount, add_bits, no_bits
 from gradcomp_jax.exchange.collectives import Wire
-from gradcomp_jax.exchange.plan import Plan, Settings, flatten, plan, salt
+from gradcomp_jax.exchange.plan import Plan, Settings, flatten, half, plan, salt
 from gradcomp_jax.exchange.rounds import Exchange, Exchanged, Terms
 from gradcomp_jax.sharding import PerWorker, is_per_worker
-from gradcomp_jax.views import narrow, widen
+from gradcomp_jax.views import halved, narrow, widen
 
 
 class CompressorState(NamedTuple):
@@ -99,6 +99,10 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
           to more.)
         allow_dense: accept a tree of which no leaf is compressed.
         aggregate: the way what the codec says travels.
+        dense_dtype: the type in which what is not compressed travels and is summed, "bfloat16" or "float16" (beyond
+          whose range it is cut off): leaves that are sent dense, whose rounding is not fed back, and the gradients of
+          a codec's own uncompressed steps, of which error feedback keeps it. None is float32, or float64 for such. CPUs
+          sum bfloat16 in float32, which then travels and counts.
 
     Returns:
       A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and must run where
@@ -117,6 +121,7 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
     """
     require_whole("min_size", settings.min_size, 0)
+    settings = settings._replace(dense_dtype=half(settings.dense_dtype))
 
     def init_fn(params: Any) -> CompressorState:
         return _init(codec, settings, params)
@@ -138,10 +143,11 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         _require_local(wire, leaves)
         the = plan(codec, settings, updates)
         _require_state_of(codec.name, state, jax.eval_shape(init_fn, updates))
-        dense = [widen(leaves[path]) for path in the.dense]
+        narrower = None if flush else settings.dense_dtype
+        dense = [halved(leaves[path], narrower) if narrower else widen(leaves[path]) for path in the.dense]
         riders = [*dense, *(widen(x) for x in jax.tree.leaves(beside))]
         feeds = settings.error_feedback is not None
-        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense), fresh is True)
+        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense), fresh is True, narrower)
         if flush:
             exchange = exchange._replace(codec=Uncompressed(), aggregate=None)
         done, state = _exchange(exchange, codec, settings, the, leaves, state, riders, learning_rate, flush)
@@ -259,6 +265,11 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
         raise ValueError(
             f"quantizer=qsgd(error_feedback=True) of codec {codec!r} would keep residuals of its own: leave it out "
             f"there; {codec}'s own error feedback holds for both"
+        )
+    if quantizer.settings.dense_dtype is not None:
+        raise ValueError(
+            f"quantizer=qsgd(dense_dtype='{quantizer.settings.dense_dtype}') of codec {codec!r} sends nothing dense: "
+            f"give dense_dtype to {codec}"
         )
     if aggregate != "psum":
         raise ValueError(

@@ -38,10 +38,12 @@ class Say(NamedTuple):
     """Numbers of which a codec wants the mean over the workers.
 
     Attributes:
-      x: the numbers. Where there are `fronts`, those that matter most come first in C order.
+      x: the numbers. Where there are `fronts`, those that matter most come first in C order. Those of 16 bits, as
+        `views.halved` makes them, are for a sum in 16 bits, and go `exact`; the answer is float32.
       fronts: how many of the first elements count at each strength of `Context.strength`; None: all, always.
       exact: send them as they are, whatever the coder, as a codec does before it compresses, or for a norm.
-      apart: they are a whole gradient: if large, they get a message of their own, which needs no copy and can overlap.
+      apart: they are a whole gradient, which travels in `dense_dtype` if there is one: if large, they get a message of
+        their own, which needs no copy and can overlap.
       growth: by how much what the codec makes of the mean can exceed it in magnitude; what could leave the type's
         range counts as not finite.
       second: what this worker owes of the second stage of aggregate="shuffle" alone, of the shape of x, or None; it
@@ -228,8 +230,8 @@ class Codec(abc.ABC):
         return leaf.ndim > 1
 
     @abc.abstractmethod
-    def shrinks(self, path: str, leaf: Any) -> bool:
-        """Whether it can send such a leaf in fewer bytes than it has."""
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
+        """Whether it can send such a leaf in fewer bytes than it takes uncompressed."""
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         """The first state of one leaf, of whose shape and dtype alone it may depend: the fields of `by_leaf`."""
@@ -344,7 +346,7 @@ class Uncompressed(Codec):
     def default(self, path: str, leaf: Any) -> bool:
         return True
 
-    def shrinks(self, path: str, leaf: Any) -> bool:
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         return True
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:

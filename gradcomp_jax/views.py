@@ -13,16 +13,27 @@ from jax.sharding import AxisType
 
 # So many numbers XLA's CPU backend sums as it is told.
 STEP = 32
+# Types of 16 bits in which gradients may travel, and be summed.
+HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+def dtype_of(given: Any) -> Any:
+    """The type that a name, or a type as jax or numpy has it, stands for; None if it is none."""
+    try:
+        return None if given is None else jnp.dtype(given)
+    except TypeError:
+        return None
+
+
+def wide(dtype: Any) -> Any:
+    """The type in which numbers of another are computed with: float32, or itself if it is float64 or complex."""
+    keep = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
+    return jnp.dtype(dtype if keep else jnp.float32)
 
 
 def widen(x: jax.Array) -> jax.Array:
-    """`x` in float32, or as it is if it is float64 or complex.
-
-    Sums of 16-bit floats lose too much, and on some backends XLA widens them on the wire anyway.
-    """
-    dtype = jnp.result_type(x)
-    keep = dtype == jnp.float64 or jnp.issubdtype(dtype, jnp.complexfloating)
-    return jnp.asarray(x, dtype if keep else jnp.float32)
+    """`x` in the type that is wide enough to sum it: sums of 16-bit floats lose much."""
+    return jnp.asarray(x, wide(jnp.result_type(x)))
 
 
 def narrow(x: jax.Array, dtype: Any) -> jax.Array:
@@ -31,6 +42,14 @@ def narrow(x: jax.Array, dtype: Any) -> jax.Array:
         return x
     most = float(jnp.finfo(dtype).max)
     return jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x).astype(dtype)
+
+
+def halved(x: jax.Array, dtype: Any) -> jax.Array:
+    """`x` in a type of 16 bits, as it is to travel; at most of its largest magnitude.
+
+    Compilers may take a number that goes to a narrow type and back for what it was, which would hide what is lost.
+    """
+    return x if x.dtype == dtype else lax.optimization_barrier(narrow(widen(x), dtype))
 
 
 def share(n: int, fraction: float) -> int:

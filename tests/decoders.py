@@ -4,6 +4,7 @@ A decoder takes one payload, the shapes of the tensors by path, and among how ma
 not at all), and gives that shard of each tensor: its elements, or [rows, columns] where tensors are cut by columns.
 """
 
+import jax.numpy as jnp
 import numpy as np
 
 from gradcomp_jax.wire import elias
@@ -104,6 +105,22 @@ def signnorm(payload, shapes, shards):
     for (path, size), norm in zip(sizes.items(), norms, strict=True):
         shard[path], signs = (2.0 * signs[:size] - 1) * norm, signs[size:]
     return reader.read(shard)
+
+
+def cast(dtype):
+    """The largest magnitude of each shard, then its values, divided by a power of two."""
+    top = {"bfloat16": 14, "float16": 14, "float8_e4m3fn": 7, "float8_e5m2": 14}[dtype]
+
+    def decode(payload, shapes, shards):
+        reader, shard = Reader(payload), {}
+        sizes = {path: -(-elements(shapes[path]) // shards) for path in sorted(shapes)}
+        scales = reader.take(len(shapes), np.float32)
+        for (path, size), scale in zip(sizes.items(), scales, strict=True):
+            power = np.floor(np.log2(scale.astype(np.float64)))
+            shard[path] = reader.take(size, jnp.dtype(dtype)).astype(np.float64) * 2.0 ** (power - top)
+        return reader.read(shard)
+
+    return decode
 
 
 def count_topk(shape, fraction, shards):

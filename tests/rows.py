@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from gradcomp_jax import Compressor, accordion, adaptive, none, onebit, powersgd, qsgd, randomk, transformed
+from gradcomp_jax import Compressor, accordion, adaptive, cast, none, onebit, powersgd, qsgd, randomk, transformed
 from gradcomp_jax.codecs.randomk import Draw, block, scattered
 from gradcomp_jax.exchange.plan import salt
 from gradcomp_jax.random import scattered as hashed
@@ -282,6 +283,25 @@ def onebit_row(id: str, aggregate: str, **settings: Any) -> Row:
 
 def size_signnorm(shapes, shards):
     return 4 * len(shapes) + -(-sum(-(-elements(shape) // shards) for shape in shapes) // 8)
+
+
+def size_cast(dtype):
+    def size(shapes, shards):
+        return sum(4 + jnp.dtype(dtype).itemsize * -(-elements(shape) // shards) for shape in shapes)
+
+    return size
+
+
+def cast_row(id: str, dtype: str, aggregate: str, error_feedback: bool = False) -> Row:
+    if aggregate != "psum":
+        settings = {"dtype": dtype, "error_feedback": error_feedback}
+        row = coded_row(id, cast, decoders.cast(dtype), size_cast(dtype), aggregate, **settings)
+        return row._replace(beside=())
+
+    def make(**kwargs: Any) -> Compressor:
+        return cast(dtype, aggregate=aggregate, **{"error_feedback": error_feedback, **kwargs})
+
+    return none_row(id)._replace(make=make, linear=False)  # which CPUs sum in float32
 
 
 def size_topk(fraction):

@@ -8,6 +8,7 @@ from tests.rows import (
     accordion_coded_row,
     accordion_powersgd_row,
     adaptive_row,
+    cast_row,
     coded_row,
     gained,
     level_of_qsgd,
@@ -28,6 +29,11 @@ from tests.rows import (
 ROWS = [
     none_row("none"),
     none_row("none-ring", "ring"),
+    cast_row("cast-bf16", "bfloat16", "psum", error_feedback=True),
+    cast_row("cast-bf16-shuffle", "bfloat16", "shuffle", error_feedback=True),
+    cast_row("cast-f16", "float16", "gather"),
+    cast_row("cast-e4m3", "float8_e4m3fn", "shuffle", error_feedback=True),
+    cast_row("cast-e5m2", "float8_e5m2", "gather", error_feedback=True),
     powersgd_row("powersgd-1", 1),
     powersgd_row("powersgd-4", 4),
     powersgd_row("powersgd-2-plain", 2, error_feedback=False),
@@ -96,6 +102,7 @@ EACH = [
     BY_ID[id]
     for id in (
         "none",
+        "cast-e4m3",
         "powersgd-4",
         "qsgd-4",
         "qsgd-4-ef",

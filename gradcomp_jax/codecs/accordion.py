@@ -115,8 +115,8 @@ class Accordion(Codec):
     def default(self, path: str, leaf: Any) -> bool:
         return self.inner.default(path, leaf)
 
-    def shrinks(self, path: str, leaf: Any) -> bool:
-        return self.inner.shrinks(path, leaf)  # which judges by the stronger one
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
+        return self.inner.shrinks(path, leaf, uncompressed)  # which judges by the stronger one
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         return {"codec": self.inner.init(path, leaf, salt), "gradients": jnp.zeros(leaf.shape, jnp.float32)}

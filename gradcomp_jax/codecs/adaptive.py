@@ -27,6 +27,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
@@ -212,6 +213,7 @@ def adaptive(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """Adaptive quantisation (Dryden et al., MLHPC 2016), not linear.
 
@@ -234,6 +236,8 @@ def adaptive(
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -254,4 +258,6 @@ def adaptive(
         raise ValueError(f"capacity={capacity} must be above 0, a multiple of what the proportion asks for")
     codec = Adaptive((Columns(proportion, threshold_scope, sample, capacity, seed),))
     require_aggregate("adaptive", codec.coder, aggregate)
-    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate))
+    return compressor(
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
+    )

@@ -32,6 +32,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
@@ -52,7 +53,7 @@ from gradcomp_jax.contract import (
 )
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.views import buckets, from_buckets
+from gradcomp_jax.views import buckets, from_buckets, wide
 
 # The kinds of steps.
 DENSE, COMPRESSED, TRAINING = 0, 1, 2
@@ -275,11 +276,11 @@ class GradiVeQ(Codec):
                 )
         return Layout(length, slices, groups, widths)
 
-    def shrinks(self, path: str, leaf: Any) -> bool:
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         if not leaf.size:
             return False
         cut = self.layout(path, leaf)
-        return cut.slices * min(cut.widths) + 1 < leaf.size
+        return (cut.slices * min(cut.widths) + 1) * wide(leaf.dtype).itemsize < uncompressed
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         cut = self.layout(path, leaf)
@@ -431,6 +432,7 @@ def gradiveq(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """GradiVeQ (Yu et al., NeurIPS 2018), linear, by one all-reduce in the compressed space.
 
@@ -471,6 +473,8 @@ def gradiveq(
       compress: (path, leaf) -> whether to compress it; by default, as in the paper, convolutions: leaves of
         four axes or more.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense, and all leaves in dense steps, travel, "bfloat16" or
+        "float16"; by default float32 or wider. Rounding is fed back where there are residuals.
 
     Returns:
       A `Compressor`.
@@ -510,4 +514,4 @@ def gradiveq(
     cycle = train_steps, compress_steps, warmup_steps
     settling = int(kept is not None and kept.owes)
     codec = GradiVeQ(k, (ratio,), *cycle, k_max, reuse, select, max_loss, settling, numbers, quantize_coefficients)
-    return compressor(codec, Settings(axis_name, kept, min_size, compress, allow_dense, way))
+    return compressor(codec, Settings(axis_name, kept, min_size, compress, allow_dense, way, dense_dtype))

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate, Uncompressed
@@ -23,20 +24,23 @@ def none(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """All-reduces every gradient as it is: the dense baseline, with its bits counted.
 
-    It takes the keywords that every codec takes, so that one call serves them all. 16-bit gradients are
-    summed, and travel, in float32.
+    It takes the keywords that every codec takes, so that one call serves them all. 16-bit gradients are summed, and
+    travel, in float32; with dense_dtype="bfloat16" in bfloat16, as by `jax.lax.pmean` of such gradients.
 
     Args:
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: keeps a residual: zero, but for what rounding the mean to 16 bits takes away.
+      error_feedback: keeps a residual: zero, but for what rounding to 16 bits takes away, of the mean and before.
       seed: without effect.
       min_size: smaller leaves have no residual.
       compress: (path, leaf) -> whether it has a residual; by default every leaf.
       allow_dense: without effect: all is dense.
+      dense_dtype: the type in which gradients travel and are summed, "bfloat16" or "float16" (beyond whose range they
+        are cut off); by default float32 or wider. CPUs sum bfloat16 in float32, which then travels and counts.
 
     Returns:
       A `Compressor` whose updates are the mean gradients.
@@ -48,7 +52,7 @@ def none(
     del seed, allow_dense
     require_aggregate("none", None, aggregate)
     return compressor(
-        Uncompressed(), Settings(axis_name, feedback(error_feedback), min_size, compress, True, aggregate)
+        Uncompressed(), Settings(axis_name, feedback(error_feedback), min_size, compress, True, aggregate, dense_dtype)
     )
 
 

@@ -24,6 +24,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
@@ -132,7 +133,7 @@ class OneBit(Coding):
     def with_coder_state(self, state: OneBitState, coder_state: Any) -> OneBitState:
         return state
 
-    def shrinks(self, path: str, leaf: Any) -> bool:
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         axis = self.bits.axis
         if leaf.ndim > 1 and not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(
@@ -167,6 +168,7 @@ def onebit(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """1-bit SGD (Seide et al., Interspeech 2014), not linear.
 
@@ -185,6 +187,8 @@ def onebit(
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -208,5 +212,5 @@ def onebit(
         )
     aggregate = "shuffle" if second_residual else aggregate
 
-    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate)
+    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
     return compressor(OneBit(Bits(threshold, axis), second_residual), settings)

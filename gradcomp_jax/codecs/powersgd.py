@@ -31,6 +31,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
@@ -51,7 +52,7 @@ from gradcomp_jax.contract import (
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import scattered, step_key
-from gradcomp_jax.views import known_late, on_cpus, others_are_automatic
+from gradcomp_jax.views import known_late, on_cpus, others_are_automatic, wide
 
 logger = logging.getLogger(__name__)
 
@@ -149,14 +150,14 @@ class PowerSGD(Codec):
             )
         return leaf.shape[0] if stacked else 1, math.prod(inner[:rows]), math.prod(inner[rows:])
 
-    def shrinks(self, path: str, leaf: Any) -> bool:
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         if leaf.ndim < 2 + (self.stacked is not None and bool(self.stacked(path, leaf))):
             return False
-        _, n, m = self.matrix(path, leaf)
+        layers, n, m = self.matrix(path, leaf)
         sent = min(n, m, self.ranks[-1]) * (n + m)
         if self.min_rate * sent < n * m < 2 * sent:
             _note_little(path, leaf.shape, n * m / sent)
-        return self.min_rate * sent < n * m
+        return self.min_rate * sent * layers * wide(leaf.dtype).itemsize < uncompressed
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         layers, n, m = self.matrix(path, leaf)
@@ -312,6 +313,7 @@ def powersgd(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """PowerSGD (Vogels et al., NeurIPS 2019, Algorithm 1), linear, by two all-reduces.
 
@@ -338,6 +340,8 @@ def powersgd(
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -358,4 +362,6 @@ def powersgd(
     require_aggregate("powersgd", None, aggregate)
     numbers, way = quantizing("powersgd", quantizer, aggregate, axis_name)
     codec = PowerSGD((rank,), min_rate, stacked, split, numbers, seed, refresh)
-    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way))
+    return compressor(
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype)
+    )

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder, Coding, Compact, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
@@ -266,6 +267,7 @@ def qsgd(
     min_size: int = 10_000,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """QSGD (Alistarh et al., NeurIPS 2017, section 3), unbiased, not linear.
 
@@ -292,6 +294,8 @@ def qsgd(
       min_size: leaves of fewer elements are sent dense, by default those below 10,000, as in the paper.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -328,7 +332,9 @@ def qsgd(
     room = _room(coder, code, capacity, aggregate)
     switchable = levels is None and not shared_scale and room is None
     codec = QSGD((dataclasses.replace(coder, room=room),), switchable)
-    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate))
+    return compressor(
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
+    )
 
 
 def _room(coder: Buckets, code: str | None, capacity: float | None, aggregate: str | None) -> float | None:

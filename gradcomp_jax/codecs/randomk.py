@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
@@ -40,7 +41,7 @@ from gradcomp_jax.contract import (
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import distinct, step_key
-from gradcomp_jax.views import share
+from gradcomp_jax.views import share, wide
 
 FRACTION = 0.01
 
@@ -150,9 +151,9 @@ class Subset(Codec):
     def default(self, path: str, leaf: Any) -> bool:
         return True
 
-    def shrinks(self, path: str, leaf: Any) -> bool:
+    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         require_indexable(self.name, path, leaf)
-        return leaf.size > 0 and self.counts(leaf)[-1] < leaf.size
+        return leaf.size > 0 and self.counts(leaf)[-1] * wide(leaf.dtype).itemsize < uncompressed
 
     def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
         zero = jnp.int32(0)
@@ -211,6 +212,7 @@ def randomk(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """Random K (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
 
@@ -228,6 +230,8 @@ def randomk(
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -241,7 +245,9 @@ def randomk(
     >>> tx = optax.chain(randomk(fraction=0.01), optax.sgd(0.1))
     """
     codec, way = _codec("randomk", scattered, fraction, rank, aggregate, quantizer, axis_name, seed)
-    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way))
+    return compressor(
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype)
+    )
 
 
 def randomblock(
@@ -256,6 +262,7 @@ def randomblock(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """Random Block (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
 
@@ -273,6 +280,8 @@ def randomblock(
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -286,4 +295,6 @@ def randomblock(
     >>> tx = optax.chain(randomblock(fraction=0.01), optax.sgd(0.1))
     """
     codec, way = _codec("randomblock", block, fraction, rank, aggregate, quantizer, axis_name, seed)
-    return compressor(codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way))
+    return compressor(
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype)
+    )

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
@@ -89,6 +90,7 @@ def signnorm(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """Sign+Norm (Table 4 of PowerSGD), or signSGD with majority vote; not linear.
 
@@ -104,6 +106,8 @@ def signnorm(
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default, as in the paper, every leaf, vectors too.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -124,5 +128,5 @@ def signnorm(
         )
 
     kept = feedback(not majority if error_feedback is None else error_feedback)
-    settings = Settings(axis_name, kept, min_size, compress, allow_dense, aggregate)
+    settings = Settings(axis_name, kept, min_size, compress, allow_dense, aggregate, dense_dtype)
     return compressor(SignNorm(Signs(majority)), settings)

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched
 from gradcomp_jax.compressor import Compressor, compressor
@@ -109,6 +110,7 @@ def topk(
     min_size: int = 0,
     compress: Predicate | None = None,
     allow_dense: bool = False,
+    dense_dtype: DTypeLike | None = None,
 ) -> Compressor:
     """Top K (Table 4 of PowerSGD), not linear.
 
@@ -125,6 +127,8 @@ def topk(
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default, as in the paper, every leaf, vectors too.
       allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
 
     Returns:
       A `Compressor`.
@@ -140,5 +144,5 @@ def topk(
     require_fraction(fraction)
     require_aggregate("topk", Largest(fraction), aggregate)
 
-    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate)
+    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
     return compressor(TopK((fraction,)), settings)

@@ -30,7 +30,7 @@ from gradcomp_jax.exchange.shards import (
     uncut,
 )
 from gradcomp_jax.exchange.ways import Sent, agreed, parts_of, within
-from gradcomp_jax.views import add_window, pack_front, unpack_front
+from gradcomp_jax.views import add_window, halved, pack_front, unpack_front, widen
 from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
 
 
@@ -64,17 +64,26 @@ class Riders(NamedTuple):
         like = [jax.ShapeDtypeStruct((self._size(dtype),), dtype) for dtype in self._types()]
         return unpack_arrays(data, like)
 
+    def mean(self, data: jax.Array) -> list[jax.Array]:
+        """That of the workers' vectors for each type, from their bytes [n, b]; float32 or wider."""
+        return [jnp.sum(widen(x), axis=0) / len(data) for x in self.unpack(data)]
+
+    def repack(self, means: list[jax.Array]) -> jax.Array:
+        """The bytes of a shard's means."""
+        vectors = [halved(x, dtype) for x, dtype in zip(means, self._types(), strict=True)]
+        return pack_arrays(vectors) if vectors else jnp.zeros(0, jnp.uint8)
+
     def sound(self, shards: list[jax.Array]) -> list[jax.Array]:
         """Whether those that are checked are finite, from vectors [shards, ...] for each type."""
-        sizes = {dtype: sum(x.size for x in self.arrays[: self.checked] if x.dtype == dtype) for dtype in self._types()}
-        return [within(x.reshape(-1)[: sizes[x.dtype]], 1) for x in shards if sizes[x.dtype]]
+        sizes = [sum(x.size for x in self.arrays[: self.checked] if x.dtype == dtype) for dtype in self._types()]
+        return [within(x.reshape(-1)[:size], 1) for x, size in zip(shards, sizes, strict=True) if size]
 
     def restore(self, shards: list[jax.Array]) -> list[jax.Array]:
-        """The arrays, from vectors [shards, ...] for each type."""
+        """The arrays, float32 or wider, from vectors [shards, ...] for each type."""
         arrays = list(self.arrays)
-        for flat in shards:
-            places = [place for place, x in enumerate(self.arrays) if x.dtype == flat.dtype]
-            for place, x in zip(places, parts_of(flat.reshape(-1), [arrays[i] for i in places]), strict=True):
+        for flat, dtype in zip(shards, self._types(), strict=True):
+            places = [place for place, x in enumerate(self.arrays) if x.dtype == dtype]
+            for place, x in zip(places, parts_of(widen(flat.reshape(-1)), [arrays[i] for i in places]), strict=True):
                 arrays[place] = x
         return arrays
 
@@ -255,7 +264,7 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
     messages = encode_each(groups)
 
     def consume(received: Received, rode: jax.Array) -> tuple[Any, Any, jax.Array]:
-        exact = [jnp.sum(x, axis=0, keepdims=True) / n for x in ride.unpack(rode)]
+        exact = ride.mean(rode)
         ok = agreed([sound(groups, received.all, n * growth), *ride.sound(exact)], before)
         means = _mean_of_all(groups, lambda worker: _silenced(groups, received.of(worker), ok), n)
         means = [_hushed(group, mean, ok) for group, mean in zip(groups, means, strict=True)]
@@ -319,7 +328,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
     messages = encode_each(groups)
 
     def average(received: Received, rode: jax.Array) -> tuple[list[jax.Array], list[jax.Array]]:
-        return _mean_of_shards(groups, received.all, n, me), [jnp.sum(x, axis=0) / n for x in ride.unpack(rode)]
+        return _mean_of_shards(groups, received.all, n, me), ride.mean(rode)
 
     def restore(received: Received, rode: jax.Array) -> tuple[Any, list[jax.Array], jax.Array]:
         exact = ride.unpack(rode)
@@ -333,8 +342,7 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
         exact = [x + row(e, me) for x, e in zip(exact, owed, strict=True)]
     encoded = [encode_mean(g, x, me) for g, x in zip(groups, exact, strict=True)]
     again, lost = [message for message, _ in encoded], [change for _, change in encoded]
-    riding = pack_arrays(rode) if ride.arrays else jnp.zeros(0, jnp.uint8)
-    (means, rode, ok), bits, length = send(groups, again, riding, wire.gather, restore, wire)
+    (means, rode, ok), bits, length = send(groups, again, ride.repack(rode), wire.gather, restore, wire)
     heard = []
     sent = _as_sent(groups, messages, 1)
     for place, (group, message, mean) in enumerate(zip(groups, sent, means, strict=True)):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from gradcomp_jax.coder import Coder, Switched
 from gradcomp_jax.contract import AxisName, Codec, Predicate
 from gradcomp_jax.exchange.shards import Group, grouped
+from gradcomp_jax.views import HALVES, dtype_of, wide
 
 # By how much riders may lengthen a gather; else they take an all-reduce of their own.
 RIDE = 0.01
@@ -28,6 +29,7 @@ class Settings(NamedTuple):
       compress: which leaves to compress, or None.
       allow_dense: whether none may be.
       aggregate: the way codes, or numbers, travel; None leaves it to the plan.
+      dense_dtype: the type of 16 bits in which what is not compressed travels; None: float32 or wider.
     """
 
     axis_name: AxisName
@@ -36,6 +38,7 @@ class Settings(NamedTuple):
     compress: Predicate | None
     allow_dense: bool
     aggregate: str | None = None
+    dense_dtype: Any = None
 
 
 class Plan(NamedTuple):
@@ -87,7 +90,8 @@ def plan(codec: Codec, settings: Settings, tree: Any) -> Plan:
     compressed = []
     for path, leaf in leaves.items():
         _require_real(codec.name, path, leaf)
-        if bool(choose(path, leaf)) and leaf.size >= settings.min_size and codec.shrinks(path, leaf):
+        dense = leaf.size * (settings.dense_dtype or wide(leaf.dtype)).itemsize
+        if bool(choose(path, leaf)) and leaf.size >= settings.min_size and codec.shrinks(path, leaf, dense):
             compressed.append(path)
     if leaves and not compressed and not settings.allow_dense:
         path, leaf = max(leaves.items(), key=lambda item: item[1].size)
@@ -108,6 +112,20 @@ def _require_real(codec: str, path: str, leaf: Any) -> None:
             "out of the gradients (jax.grad with allow_int=False, optax.masked) or split complex ones into "
             "real and imaginary parts"
         )
+
+
+def half(dtype: Any) -> Any:
+    """The type that a factory's `dense_dtype` stands for; None: float32 or wider.
+
+    Raises:
+      ValueError: it is neither bfloat16 nor float16.
+    """
+    if dtype is None or (found := dtype_of(dtype)) in HALVES:
+        return dtype if dtype is None else found
+    raise ValueError(
+        f"dense_dtype={dtype!r} must be 'bfloat16' or 'float16': leave it out, and what is not compressed travels in "
+        "float32 or wider; narrower types cannot be summed, see cast"
+    )
 
 
 def salt(path: str) -> int:

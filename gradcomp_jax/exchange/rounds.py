@@ -18,7 +18,7 @@ from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Tog
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different
-from gradcomp_jax.views import always
+from gradcomp_jax.views import HALVES, always, halved, wide, widen
 
 Terms = dict[str, tuple[jax.Array, ...]]
 
@@ -82,6 +82,7 @@ class Exchange(NamedTuple):
       want_own: whether to tell `own`.
       checked: how many of the first riders must be finite; None: all.
       fresh: as `Context.fresh`.
+      dense: a type of 16 bits, in which whole gradients that are not compressed travel; None: as they are.
     """
 
     codec: Codec
@@ -91,6 +92,7 @@ class Exchange(NamedTuple):
     want_own: bool = True
     checked: int | None = None
     fresh: bool = False
+    dense: Any = None
 
     def __call__(
         self, terms: Terms, state: Any, riders: Sequence[jax.Array] = (), learning_rate: Any = None
@@ -177,7 +179,7 @@ class Exchange(NamedTuple):
         """The means of all that is said: exact numbers and codes, each kind in one message if they cannot share one."""
         coder = self.codec.coder
         coded = {key: say for key, say in says.items() if coder is not None and not say.exact}
-        exact = {key: say for key, say in says.items() if key not in coded}
+        exact = {key: self._narrowed(say) for key, say in says.items() if key not in coded}
         count, ride = len(riders), None
         heard: dict[Any, Heard] = {}
         checked = count if self.checked is None else min(count, self.checked)
@@ -202,10 +204,19 @@ class Exchange(NamedTuple):
             heard |= zip(coded, got.heard, strict=True)
             if beside:
                 riders = got.rode[len(exact) :]
-                heard |= {key: Heard(x, exact[key].x) for key, x in zip(exact, got.rode, strict=False)}
+                heard |= {key: Heard(x, widen(exact[key].x)) for key, x in zip(exact, got.rode, strict=False)}
             renewed = coder.after(tally.coder, got.length)
             tally = tally._replace(ok=got.ok, bits=sum_bits(tally.bits, got.bits), coder=renewed)
+        for key in exact:
+            dtype = wide(says[key].x.dtype)
+            heard[key] = Heard(heard[key].mean.astype(dtype), heard[key].own.astype(dtype))
         return heard, riders, tally._replace(rounds=tally.rounds + 1)
+
+    def _narrowed(self, say: Say) -> Say:
+        """What is said, a whole gradient in the type in which those travel."""
+        if self.dense is None or not say.apart or say.x.dtype in HALVES:
+            return say
+        return say._replace(x=halved(say.x, self.dense))
 
     def _codes(
         self,

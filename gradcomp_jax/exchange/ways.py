@@ -23,9 +23,9 @@ import numpy as np
 from jax import lax
 
 from gradcomp_jax.contract import Heard, Say
-from gradcomp_jax.exchange.bits import Bits
-from gradcomp_jax.exchange.collectives import Wire
-from gradcomp_jax.views import others_are_automatic, pack_front, split, unpack_front
+from gradcomp_jax.exchange.bits import Bits, sum_bits
+from gradcomp_jax.exchange.collectives import Wire, after
+from gradcomp_jax.views import HALVES, on_cpus, others_are_automatic, pack_front, split, unpack_front, widen
 
 # A whole gradient of more bytes is a message of its own: it needs no copy, and can overlap with others.
 APART = 2**20
@@ -76,8 +76,9 @@ def exact(
 ) -> Sent:
     """The means of numbers that travel as they are, one buffer a type; large ones of a whole gradient apart.
 
-    Where the compiler shards arrays over a further axis of the mesh nothing is put into a buffer, for which it would
-    have to move them over that axis.
+    Arrays of 16 bits are summed in 16 bits, where the backend does that; means are float32 or wider. Where the compiler
+    shards arrays over a further axis of the mesh nothing is put into a buffer, for which it would have to move them
+    over that axis.
 
     Args:
       says: what is said.
@@ -89,9 +90,10 @@ def exact(
       checked: how many of the first riders must be finite; None: all.
     """
     last = len(says) + (len(riders) if checked is None else checked)
+    riders = [carried(x) for x in riders]
     if any(say.fronts is not None and strength is not None for say, strength in zip(says, strengths, strict=True)):
-        return _fronts(says, riders, wire, strengths, ring, before, last - len(says))
-    arrays = [*(say.x for say in says), *riders]
+        return _halves_and_fronts(says, riders, wire, strengths, ring, before, last - len(says))
+    arrays = [_share(x, wire.workers) for x in (*(carried(say.x) for say in says), *riders)]
     growths = [*(say.growth for say in says), *(1.0 for _ in riders)]
     may = [*(say.apart for say in says), *(True for _ in riders)]
     alone = others_are_automatic() and not ring
@@ -113,8 +115,30 @@ def exact(
         got |= dict(zip(places, parts_of(mean, [arrays[i] for i in places]), strict=True))
         counted = [i for i in places if i < last]
         got |= dict(zip(counted, _apart(ok, mean, [arrays[i] for i in counted]), strict=True))
-    heard = [Heard(got[i], say.x) for i, say in enumerate(says)]
+    heard = [Heard(got[i], _of_share(arrays[i], wire.workers)) for i in range(len(says))]
     return Sent(heard, [got[i] for i in range(len(says), len(arrays))], ok, bits)
+
+
+def carried(x: jax.Array) -> jax.Array:
+    """`x` in the type in which it is summed: bfloat16 on CPUs in float32.
+
+    XLA widens it there on the wire; so what is counted is what is sent, and the sum is not rounded.
+    """
+    return widen(x) if x.dtype == jnp.bfloat16 and on_cpus() else x
+
+
+def _share(x: jax.Array, workers: int) -> jax.Array:
+    """`x`, or of float16 a share of it by a power of two, so that no sum leaves the range."""
+    return x * jnp.float16(_part(x.dtype, workers)) if x.dtype == jnp.float16 else x
+
+
+def _of_share(share: jax.Array, workers: int) -> jax.Array:
+    """What a share stands for, float32 or wider."""
+    return widen(share) / _part(share.dtype, workers) if share.dtype == jnp.float16 else widen(share)
+
+
+def _part(dtype: Any, workers: int) -> float:
+    return 2.0 ** -(workers - 1).bit_length() if dtype == jnp.float16 else 1.0
 
 
 def _apart(ok: jax.Array, mean: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
@@ -124,11 +148,36 @@ def _apart(ok: jax.Array, mean: jax.Array, like: Sequence[jax.Array]) -> list[ja
 
 def _mean(buffers: list[jax.Array], wire: Wire, ring: bool) -> tuple[list[jax.Array], Bits]:
     n = wire.workers
+    average = lambda x: widen(x) / (n * _part(x.dtype, n))  # noqa: E731
     if not ring:
         sums, bits = wire.total(buffers)
-        return [x / n for x in sums], bits
+        return [average(x) for x in sums], bits
     pairs = [wire.ring_total(x.reshape(-1)) for x in buffers]
-    return [x.reshape(b.shape) / n for (x, _), b in zip(pairs, buffers, strict=True)], sum(bits for _, bits in pairs)
+    return [average(x).reshape(b.shape) for (x, _), b in zip(pairs, buffers, strict=True)], sum(b for _, b in pairs)
+
+
+def _halves_and_fronts(
+    says: Sequence[Say],
+    riders: Sequence[jax.Array],
+    wire: Wire,
+    strengths: Sequence[Any],
+    ring: bool,
+    before: jax.Array | None,
+    checked: int,
+) -> Sent:
+    """As `_fronts`, whose one buffer is of one type: riders of 16 bits are a message before it."""
+    halves = [i for i, x in enumerate(riders) if x.dtype in HALVES]
+    if not halves:
+        return _fronts(says, riders, wire, strengths, ring, before, checked)
+    count = sum(i < checked for i in halves)
+    first = exact([], [riders[i] for i in halves], wire, [], ring=ring, before=before, checked=count)
+    waiting = after([say.x for say in says], first.ok)
+    says = [say._replace(x=x) for say, x in zip(says, waiting, strict=True)]
+    others = [x for x in riders if x.dtype not in HALVES]
+    then = _fronts(says, others, wire, strengths, ring, first.ok, checked - count)
+    rode = iter(then.rode), iter(first.rode)
+    ordered = [next(rode[x.dtype in HALVES]) for x in riders]
+    return then._replace(rode=ordered, bits=sum_bits(first.bits, then.bits))
 
 
 def _fronts(
