@@ -2,7 +2,8 @@
 
 `--qsgd_bits=8` is `qsgd(bits=8)`: names, types, defaults and help are the factory's own, so a codec that
 gains a keyword gains its flag by itself. Keywords that are not a number, a string or a truth value, such as
-`compress`, have none, with three exceptions. A quantiser inside is given by its bits, `--powersgd_quantizer_bits=8`.
+`compress`, have none, with four exceptions. A type is given by its name, `--cast_dtype=float16`. A quantiser inside is
+given by its bits, `--powersgd_quantizer_bits=8`.
 The two codecs of `accordion` are given by a codec's name and two values of its strength. The kind of error feedback
 is one for all codecs, `--feedback_decay=0.9` or `--ef21`; each codec's own flag, such as `--qsgd_error_feedback`, says
 whether it has any.
@@ -145,13 +146,15 @@ def keywords(factory: Callable[..., Compressor]) -> dict[str, tuple[type, typing
     """The keywords of a factory that a flag can give, each with its type and default.
 
     `seed` is left out, because a comparison has one seed for all. `int | None` counts as int, `bool | Feedback | EF21`
-    as bool, and a quantizer as the number of its bits, 0 without one.
+    as bool, a type as its name, and a quantizer as the number of its bits, 0 without one.
     """
     found: dict[str, tuple[type, typing.Any]] = {}
     for keyword, parameter in inspect.signature(factory, eval_str=True).parameters.items():
         kind = _plain(parameter.annotation)
         if keyword == "quantizer":
             found["quantizer_bits"] = (int, 0)
+        elif keyword.endswith("dtype"):
+            found[keyword] = (str, parameter.default)
         elif kind in _DEFINE and keyword != "seed":
             found[keyword] = (kind, parameter.default)
     return found

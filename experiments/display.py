@@ -10,8 +10,8 @@ from rich.table import Table
 from experiments.records import Record, Run
 
 BYTES_NOTE = (
-    "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense float32 all-reduce, over these. "
-    "Compressed steps: those that send less than it."
+    "MB: 10^6 bytes that one worker sends for the gradients. Ratio: those of a dense all-reduce in the gradients' "
+    "own type, over these. Compressed steps: those that send less than it."
 )
 BESIDE_NOTE = (
     "MB and the ratio also count the loss, the accuracy and batch statistics, which ride in the same messages."

@@ -13,9 +13,9 @@ A line "train" also has "code_bits", of the last step, for codecs whose codes va
 `gradcomp_jax.code_bits`.
 
 All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent by then, and
-"dense_bytes", what it would have sent by a dense float32 all-reduce. Both are of the gradients, and of what travels in
-the same messages: the loss, the accuracy and batch statistics, as many floats as the first line's "beside". Figures
-that are not finite are written as Python's json does, NaN.
+"dense_bytes", what it would have sent by a dense all-reduce of the gradients in their own type. Both are of the
+gradients, and of what travels in the same messages: the loss, the accuracy and batch statistics, as many floats as the
+first line's "beside". Figures that are not finite are written as Python's json does, NaN.
 """
 
 import contextlib

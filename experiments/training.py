@@ -182,8 +182,7 @@ def train(
     schedule = learning_rate(steps_per_epoch)
     tx = optimizers.optimizer(FLAGS.optimizer, codec, schedule, FLAGS.momentum, FLAGS.weight_decay)
     step = train_step(task.loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
-    parameters = sum(x.size for x in jax.tree.leaves(task.params))
-    dense_bits = -(-32 * (parameters + beside(task)) * 2 * (mesh.size - 1) // mesh.size)
+    dense_bits = bits_of_pmean(task, mesh.size)
 
     own = checkpoints.owned(folder) if folder else contextlib.nullcontext()
     with own, interruptible() as interrupted, display.progress(screen) as progress:
@@ -250,6 +249,12 @@ def train(
             kept = f"the same command goes on from {folder}" if folder else "nothing is kept without --checkpoint_dir"
             raise InterruptedRunError(f"{run_name} was interrupted at step {done} of {steps}; {kept}")
     return run
+
+
+def bits_of_pmean(task: Task, workers: int) -> int:
+    """What a worker sends in a step without compression: gradients in the type they have, and what is beside them."""
+    gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.params))
+    return -(-8 * (gradients + 4 * beside(task)) * 2 * (workers - 1) // workers)
 
 
 def beside(task: Task) -> int:

@@ -44,7 +44,6 @@ from gradcomp_jax.transform import transformed
 
 CODECS: dict[str, Callable[..., Compressor]] = {
     "none": none,
-    "cast": cast,
     "gradiveq": gradiveq,
     "powersgd": powersgd,
     "qsgd": qsgd,
@@ -54,6 +53,7 @@ CODECS: dict[str, Callable[..., Compressor]] = {
     "adaptive": adaptive,
     "randomk": randomk,
     "randomblock": randomblock,
+    "cast": cast,
 }
 """The factories by name, but `accordion`, which is between two strengths of another codec."""
 

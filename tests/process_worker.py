@@ -20,6 +20,14 @@ import gradcomp_jax as gc
 from tests import problem
 from tests.table import AMONG_PROCESSES
 
+# What is summed in 16 bits, or is not on CPUs.
+NARROW = {
+    "none-f16": gc.none(dense_dtype="float16"),
+    "none-bf16": gc.none(dense_dtype="bfloat16"),
+    "cast-bf16": gc.cast("bfloat16"),
+    "qsgd-f16": gc.qsgd(dense_dtype="float16"),
+}
+
 # Enough for a codec whose steps differ to go through all their kinds.
 STEPS = 10
 # Two megabytes, and a vector that travels dense.
@@ -128,6 +136,8 @@ def main(file, rank, processes, port):
         results[row.id] = {"steps": train(problem.optimizer(row.make()), mesh, int(rank))}
         if mesh.size > 2 and kernel_counts_bytes():
             results[row.id].update(traffic(row.make(), mesh, int(rank), int(port)))
+    if mesh.size > 2 and kernel_counts_bytes():
+        results |= {id: traffic(tx, mesh, int(rank), int(port)) for id, tx in NARROW.items()}
     with open(file, "wb") as out:
         pickle.dump(results, out)
 

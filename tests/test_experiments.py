@@ -88,8 +88,20 @@ def test_flags_reach_the_codec_and_its_label():
 
 
 def test_flags_that_are_not_given_may_be_none():
-    FLAGS(["test", "--randomk_rank=2", "--nosignnorm_error_feedback", "--adaptive_sample", "--qsgd_capacity=3"])
+    FLAGS(
+        [
+            "test",
+            "--cast_dtype=float8_e5m2",
+            "--topk_dense_dtype=bfloat16",
+            "--randomk_rank=2",
+            "--nosignnorm_error_feedback",
+            "--adaptive_sample",
+            "--qsgd_capacity=3",
+        ]
+    )
     assert (FLAGS.randomk_rank, FLAGS.randomk_fraction) == (2, None)
+    assert (FLAGS.cast_dtype, FLAGS.topk_dense_dtype, FLAGS.qsgd_dense_dtype) == ("float8_e5m2", "bfloat16", None)
+    assert codecs.from_flags("topk", 0, COURSE).settings.dense_dtype == jnp.bfloat16
     assert (FLAGS.signnorm_error_feedback, FLAGS.onebit_aggregate) == (False, None)
     assert (FLAGS.adaptive_sample, FLAGS.adaptive_capacity, FLAGS.qsgd_capacity) == (True, None, 3.0)
 

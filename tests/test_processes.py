@@ -11,6 +11,7 @@ its own.
 """
 
 import functools
+import math
 import os
 import pathlib
 import pickle
@@ -31,7 +32,7 @@ import gradcomp_jax as gc
 from gradcomp_jax.sharding import is_per_worker
 from tests import problem
 from tests.contexts import map_state
-from tests.process_worker import STEPS, kernel_counts_bytes, kernels, loss_fn
+from tests.process_worker import NARROW, STEPS, TRAFFIC, kernel_counts_bytes, kernels, loss_fn
 from tests.table import AMONG_PROCESSES, BY_ID
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -173,15 +174,22 @@ def test_all_workers_have_the_same_bits(codec, results):
 
 
 @counted
-@each_codec
-def test_sockets_send_what_the_codec_declares(codec, results_of_four):
+@pytest.mark.parametrize("id", [*(row.id for row in AMONG_PROCESSES), *NARROW])
+def test_sockets_send_what_the_codec_declares(id, results_of_four):
     """In every step; and all workers together to the byte, where rings of uneven parts even out."""
     results = results_of_four
     for result in results:
-        sent, declared = (np.array(result[codec.id][key]) for key in ("sent", "declared"))
+        sent, declared = (np.array(result[id][key]) for key in ("sent", "declared"))
         over = sent - declared / 8
         assert (over >= 0).all(), over
         assert (over <= OVERHEAD * declared / 8).all(), over
-        assert result[codec.id]["total"] == declared.sum()
-    sent, declared = (np.sum([result[codec.id][key] for result in results], axis=0) for key in ("sent", "declared"))
+        assert result[id]["total"] == declared.sum()
+    sent, declared = (np.sum([result[id][key] for result in results], axis=0) for key in ("sent", "declared"))
     np.testing.assert_array_equal((8 * sent - declared) % (8 * HEADERS), 0)
+
+
+@counted
+def test_cpus_sum_bfloat16_in_32_bits_and_float16_in_16(results_of_four):
+    elements = sum(map(math.prod, TRAFFIC.values()))
+    each = {id: results_of_four[0][id]["declared"][0] / (1.5 * elements) for id in NARROW}
+    assert (each["none-bf16"], each["none-f16"], round(each["cast-bf16"], 3)) == (32, 16, 16)

@@ -220,6 +220,35 @@ class TestArguments:
         with refuses("low has error_feedback=Feedback(decay=0.9), high has error_feedback=EF21()"):
             gc.accordion(low, high, interval=8)
 
+    @pytest.mark.parametrize("dtype", ["float32", "float8_e5m2", "bf16", jnp.int16, 16])
+    @pytest.mark.parametrize("codec", [gc.none, gc.powersgd, gc.topk, gc.cast])
+    def test_dense_dtype(self, codec, dtype):
+        with refuses(f"dense_dtype={dtype!r} must be 'bfloat16' or 'float16'", "leave it out"):
+            codec(dense_dtype=dtype)
+
+    def test_dense_dtype_of_what_is_inside(self):
+        with refuses("quantizer=qsgd(dense_dtype='bfloat16') of codec 'powersgd'", "give dense_dtype to powersgd"):
+            gc.powersgd(quantizer=gc.qsgd(dense_dtype=jnp.bfloat16))
+        low, high = gc.powersgd(2, dense_dtype="bfloat16"), gc.powersgd(1, dense_dtype=jnp.bfloat16)
+        gc.accordion(low, high, interval=8)
+        with refuses("low has dense_dtype=dtype(bfloat16), high has dense_dtype=None: they must agree"):
+            gc.accordion(low, gc.powersgd(1), interval=8)
+
+    def test_cast(self):
+        names = "must be one of 'bfloat16', 'float16', 'float8_e4m3fn', 'float8_e5m2'"
+        for dtype in ("float32", "float8", jnp.int8, None):
+            with refuses(f"dtype={dtype!r} of codec 'cast'", names):
+                gc.cast(dtype)
+        with refuses("codec 'cast'", "aggregate='psum' would add packed codes; use 'gather', 'shuffle'"):
+            gc.cast("float8_e5m2", aggregate="psum")
+        with refuses("codec 'cast'", "use 'psum', 'gather', 'shuffle'"):
+            gc.cast(aggregate="ring")
+        with refuses("'cast' must be a qsgd without shared_scale, a topk or a signnorm"):
+            gc.transformed(gc.cast(), "dct")
+        words = "none of the 1 leaves", "would not shrink"
+        with refuses(*words):
+            gc.cast("float16", dense_dtype="float16").init({"w": jnp.zeros((8, 8))})
+
     @pytest.mark.parametrize("decay", [-0.1, 1.0])
     def test_decay(self, decay):
         with refuses(f"decay={decay}", "[0, 1)"):

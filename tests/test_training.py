@@ -12,6 +12,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
@@ -129,6 +130,13 @@ def test_on_another_number_of_workers_it_goes_on_and_says_what_was_carried_over(
     # and the accuracy.
     dense = 4 * (sum(x.size for x in jax.tree.leaves(task.params)) + 2)
     assert run.end["dense_bytes"] == dense * (6 * 1.5 + 6 * 1.0)
+
+
+def test_what_dense_would_send_is_in_the_gradients_own_type():
+    task = regression()
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), task.params)
+    size = sum(x.size for x in jax.tree.leaves(params))
+    assert training.bits_of_pmean(task._replace(params=params), 4) == 8 * 1.5 * (2 * size + 4 * 2)
 
 
 def events(path):

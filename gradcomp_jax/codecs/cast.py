@@ -130,7 +130,7 @@ def cast(
         those below 3e-8 n vanish.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals. By default for 8 bits only, which round a value by up to 6 or 12 %;
-        16 bits round it by at most 0.2 %, and a residual takes twice the memory of such gradients. What the additions
+        16 bits round it by at most 0.4 %, and a residual takes twice the memory of such gradients. What the additions
         of a sum in 16 bits lose is not kept.
       seed: without effect.
       min_size: leaves of fewer elements are sent dense.
