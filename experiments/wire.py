@@ -32,6 +32,8 @@ WORKERS = (2, 4, 8, 64)
 TWO_WAYS = ("gather", "shuffle")
 CODECS: dict[str, tuple[Callable[..., gc.Compressor], Sequence[str]]] = {
     "none": (gc.none, ("psum",)),
+    "cast, bfloat16": (gc.cast, TWO_WAYS),
+    "cast, float8_e4m3fn": (lambda aggregate: gc.cast("float8_e4m3fn", aggregate=aggregate), TWO_WAYS),
     "gradiveq, ratio 8": (gc.gradiveq, ("psum",)),
     "powersgd, rank 2": (gc.powersgd, ("psum",)),
     "powersgd, rank 2, in qsgd's 8 bits": (
@@ -50,7 +52,8 @@ CODECS: dict[str, tuple[Callable[..., gc.Compressor], Sequence[str]]] = {
 FAR = 2**30  # in GradiVeQ's cycle: beyond the training steps
 NOTE = (
     "MB: 10^6 bytes that one worker sends in a step. psum: an all-reduce; ring is another form of it, and sends as "
-    "much. *: what the codec chooses by itself, where it has a choice."
+    "much. *: what the codec chooses by itself, where it has a choice; cast in bfloat16 chooses psum where the backend "
+    "sums in 16 bits, which sends as much as shuffle."
 )
 
 
