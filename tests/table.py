@@ -102,7 +102,7 @@ EACH = [
     BY_ID[id]
     for id in (
         "none",
-        "cast-e4m3",
+        "cast-f16",
         "powersgd-4",
         "qsgd-4",
         "qsgd-4-ef",
