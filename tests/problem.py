@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 WORKERS = 4
+LEARNING_RATE = 0.05
 
 
 def params():
@@ -36,7 +37,7 @@ def batches(steps, size=32):
 
 
 def optimizer(codec):
-    return optax.chain(codec, optax.sgd(0.05, momentum=0.9))
+    return optax.chain(codec, optax.sgd(LEARNING_RATE, momentum=0.9))
 
 
 def history(step, params, state, steps):

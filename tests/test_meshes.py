@@ -20,6 +20,8 @@ from tests.test_refusals import refuses
 
 # Enough for each phase of each codec of the table.
 STEPS = 8
+# What a gradient below 1 that rounds to the neighbour, as another last bit may, changes at the learning rate.
+STEP_OF_FLOAT16 = problem.LEARNING_RATE * 2**-11
 # As Megatron has it: the first layer's outputs are split over the model axis, and the second's inputs.
 SPLIT = {"layer1": {"kernel": P(None, "model"), "bias": P("model")}, "layer2": {"kernel": P("model"), "bias": P()}}
 
@@ -61,7 +63,7 @@ def assert_same(id, workers, step, lies, codec=lambda state: state[0]):
     In parameters, residuals and bits; `codec` finds the codec's part of a state.
     """
     for (params, state), (expected, other) in problem.again(step, simulated(id, workers), lies):
-        chex.assert_trees_all_close(params, expected, atol=1e-6, rtol=0)
+        chex.assert_trees_all_close(params, expected, atol=STEP_OF_FLOAT16 if id == "cast-f16" else 1e-6, rtol=0)
         mine = codec(state)
         chex.assert_trees_all_close(mine.residual.value, other[0].residual.value, atol=1e-5, rtol=0)
         assert gc.wire_bits(mine) == gc.wire_bits(other)
