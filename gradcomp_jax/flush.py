@@ -174,8 +174,9 @@ def _require_share(tx: optax.GradientTransformationExtraArgs, params: Any, opt_s
     over_time = [float(response(params, opt_state, SMALLER[largest], i / POINTS)) for i in range(POINTS)]
     most = max(*at, *over_time)
     if at[0] < at_least * most:
+        share = max(at[0], 0.0) / most
         raise ValueError(
-            f"flush would apply {at[0] / most:.1%} of what is owed, less than at_least={at_least}: the rest of tx "
+            f"flush would apply {share:.1%} of what is owed, less than at_least={at_least}: the rest of tx "
             "shrinks it more than smaller or earlier gradients, as clipping does, a learning rate that has fallen, or "
             "Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a "
             "learning_rate= by which to multiply what is owed; to accept the share give at_least=0"

@@ -1,6 +1,8 @@
 """State that outlives its workers: another number of them, and what residuals hold at the end."""
 
 import dataclasses
+import functools
+import re
 
 import chex
 import hypothesis
@@ -106,6 +108,17 @@ class TestResize:
             gc.resize_workers(random_state(2, "node"), gc.make_mesh(4))
 
 
+SHRINKING = {
+    "clip": lambda: optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.01)),
+    "clip by value": lambda: optax.chain(optax.clip(1e-4), optax.sgd(0.01)),
+    "schedule": lambda: optax.sgd(optax.cosine_decay_schedule(0.01, 12)),
+    "at zero": lambda: optax.sgd(optax.linear_schedule(0.01, 0.0, 10)),
+    "injected": lambda: optax.inject_hyperparams(optax.sgd)(optax.exponential_decay(0.01, 1, 0.5)),
+    "adam": lambda: optax.adam(0.01),
+    "lion": lambda: optax.lion(0.01),
+}
+
+
 class TestFlush:
     @pytest.mark.parametrize(
         ("row", "simulated"),
@@ -177,6 +190,63 @@ class TestFlush:
         with pytest.raises(ValueError, match=r"flush changed no parameter.*learning rate is zero.*MultiSteps"):
             gc.flush(tx, params, state, 2)
 
+    @staticmethod
+    @functools.cache
+    def trained(rest):
+        """Eleven steps of top-k, whose residual is many gradients' worth by then."""
+        tx, params = optax.chain(gc.topk(0.02), SHRINKING[rest]()), problem.params()
+        step, state = gc.simulate(problem.loss_fn, tx, 2), gc.init(tx, params, 2)
+        for batch in problem.batches(11):
+            params, state, _ = step(params, state, batch)
+        return tx, params, state
+
+    @pytest.mark.parametrize("rest", SHRINKING)
+    @jax.numpy_dtype_promotion("standard")  # which optax needs
+    def test_a_chain_that_would_shrink_what_is_owed_is_refused_with_the_share(self, rest):
+        tx, params, state = self.trained(rest)
+        with pytest.raises(ValueError, match=r"would apply (\d+\.\d)% of what is owed.*learning_rate=") as caught:
+            gc.flush(tx, params, state, 2)
+        share = float(re.search(r"apply (\S+)%", str(caught.value)).group(1)) / 100
+        owed = state[0].residual.value["layer1/kernel"].mean(0)
+        if rest == "clip":
+            norm = optax.tree.norm(jax.tree.map(lambda x: x.mean(0), state[0].residual.value))
+            np.testing.assert_allclose(share, 0.1 / norm, atol=1e-3)
+        if rest == "schedule":
+            np.testing.assert_allclose(share, (1 + np.cos(np.pi * 11 / 12)) / 2, atol=1e-3)
+        # All of it, past the chain, whose own state stays; and what the chain applies of it, by the user's word.
+        flushed, after = gc.flush(tx, params, state, 2, learning_rate=0.25)
+        moved = params["layer1"]["kernel"] - flushed["layer1"]["kernel"]
+        np.testing.assert_allclose(moved, 0.25 * owed, atol=1e-6)
+        chex.assert_trees_all_equal(after[1], state[1])
+        assert not any(jnp.any(x != 0) for x in jax.tree.leaves(after[0].residual))
+        assert gc.wire_bits(after).total > gc.wire_bits(state).total
+        if rest != "at zero":
+            _, after = gc.flush(tx, params, state, 2, at_least=0)
+            assert not any(jnp.any(x != 0) for x in jax.tree.leaves(after[0].residual))
+
+    @pytest.mark.parametrize("axes", ["data", ("node", "data")], ids=str)
+    def test_a_chain_that_does_not_shrink_applies_all(self, axes):
+        tx = optax.chain(gc.topk(0.02, axis_name=axes), optax.add_decayed_weights(0.1), optax.sgd(0.01, momentum=0.9))
+        mesh = 2 if axes == "data" else gc.make_mesh({"node": 1, "data": 2})
+        step = gc.simulate(problem.loss_fn, tx, 2) if mesh == 2 else gc.train_step(problem.loss_fn, tx, mesh)
+        params, state = problem.params(), gc.init(tx, problem.params(), mesh)
+        for batch in problem.batches(3):
+            params, state, _ = step(params, state, batch)
+        flushed, _ = gc.flush(tx, params, state, mesh)
+        trace, owed = state[2][0].trace["layer1"]["kernel"], state[0].residual.value["layer1/kernel"].mean(0)
+        expected = 0.01 * (0.9 * trace + owed + 0.1 * params["layer1"]["kernel"])
+        np.testing.assert_allclose(params["layer1"]["kernel"] - flushed["layer1"]["kernel"], expected, atol=1e-6)
+
+    @pytest.mark.parametrize("make", [gc.delayed, lambda codec: codec], ids=["delayed", "at once"])
+    def test_past_the_chain_all_that_was_given_is_applied(self, make):
+        tx = optax.chain(make(gc.topk(0.1)), optax.clip_by_global_norm(1e9), optax.sgd(1.0))
+        params, grads = trees.zeros(trees.MATRICES), trees.noise(trees.MATRICES, 14, (2,))
+        step, state = gc.simulate(loss_of_gradients, tx, 2), gc.init(tx, params, 2)
+        for _ in range(3):
+            params, state, _ = step(params, state, grads)
+        flushed, _ = gc.flush(tx, params, state, 2, learning_rate=1.0)
+        chex.assert_trees_all_close(flushed, jax.tree.map(lambda x: -3 * x.mean(0), grads), atol=1e-4)
+
     def test_residuals_that_cancel_change_nothing(self):
         tx = optax.chain(gc.powersgd(1), optax.sgd(1.0))
         params = trees.zeros(trees.MATRICES)
@@ -197,6 +267,42 @@ class TestFlush:
                 ValueError, match=r"opt_state is of \[\(4,\)\] workers along 'data'.* has 2.*resize_workers"
             ):
                 gc.flush(tx, params, gc.init(tx, params, 4), mesh)
+
+
+class TestOtherStates:
+    """A state that is not one of the step's: refused in words that lead on."""
+
+    @staticmethod
+    def refused(state, tx, words, params=None, workers=4):
+        params, (batch,) = params or problem.params(), problem.batches(1)
+        mesh = gc.make_mesh(workers)
+        for step in (gc.train_step(problem.loss_fn, tx, mesh), gc.simulate(problem.loss_fn, tx, workers)):
+            with pytest.raises(ValueError, match=words):
+                step(params, state, batch)
+
+    @pytest.mark.parametrize("workers", [2, 8])
+    def test_of_other_workers(self, workers):
+        tx = problem.optimizer(gc.powersgd(1))
+        words = rf"opt_state is of \[\({workers},\)\] workers.*resize_workers.*what the residuals owe"
+        self.refused(gc.init(tx, problem.params(), workers), tx, words)
+
+    def test_in_the_local_form(self):
+        tx = problem.optimizer(gc.powersgd(1))
+        self.refused(tx.init(problem.params()), tx, r"local form.*init\(tx, params, mesh\)")
+
+    @pytest.mark.parametrize("feedback", [True, gc.Feedback(decay=0.9)])
+    def test_with_error_feedback_switched(self, feedback):
+        with_it, without = (problem.optimizer(gc.powersgd(1, error_feedback=on)) for on in (feedback, False))
+        params = problem.params()
+        self.refused(gc.init(with_it, params, 4), without, "opt_state keeps error feedback and tx does not.*flush")
+        self.refused(gc.init(without, params, 4), with_it, "tx keeps error feedback and opt_state does not.*flush")
+
+    def test_of_another_optimiser_or_other_parameters(self):
+        tx = problem.optimizer(gc.powersgd(1))
+        adam = optax.chain(gc.powersgd(1), optax.adam(0.1))
+        self.refused(gc.init(adam, problem.params(), 4), tx, "not one of tx for these parameters: leaf .* is left over")
+        more = {**problem.params(), "more": jnp.ones(3)}
+        self.refused(gc.init(tx, problem.params(), 4), tx, r"leaf \[1\].*more.* is missing", more)
 
 
 class TestSkipped:
