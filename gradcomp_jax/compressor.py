@@ -108,8 +108,9 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
       A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and must run where
       `axis_name` is bound. Where a gradient is not finite on any worker it returns zeros on all; `train_step` and
       `simulate` then keep parameters and optimiser state, while in a bare `optax.chain` the zeros reach the next
-      transformation. Means are rounded to the gradient's type and kept within its range; error feedback sends later
-      what that takes away. Extra arguments of update:
+      transformation. One counts as not finite too where what is computed of it would leave its type's range, and under
+      error feedback above 2^100. Means are rounded to the gradient's type and kept within its range; error feedback
+      sends later what that takes away. Extra arguments of update:
         flush: True, as `gradcomp_jax.flush` gives, sends gradients and residuals dense; the codec's state stays.
         beside: a tree of floating arrays whose means over the workers are wanted too: they travel in the codec's own
           messages, and update returns `Delivered` in the place of its state.

@@ -30,6 +30,9 @@ AxisName = str | tuple[str, ...]
 Tensors = dict[str, jax.Array]
 """Leaves by path ("conv1/kernel"), in float32 or wider."""
 
+MOST = 2.0**100
+"""Under error feedback gradients of larger magnitude count as not finite."""
+
 Predicate = Callable[[str, Any], bool]
 """(path, leaf with shape and dtype) -> bool."""
 
@@ -381,8 +384,23 @@ class AlreadyReducedError(ValueError):
 
 
 def total(d: tuple[jax.Array, ...]) -> jax.Array:
-    """The sum of the terms of which a talk is given its tensor."""
-    return d[0] if len(d) == 1 else d[0] + d[1]
+    """The sum of the terms of which a talk is given its tensor.
+
+    NaN where a step would leave too much to owe: beside `moderate`, where the sum is near the end of its type's range.
+    """
+    if len(d) == 1:
+        return d[0]
+    x = d[0] + d[1]
+    near = jnp.abs(x) <= float(jnp.finfo(x.dtype).max) / 4
+    return jnp.where((jnp.abs(d[0]) <= MOST) & near, x, jnp.nan)
+
+
+def moderate(x: jax.Array) -> jax.Array:
+    """What is said of a gradient under error feedback: NaN above `MOST`, for the step to be skipped.
+
+    A finite gradient could else leave a residual of which no later step's numbers are finite, and all would be skipped.
+    """
+    return jnp.where(jnp.abs(x) <= MOST, x, jnp.nan)
 
 
 def require_static(name: str, value: Any) -> None:

@@ -155,13 +155,23 @@ def max_norm(v: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(largest, jnp.float32)
 
 
+def inverse_power(largest: jax.Array) -> jax.Array:
+    """The power of two that takes magnitudes, not negative, to [1, 2), and those from 2^127 on to [2, 4).
+
+    A product with it is exact, has squares that neither overflow nor vanish, and leaves zeros what they are. A division
+    may not be: compilers multiply by the reciprocal, which is none of float32 above 2^126.
+    """
+    info = jnp.finfo(largest.dtype)
+    bits = lax.bitcast_convert_type(largest, jnp.int64 if info.bits == 64 else jnp.int32)
+    most = 2 * (info.maxexp - 1)  # what the exponents of a number and its inverse add up to, as they are stored
+    return lax.bitcast_convert_type(jnp.clip(most - (bits >> info.nmant), 1, most) << info.nmant, largest.dtype)
+
+
 def l2_norm(v: jax.Array) -> jax.Array:
     """The 2-norm of each row, [rows, d] -> [rows, 1]; not finite if any element is not."""
-    largest = max_norm(v)
-    # Whose squares neither overflow nor vanish. A compiler divides by the reciprocal, which is none above 2^126.
-    down = jnp.where(largest > 2.0**100, jnp.float32(2.0**-64), 1)
-    unit = v * down / jnp.where(largest > 0, largest * down, 1)
-    return largest * jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True))
+    down = inverse_power(max_norm(v))
+    unit = v * down
+    return jnp.sqrt(jnp.sum(unit * unit, axis=1, keepdims=True)) / down
 
 
 def add_window(y: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:

@@ -452,23 +452,116 @@ class TestNothingPoisons:
         got = run(TX[row.id], jax.tree.map(lambda x: x * np.float32(magnitude), GRADS), "vmap")
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
 
+    @pytest.mark.parametrize("power", [2.0**-104, 2.0**90])
+    @every_row
+    def test_scaled_gradients_are_answered_by_scaled_means(self, row, power):
+        """Where nothing comes near the ends of the range: a threshold of some magnitude would be seen."""
+
+        def compressed(got):
+            means = {
+                path: x for path, x in flatten(got.updates)[0].items() if path.startswith(("conv", "dense/kernel"))
+            }
+            return means, got.states.residual
+
+        got = run(TX[row.id], jax.tree.map(lambda x: x * np.float32(power), GRADS), "vmap")
+        back = 1 if row.id == "signnorm-vote" else 1 / power  # whose mean has no magnitude
+        got = jax.tree.map(lambda x: x * np.float32(back), compressed(got))
+        chex.assert_trees_all_close(got, compressed(run_once(row.id, "vmap")), atol=1e-5, rtol=1e-6)
+
     @every_row
     def test_at_the_edge_of_the_range(self, row):
-        """A step is as exact as the codec is, or skipped, but not lost; those that follow are finite, and happen."""
         for magnitude, who in itertools.product([1e20, 1e30, 4e37, 9e37, 1.6e38, 3e38], [slice(None), 1]):
             grads = jax.tree.map(np.copy, GRADS)
             for leaf in jax.tree.leaves(grads):
                 leaf[2, who] = np.copysign(np.float32(magnitude), leaf[2, 0])
-            got = run(TX[row.id], grads, "vmap")
+            assert_skipped_or_right(row, grads)
+
+    @every_row
+    def test_a_few_at_the_edge_of_the_range(self, row):
+        """An element, or a column, of one worker or of all; among others and among smaller ones."""
+        most = np.finfo(np.float32).max
+        for magnitude, who, rows in itertools.product([1e25, 1e37, 1.6e38, most], [slice(None), 1], [5, slice(None)]):
+            for others in (1, 1e-30):
+                grads = jax.tree.map(np.copy, GRADS)
+                for leaf in (grads["dense"]["kernel"], grads["conv"].reshape(STEPS, WORKERS, -1, 16)):
+                    leaf[2] *= np.float32(others)
+                    leaf[2, who, rows, 7] = np.copysign(magnitude, leaf[2, who, rows, 7])
+                assert_skipped_or_right(row, grads)
+
+    @every_row
+    def test_all_magnitudes_at_once(self, row):
+        rng = np.random.default_rng(9)
+        for largest in (30, 37, 38.4):
+            grads = jax.tree.map(np.copy, GRADS)
+            for leaf in jax.tree.leaves(grads):
+                leaf[2] = np.copysign(10 ** rng.uniform(-35, largest, leaf[2].shape), leaf[2])
+            assert_skipped_or_right(row, grads)
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    @each_codec
+    def test_at_the_edge_of_the_range_among_few(self, row, workers):
+        for magnitude in (1e30, 1e37, 3e38):
+            grads = jax.tree.map(np.copy, noise_of(workers))
+            for leaf in jax.tree.leaves(grads):
+                leaf[2] = np.copysign(np.float32(magnitude), leaf[2])
+            assert_skipped_or_right(row, grads)
+
+    @each_codec
+    def test_at_the_edges_of_16_bits(self, row):
+        """The largest and the smallest numbers there are, of a bfloat16 and a float16 leaf."""
+        types = {"a": jnp.bfloat16, "b": jnp.float16}
+        for end in ("max", "tiny", "smallest_subnormal"):
+            grads = trees.noise(trees.MATRICES, 12, (STEPS, WORKERS))
+            ends = {path: float(getattr(jnp.finfo(dtype), end)) for path, dtype in types.items()}
+            ends["a"] = max(ends["a"], 1e-30)  # others of bfloat16 are the smallest of float32 too
+            for path, leaf in grads.items():
+                leaf[2] = np.copysign(ends[path], leaf[2])
+                if end != "max":
+                    leaf[:] = np.copysign(ends[path], leaf)
+            assert_skipped_or_right(row, {path: x.astype(types[path]) for path, x in grads.items()})
+
+    def test_what_is_owed_does_not_leave_the_range(self):
+        """What the second stage loses could take it there."""
+        state = contexts.first_state(TX["signnorm-shuffle"], at(GRADS, 0))
+        owed = jax.tree.map(np.array, state.residual)
+        owed.value["dense/kernel"][:, 5, 7] = 3.4e38
+        got = run(TX["signnorm-shuffle"], GRADS, "vmap", state._replace(residual=owed))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+
+    @pytest.mark.parametrize("shared_scale", [False, True])
+    def test_means_grow_beyond_what_was_heard(self, shared_scale):
+        """By n / k of values that a quantizer brought, and that the range has room for, but not for so much more."""
+        tx = gc.randomk(0.01, quantizer=gc.qsgd(8, bucket_size=16, shared_scale=shared_scale), error_feedback=False)
+        for magnitude in (1e35, 1e37):
+            grads = jax.tree.map(lambda x, m=magnitude: np.copysign(np.float32(m), x), at(GRADS, slice(1)))
+            got = run(tx, grads, "vmap")
             assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-            skipped = got.states.skipped[:, 0]
-            assert skipped[-1] == skipped[-2]
-            if skipped[2]:
-                assert not any(x[2].any() for x in jax.tree.leaves(got.updates))
-            elif conserves(TX[row.id]):
-                assert_conserved(TX[row.id], at(grads, slice(3)), at(got, slice(3)), 1e-5 * magnitude)
-            else:
-                assert all(x[2].any() for x in jax.tree.leaves(got.updates))
+            assert got.states.skipped[0, 0] == (magnitude > 1e36)
+
+
+def assert_skipped_or_right(row, grads):
+    """What step 2 makes of gradients that are finite: it is as exact as the codec is, or skipped, but nothing is lost.
+
+    Those that follow happen, however large the gradient was.
+    """
+    tx = TX[row.id]
+    got = run(tx, grads, "vmap")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    skipped = got.states.skipped[:, 0]
+    np.testing.assert_array_equal(skipped, skipped[2] * (np.arange(STEPS) >= 2))
+    if skipped[2]:
+        assert not any(x[2].any() for x in jax.tree.leaves(got.updates))
+        before, after = (at(got.states, t)._replace(skipped=None, wire=None) for t in (1, 2))
+        chex.assert_trees_all_equal(after, before)
+        return
+    happened = at(grads, slice(3)), at(got, slice(3))
+    if conserves(tx):
+        wide = jax.tree.map(lambda x: x.astype(np.float64), happened)
+        magnitude = max(np.abs(x).max() for x in jax.tree.leaves(wide))
+        assert_conserved(tx, *wide, max(1e-5 * magnitude, 1e-36))
+    else:
+        lost = jax.tree.map(lambda g, u: g[2].any() and not u[2].any(), *(happened[0], happened[1].updates))
+        assert not any(jax.tree.leaves(lost))
 
 
 class TestBounded:

@@ -42,6 +42,20 @@ class TestQSGD:
         assert (np.abs(mean - v[0]) <= 4 * sigma + 1e-5).all()
 
     @pytest.mark.parametrize("norm", ["max", "l2"])
+    def test_norms_and_levels_at_the_ends_of_the_range(self, norm):
+        """A scale above 2^126 has no reciprocal, squares leave the range long before."""
+        v = np.random.default_rng(5).uniform(0.25, 1, (12, 16))
+        scales = [1e-37, 1e-30, 1e-23, 1e-19, 1, 1.8e19, 1e30, 4e37, 8.4e37, 8.6e37, 0, np.nan]
+        rows = (v * np.array(scales)[:, None]).astype(np.float32)
+        got = jax.jit(NORMS[norm])(rows)[:, 0]
+        expected = np.linalg.norm(rows.astype(np.float64), np.inf if norm == "max" else 2, axis=1)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+        levels = jax.jit(functools.partial(quantize, levels=127))(rows[:-1], got[:-1, None], key=jax.random.key(0))
+        exact = 127 * (rows[:-2] / expected[:-2, None])
+        assert (np.abs(levels[:-1] - exact) < 1 + 1e-4).all()
+        assert not levels[-1].any()
+
+    @pytest.mark.parametrize("norm", ["max", "l2"])
     @pytest.mark.parametrize(("levels", "d"), [(1, 128), (7, 512), (127, 512)])
     def test_lemma_3_1_variance(self, norm, levels, d):
         """(ii): E |Q(v) - v|^2 <= min(d / s^2, sqrt(d) / s) |v|^2; also on a bucket of one large value."""

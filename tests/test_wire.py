@@ -83,6 +83,21 @@ def test_buckets_round_trip(shape, size):
     np.testing.assert_array_equal(views.from_buckets(rows, x.shape), x)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_inverse_powers_are_exact_at_all_magnitudes(dtype):
+    info = np.finfo(dtype)
+    x = np.array(
+        [info.tiny, 1.5e-30, 0.75, 1, 3, 1e30, info.max / 4, info.max / 2.5, info.max, 0, np.inf, np.nan], dtype
+    )
+    with jax.enable_x64(dtype == np.float64):
+        down = np.asarray(jax.jit(views.inverse_power)(x))
+    assert down.dtype == dtype
+    assert ((x[:8] * down[:8] >= 1) & (x[:8] * down[:8] < 2)).all()
+    assert 2 <= x[8] * down[8] < 4
+    assert (np.frexp(down)[0] == 0.5).all()
+    np.testing.assert_array_equal(x[9:] * down[9:], [0, np.inf, np.nan])
+
+
 def test_threefry_is_jaxs():
     key = jax.random.key_data(jax.random.key(7))
     counts = np.random.default_rng(0).integers(0, 2**32, 2000, dtype=np.uint32)

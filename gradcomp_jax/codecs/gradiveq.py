@@ -53,7 +53,7 @@ from gradcomp_jax.contract import (
 )
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.views import buckets, from_buckets, wide
+from gradcomp_jax.views import buckets, from_buckets, inverse_power, wide
 
 # The kinds of steps.
 DENSE, COMPRESSED, TRAINING = 0, 1, 2
@@ -129,11 +129,10 @@ def principal_basis(samples: jax.Array, d: int) -> tuple[jax.Array, jax.Array]:
     """The top d principal components of samples [L, K], as columns [K, d], and all variances [L], descending.
 
     Columns are orthonormal; those whose variance is rounding are zero. d is at most min(L, K). Variances are
-    relative to the square of the largest sample.
+    relative to the square of the power of two below the largest sample.
     """
-    largest = jnp.max(jnp.abs(samples))
-    x = samples / jnp.where(largest > 0, largest, 1)  # sums and squares of samples may leave their type's range
-    x = x - jnp.mean(x, axis=0)
+    x = samples * inverse_power(jnp.max(jnp.abs(samples)))  # sums and squares of samples may leave their type's range
+    x = x - jnp.mean(x, axis=0, keepdims=True)
     variance, v = jnp.linalg.eigh(_matmul(x, x.T))
     variance, v = jnp.maximum(variance[::-1], 0), v[:, ::-1]
     u, _ = jnp.linalg.qr(_matmul(x.T, v[:, :d]))
@@ -147,11 +146,17 @@ def unexplained(samples: jax.Array, basis: jax.Array, mu: jax.Array) -> jax.Arra
 
     xhat = U U^T (x - mu) + mu. Ones where the samples are all zero.
     """
-    largest = jnp.max(jnp.abs(samples))
-    scale = jnp.where(largest > 0, largest, 1)
-    x, centred = samples / scale, (samples - mu) / scale
+    some, down = scaling(samples)
+    x, centred = samples * down, (samples - mu[None]) * down
     kept = jnp.cumsum(jnp.sum(_matmul(centred, basis) ** 2, axis=0))
-    return jnp.where(largest > 0, jnp.maximum(jnp.sum(centred**2) - kept, 0) / jnp.sum(x**2), 1)
+    of_all = jnp.where(some, jnp.sum(x**2), 1)
+    return jnp.where(some, jnp.maximum(jnp.sum(centred**2) - kept, 0) / of_all, 1)
+
+
+def scaling(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Whether x is not all zeros; and a power of two, times which its squares have a sum, 1 of zeros."""
+    largest = jnp.max(jnp.abs(x))
+    return largest > 0, jnp.where(largest > 0, inverse_power(largest), 1)
 
 
 def project(rows: jax.Array, basis: jax.Array) -> jax.Array:
@@ -175,14 +180,13 @@ def kept(c: jax.Array, used: jax.Array | None) -> jax.Array:
 
 def relative_loss(rows: jax.Array, c: jax.Array, leaf: Any, used: jax.Array | None) -> jax.Array:
     """|xhat - x|^2 / |x|^2 of slices x [slices, K] whose coefficients are c [slices, d] (eq. 7); 0 for zeros."""
-    largest = jnp.max(jnp.abs(rows))
-    scale = jnp.where(largest > 0, largest, 1)
-    inside = jnp.sum(kept((c - leaf.projected) / scale, used) ** 2)
-    lost = jnp.sum(((rows - leaf.mu) / scale) ** 2)
-    relative = jnp.maximum(lost - inside, 0) / jnp.sum((rows / scale) ** 2)
+    some, down = scaling(rows)
+    inside = jnp.sum(kept((c - leaf.projected) * down, used) ** 2)
+    lost = jnp.sum(((rows - leaf.mu) * down) ** 2)
+    relative = jnp.maximum(lost - inside, 0) / jnp.where(some, jnp.sum((rows * down) ** 2), 1)
     # Where mu is larger by far, or a gradient not finite, which its mean will show.
     relative = jnp.where(jnp.isfinite(relative), relative, 1)
-    return jnp.where(largest > 0, relative, 0)
+    return jnp.where(some, relative, 0)
 
 
 def averaged(mean: jax.Array, sample: jax.Array, row: jax.Array) -> jax.Array:

@@ -46,18 +46,17 @@ from gradcomp_jax.contract import (
     Talk,
     Tensors,
     Together,
+    moderate,
     require_whole,
     total,
 )
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import scattered, step_key
-from gradcomp_jax.views import known_late, on_cpus, others_are_automatic, wide
+from gradcomp_jax.views import inverse_power, known_late, on_cpus, others_are_automatic, wide
 
 logger = logging.getLogger(__name__)
 
-# A column of P with nothing above this carries no direction.
-DEAD = 1e-30
 # Up to this rank P Q^T is a sum of r outer products, which costs less than storing the product.
 WRITTEN_OUT = 8
 # By blocks of so many rows XLA's CPU backend is up to four times as fast with such a product down all rows.
@@ -79,17 +78,12 @@ class PowerSGDState(NamedTuple):
 
 
 def tamed(rows: jax.Array) -> jax.Array:
-    """`rows` [..., r, n], each matrix divided by the power of two that its largest magnitude is near to; zeros stay.
+    """`rows` [..., r, n], each matrix divided by the power of two below its largest magnitude; zeros stay.
 
     What is orthonormalised does not depend on such factors, but products of Q, which is as large as gradients are, with
     gradients leave the range of their type, and so do squares of P.
     """
-    info = jnp.finfo(rows.dtype)
-    half = 2.0 ** (info.maxexp // 2)
-    largest = jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True)
-    down = jnp.where(largest > half, jnp.asarray(1 / half, rows.dtype), 1)  # large ones have no reciprocal
-    power = jax.lax.reduce_precision(largest * down, info.nexp, 0)
-    return rows * down / jnp.where(power >= info.tiny, power, 1)
+    return rows * inverse_power(jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True))
 
 
 def orthonormalize(p: jax.Array) -> jax.Array:
@@ -185,12 +179,12 @@ class PowerSGD(Codec):
             due = (ctx.step > 0) & (ctx.step % self.every == 0)
             q = jnp.where(due, scattered(q.shape, q.dtype, self.seed, salt, ctx.step), q)
 
-        p = yield self.say(functools.reduce(jnp.add, [x.times(tamed(q)) for x in terms]).swapaxes(1, 2), n, m)
+        p = yield self.say(added([x.times(tamed(q)) for x in terms]).swapaxes(1, 2), n, m)
         p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, salt, ctx.step + 1)
         p = orthonormalize(tamed(p))
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
-        heard = yield self.say(functools.reduce(jnp.add, [x.down(p) for x in terms]), n, m)
+        heard = yield self.say(added([x.down(p) for x in terms]), n, m)
         mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (heard.mean, heard.own))
         # Parameters and momentum both take the mean, and would each add it up anew; what is owed is added up once.
         applied = einsum("lrn,lrm->lnm", p, mean).reshape(d[0].shape)
@@ -201,6 +195,12 @@ class PowerSGD(Codec):
         layers, r, length = factor.shape
         counts = tuple(min(n, m, rank) * layers * length for rank in self.ranks)
         return Say(factor.swapaxes(0, 1), counts if len(counts) > 1 else None, growth=r)
+
+
+def added(products: list[jax.Array]) -> jax.Array:
+    """The sum of the products with the terms, of which under error feedback the first is the gradient."""
+    gradient, *owed = products
+    return gradient if not owed else moderate(gradient) + owed[0]
 
 
 def salts(asked: list[tuple[int, jax.Array]]) -> list[jax.Array]:
@@ -276,7 +276,7 @@ def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def revive(p: jax.Array, *seeds: Any) -> jax.Array:
     """P^T [layers, r, n] with random rows where it has rows of zeros."""
-    dead = jnp.max(jnp.abs(p), axis=-1, keepdims=True) < DEAD
+    dead = jnp.max(jnp.abs(p), axis=-1, keepdims=True) < jnp.finfo(p.dtype).tiny
     return jnp.where(dead, scattered(p.shape, p.dtype, *seeds), p)
 
 

@@ -37,6 +37,7 @@ from gradcomp_jax.contract import (
     require_fraction,
     require_indexable,
     require_whole,
+    total,
 )
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
@@ -165,8 +166,7 @@ class Subset(Codec):
         indices = yield Together(self.draw, Draw(key, ctx.salt, n, max(counts)))
         values = functools.reduce(jnp.add, [jnp.take(x, indices, mode="clip") for x in d])
         # Zero, unless something is not finite; the values alone might not show it.
-        finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in d])
-        mark = jnp.where(finite, jnp.zeros((), values.dtype), jnp.nan)
+        mark = jnp.where(jnp.all(jnp.isfinite(total(d))), jnp.zeros((), values.dtype), jnp.nan)
         fronts = counts if len(counts) > 1 else None
         heard = yield Say(values + mark, fronts, growth=1.0 if ctx.feedback else n / min(counts))
         # Unbiased where nothing that is left out comes back.

@@ -54,7 +54,7 @@ class Signs(Coder):
         valid = y if part.length % part.shards == 0 else jnp.where(jnp.arange(y.size, dtype=jnp.int32) < count, y, 0)
         norm = l1_norm(valid) / jnp.maximum(count, 1).astype(jnp.float32)
         if self.majority:
-            norm = jnp.where(norm == 0, 0, norm / norm)  # what is not finite becomes NaN
+            norm = jnp.sign(norm) + 0 * norm  # what is not finite becomes NaN
         return {"norm": norm, "signs": Field((y >= 0).astype(jnp.uint8), 1)}
 
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:

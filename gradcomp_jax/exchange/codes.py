@@ -438,7 +438,7 @@ def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array
     # Inf / Inf a processor makes a NaN that has a sign.
     order, asking = wire.largest(lax.bitcast_convert_type(scales, jnp.int32) & 0x7FFFFFFF)
     scales = lax.bitcast_convert_type(order, jnp.float32)
-    ok = agreed([within(scales, 2 * n)], before)
+    ok = agreed([within(scales, 2 * n * max(say.growth for say in says))], before)
     scales = jnp.where(ok, scales, 0)
     ends = [start // coder.unit for start in group.starts()]
     keys = [group.key(place, 0) for place in range(len(ys))]

@@ -20,7 +20,7 @@ from gradcomp_jax.views import split
 def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     """uint8 codes, c * 8 / bits of them along `axis`, each below 2^bits, to c bytes; bits is 1, 2, 4 or 8."""
     axis %= codes.ndim
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(-1, *[1] * (codes.ndim - axis))
+    shifts = _shifts(bits, axis, codes.ndim)
     slices = codes.reshape(*codes.shape[:axis], 8 // bits, codes.shape[axis] * bits // 8, *codes.shape[axis + 1 :])
     # A sum of whole numbers without a common bit is their join.
     return jnp.sum(slices << shifts, axis=axis, dtype=jnp.uint8)
@@ -30,9 +30,14 @@ def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     """The inverse of `pack`: c bytes along `axis` to c * 8 / bits uint8 codes."""
     axis %= packed.ndim
     # One operation that fuses, where a concatenation of slices would first write them all.
-    shifts = jnp.arange(0, 8, bits, dtype=jnp.uint8).reshape(-1, *[1] * (packed.ndim - axis))
+    shifts = _shifts(bits, axis, packed.ndim)
     codes = jnp.expand_dims(packed, axis) >> shifts & ((1 << bits) - 1)
     return codes.reshape(*packed.shape[:axis], packed.shape[axis] * 8 // bits, *packed.shape[axis + 1 :])
+
+
+def _shifts(bits: int, axis: int, ndim: int) -> jax.Array:
+    """How far each slice of a byte's codes is shifted, along a new axis before `axis` of so many."""
+    return jnp.expand_dims(jnp.arange(0, 8, bits, dtype=jnp.uint8), [i for i in range(ndim + 1) if i != axis])
 
 
 def fields_bytes(k: int, width: int) -> int:
