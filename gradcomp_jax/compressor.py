@@ -293,7 +293,7 @@ def skipped(opt_state: Any) -> int:
     states = compressor_states(opt_state)
     if not states:
         raise ValueError(f"opt_state holds no codec's state, so no steps were counted: got {type(opt_state).__name__}")
-    return sum(int(np.asarray(state.skipped).reshape(-1)[0]) for state in states)
+    return sum(int(np.asarray(jax.device_get(state.skipped)).reshape(-1)[0]) for state in states)
 
 
 def skipped_steps(opt_state: Any) -> jax.Array:

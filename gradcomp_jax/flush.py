@@ -123,10 +123,10 @@ def _step(flushing: optax.GradientTransformation, axis_name: Any, mesh: Mesh | i
         return jnp.sum(batch)
 
     if not isinstance(mesh, int):
-        return train_step(loss_fn, flushing, mesh), shard_batch(np.zeros(len(mesh.local_devices)), mesh)
+        return train_step(loss_fn, flushing, mesh), shard_batch(np.zeros(len(mesh.local_devices), np.float32), mesh)
     if not isinstance(axis_name, str):
         raise ValueError(f"mesh={mesh}: workers along {axis_name} are those of a mesh, pass that")
-    return simulate(loss_fn, flushing, mesh, axis_name=axis_name), jnp.zeros(mesh)
+    return simulate(loss_fn, flushing, mesh, axis_name=axis_name), jax.device_put(np.zeros(mesh, np.float32))
 
 
 def _owed(opt_state: Any) -> list[PerWorker]:
@@ -136,7 +136,7 @@ def _owed(opt_state: Any) -> list[PerWorker]:
 
 
 def _any_nonzero(tree: Any) -> bool:
-    return any(bool(jnp.any(x != 0)) for x in jax.tree.leaves(tree))
+    return any(jax.device_get([jnp.any(x) for x in jax.tree.leaves(tree)]))
 
 
 def _mean_owed(residuals: list[PerWorker]) -> dict[str, jax.Array]:

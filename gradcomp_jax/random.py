@@ -16,13 +16,19 @@ from jax import lax
 
 from gradcomp_jax.views import split
 
+IMPL = "threefry2x32"
 # Of `distinct`. With three of them tiny n give some pairs too often; see the tests.
 DOUBLE_ROUNDS = 6
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
     """The key of a step, the same on all workers."""
-    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), step)
+    return jax.random.fold_in(jax.random.key(seed, impl=IMPL), step)
+
+
+def key_of(words: jax.Array) -> jax.Array:
+    """The key, or keys, whose data these words are, uint32 [..., 2]."""
+    return jax.random.wrap_key_data(words, impl=IMPL)
 
 
 def scattered(shape: tuple[int, ...], dtype: Any, *seeds: Any) -> jax.Array:

@@ -310,7 +310,7 @@ def regrouped(old: jax.Array, new: int) -> jax.Array:
 
 
 def _movable(x: Any, mesh: Mesh | int) -> Any:
-    """`x` such that jit takes it to the mesh: on the host, or where several processes share it, on its devices."""
+    """`x` on the devices of the mesh, by way of the host, or where several processes share it, as it is."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         if isinstance(mesh, int) or x.sharding.device_set != set(mesh.devices.flat):
             raise ValueError(
@@ -318,9 +318,11 @@ def _movable(x: Any, mesh: Mesh | int) -> Any:
                 "mesh: save the state, and restore it on the mesh, or as numpy arrays, before resize_workers"
             )
         return x
+    lies = None if isinstance(mesh, int) else NamedSharding(automatic(mesh), P())
     if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(jnp.asarray(np.asarray(jax.random.key_data(x))), impl=jax.random.key_impl(x))
-    return np.asarray(x)
+        data = jax.device_put(jax.device_get(jax.random.key_data(x)), lies)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    return jax.device_put(np.asarray(jax.device_get(x)), lies)
 
 
 def require_workers(opt_state: Any, mesh: Mesh | int) -> None:

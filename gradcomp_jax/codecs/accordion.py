@@ -327,7 +327,7 @@ def accordion_log(opt_state: Any) -> list[str]:
 
 def _first(x: Any) -> Any:
     # pmap keeps one copy a device; all are the same.
-    return np.asarray(x).reshape(-1)[0]
+    return np.asarray(jax.device_get(x)).reshape(-1)[0]
 
 
 def _reason(state: AccordionState, path: str) -> str:

@@ -134,10 +134,10 @@ class Columns(Coder):
             return v
         if self.threshold_scope == "matrix":
             count = min(v.size, max(ENTRIES, math.ceil(BEYOND * self.proportion)))
-            return v.reshape(-1)[jax.random.randint(key, (count,), 0, v.size)]
+            return v.reshape(-1)[jax.random.randint(key, (count,), 0, v.size, jnp.int32)]
         # Half of them, more or less, are of each sign.
         count = min(len(v), max(ROWS, math.ceil(2 * BEYOND * self.proportion)))
-        return v[jax.random.randint(key, (count,), 0, len(v))]
+        return v[jax.random.randint(key, (count,), 0, len(v), jnp.int32)]
 
     def encode(self, y: jax.Array, part: Part) -> Message:
         above, below = (x[None] for x in thresholds(self.entries(y, part.key), self.proportion, self.threshold_scope))

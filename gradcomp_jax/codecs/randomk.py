@@ -41,7 +41,7 @@ from gradcomp_jax.contract import (
 )
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.random import distinct, step_key
+from gradcomp_jax.random import distinct, key_of, step_key
 from gradcomp_jax.views import share, wide
 
 FRACTION = 0.01
@@ -98,7 +98,7 @@ def scattered(draws: list[Draw]) -> list[jax.Array]:
 
 def block(draws: list[Draw]) -> list[jax.Array]:
     """K consecutive indices modulo n from a random start, for each, int32 [k]."""
-    keys = jax.random.wrap_key_data(Draw.words(draws), impl="threefry2x32")
+    keys = key_of(Draw.words(draws))
     sizes = jnp.array([draw.n for draw in draws], jnp.int32)
     starts = jax.vmap(lambda key, n: jax.random.randint(key, (), 0, n, jnp.int32))(keys, sizes)
     found = []

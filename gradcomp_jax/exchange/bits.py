@@ -107,7 +107,7 @@ def code_bits(opt_state: Any) -> float:
 def _of_all(x: Any) -> Any:
     """An array that processes share, as each can read it."""
     shared = isinstance(x, jax.Array) and not x.is_fully_addressable
-    return multihost_utils.process_allgather(x, tiled=True) if shared else x
+    return multihost_utils.process_allgather(x, tiled=True) if shared else jax.device_get(x)
 
 
 def wire_bits(opt_state: Any) -> WireBits:
@@ -144,5 +144,5 @@ def _is_count(x: Any) -> bool:
 
 def _join(pair: jax.Array) -> int:
     # pmap keeps one copy a device; all are the same.
-    high, low = np.asarray(pair).reshape(-1, 2)[0]
+    high, low = np.asarray(jax.device_get(pair)).reshape(-1, 2)[0]
     return int(high) << 32 | int(low)

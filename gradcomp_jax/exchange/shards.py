@@ -14,6 +14,7 @@ from gradcomp_jax.coder import Coder, Message, Part
 from gradcomp_jax.contract import Sparse
 from gradcomp_jax.exchange.bits import total_bits
 from gradcomp_jax.exchange.ways import within
+from gradcomp_jax.random import key_of
 from gradcomp_jax.views import always, split
 
 
@@ -31,7 +32,7 @@ class Group:
       ys: as the coder lays them out.
       each: places of the last axis in a shard.
       shards: how many shards there are.
-      keys: random keys of each tensor, one for each shard and one more; empty of a coder that draws nothing.
+      keys: data of each tensor's random keys, one for each shard and one more; empty of a coder that draws nothing.
       strength: int32, or None.
     """
 
@@ -54,7 +55,7 @@ class Group:
 
     def key(self, place: int, index: Any) -> jax.Array | None:
         """The key of a tensor's shard; at `shards`, of what is encoded again."""
-        return self.keys[place][index] if len(self.keys) else None
+        return key_of(self.keys[place][index]) if len(self.keys) else None
 
     def restore(self, message: Message, index: Any = 0) -> jax.Array:
         """What the message of one shard stands for."""
@@ -78,8 +79,8 @@ def grouped(
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         of_each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(ys), dtype=jnp.int32))
         keys = fold(of_each, jnp.arange(shards + 1, dtype=jnp.int32))
-        pieces = split(jax.random.key_data(keys), [1] * len(ys), axis=0)
-        keys = [jax.random.wrap_key_data(x[0], impl=jax.random.key_impl(key)) for x in pieces]
+        # As data, of which any part can be taken: jax's check for keys that are used twice takes it for all of them.
+        keys = [x[0] for x in split(jax.random.key_data(keys), [1] * len(ys), axis=0)]
     for places in [list(range(len(ys)))] if coder.pooled else [[place] for place in range(len(ys))]:
         mine = [ys[i] for i in places]
         if shards == 1 and not coder.rowwise:
@@ -105,9 +106,8 @@ def encode_all(group: Group) -> Message:
         return jax.tree.map(lambda x: cut(x, n, count, axis), rows)
     if n == 1:
         return jax.tree.map(lambda x: x[None], coder.encode(group.ys[0], group.part(0, group.key(0, 0))))
-    keys = group.keys[0][:n] if len(group.keys) else None
-    shards = cut(group.ys[0], n, group.each), jnp.arange(n, dtype=jnp.int32), keys
-    encode = lambda shard: coder.encode(shard[0], group.part(*shard[1:]))  # noqa: E731
+    shards = cut(group.ys[0], n, group.each), jnp.arange(n, dtype=jnp.int32)
+    encode = lambda shard: coder.encode(shard[0], group.part(shard[1], group.key(0, shard[1])))  # noqa: E731
     # One after another where there are branches: a shard's choice between them stays a choice.
     return lax.map(encode, shards) if coder.branches(group.shape) else jax.vmap(encode)(shards)
 
