@@ -24,8 +24,8 @@ from gradcomp_jax.sharding import (
 )
 from gradcomp_jax.step import simulate, train_step
 
-# At so many points of the run so far schedules are compared with where they are now.
-POINTS = 16
+# Points of the run so far, from now back to its begin, at which schedules are looked at.
+POINTS = tuple(1 - i / 16 for i in range(17))
 # Sizes of a gradient, next to what is owed, at which the rest of the chain is compared with what it makes of all of it.
 SMALLER = (1.0, 2.0**-4, 2.0**-8)
 
@@ -168,13 +168,16 @@ def _codecs_of(after: Any, before: Any) -> Any:
 
 def _require_share(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any, at_least: float) -> None:
     """Refuses a flush of which the rest of the chain would apply too small a share."""
-    response = jax.jit(functools.partial(_response, tx))
-    at = [float(response(params, opt_state, size, 1.0)) for size in SMALLER]
-    largest = max(range(len(SMALLER)), key=lambda i: at[i])
-    over_time = [float(response(params, opt_state, SMALLER[largest], i / POINTS)) for i in range(POINTS)]
-    most = max(*at, *over_time)
-    if at[0] < at_least * most:
-        share = max(at[0], 0.0) / most
+    sizes, points = np.meshgrid(np.array(SMALLER, np.float32), np.array(POINTS, np.float32))
+
+    @jax.jit
+    def responses(params, opt_state):
+        return jax.lax.map(lambda at: _response(tx, params, opt_state, *at), (sizes.reshape(-1), points.reshape(-1)))
+
+    got = jax.device_get(responses(params, opt_state))
+    now, most = float(got[0]), float(np.max(got))
+    if now < at_least * most:
+        share = max(now, 0.0) / most
         raise ValueError(
             f"flush would apply {share:.1%} of what is owed, less than at_least={at_least}: the rest of tx "
             "shrinks it more than smaller or earlier gradients, as clipping does, a learning rate that has fallen, or "
@@ -207,8 +210,9 @@ def _response(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state:
             worker = jax.vmap(worker, axis_name=axis)
         return jax.tree.map(lambda x: jnp.squeeze(x, tuple(range(len(axes)))), worker(jnp.zeros((1,) * len(axes))))
 
-    steps = flatten(jax.tree.map(jnp.subtract, updates(0.0), updates(size)))[0]
-    return sum(jnp.vdot(x, steps[path]).astype(jnp.float32) for path, x in owed.items()) / size
+    steps = flatten(jax.tree.map(jnp.subtract, updates(jnp.float32(0)), updates(size)))[0]
+    along = [jnp.sum(x * steps[path].astype(x.dtype)).astype(jnp.float32) for path, x in owed.items()]
+    return jnp.sum(jnp.stack(along)) / size
 
 
 def _as_of_one_worker(opt_state: Any, size: Any) -> Any:
@@ -217,15 +221,15 @@ def _as_of_one_worker(opt_state: Any, size: Any) -> Any:
     def one(x: Any) -> Any:
         if not is_per_worker(x):
             return x
-        share = size if x.role in ("owed", "pending") else 1
-        return jax.tree.map(lambda rows: (regrouped(rows, 1)[0] * share).astype(rows.dtype), x)
+        share = size if x.role in ("owed", "pending") else jnp.float32(1)
+        return jax.tree.map(lambda rows: regrouped(rows, 1)[0] * share.astype(rows.dtype), x)
 
     return jax.tree.map(one, opt_state, is_leaf=is_per_worker)
 
 
 def _earlier(opt_state: Any, point: Any) -> Any:
     """The state with its schedules, but no other counts, where they were at a point of the run so far."""
-    at = lambda tree: jax.tree.map(lambda n: jnp.floor(n * point).astype(jnp.result_type(n)), tree)  # noqa: E731
+    at = lambda tree: jax.tree.map(lambda n: jnp.floor(n.astype(jnp.float32) * point).astype(jnp.result_type(n)), tree)  # noqa: E731
     injects = lambda x: isinstance(x, optax.InjectStatefulHyperparamsState)  # noqa: E731
     schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731
 
