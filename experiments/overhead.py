@@ -121,7 +121,7 @@ def changed(state: CompressorState, change: Callable[[Any], Any]) -> CompressorS
 
 def main(argv: list[str]) -> None:
     """Prints the table."""
-    logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
+    logging.set_verbosity(logging.ERROR)  # jax tells of accelerators that are not there, the library of one worker
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     shapes, tree = jax.tree.flatten(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))

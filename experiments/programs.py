@@ -439,7 +439,7 @@ def reporter(progress: Progress, section: str) -> Report:
 
 def main(argv: list[str]) -> None:
     """Prints the tables, section after section."""
-    logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
+    logging.set_verbosity(logging.ERROR)  # jax tells of accelerators that are not there, the library of one worker
     if argv[1:]:
         sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     emulate()

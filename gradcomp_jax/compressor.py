@@ -18,8 +18,9 @@ from gradcomp_jax.contract import Codec, Mine, Uncompressed, require_whole
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.exchange.bits import WireCount, add_bits, no_bits
 from gradcomp_jax.exchange.collectives import Wire
-from gradcomp_jax.exchange.plan import Plan, Settings, flatten, half, plan, salt
+from gradcomp_jax.exchange.plan import Plan, Settings, flatten, half, plan, salt, tell
 from gradcomp_jax.exchange.rounds import Exchange, Exchanged, Terms
+from gradcomp_jax.notes import alone
 from gradcomp_jax.sharding import PerWorker, is_per_worker
 from gradcomp_jax.views import halved, narrow, widen
 
@@ -142,6 +143,8 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         wire = Wire(settings.axis_name)
         leaves, _ = flatten(updates)
         _require_local(wire, leaves)
+        if wire.workers == 1 and not flush and not isinstance(codec, Uncompressed):
+            alone()
         the = plan(codec, settings, updates)
         _require_state_of(codec.name, state, jax.eval_shape(init_fn, updates))
         narrower = None if flush else settings.dense_dtype
@@ -165,6 +168,7 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
 def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     the = plan(codec, settings, params)
     leaves, _ = flatten(params)
+    tell(codec, settings, the, leaves)
     tensors = {path: jax.ShapeDtypeStruct(leaves[path].shape, widen(leaves[path]).dtype) for path in the.compressed}
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
     state = _marked(state, settings)

@@ -236,6 +236,11 @@ class Codec(abc.ABC):
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         """Whether it can send such a leaf in fewer bytes than it takes uncompressed."""
 
+    def view(self, path: str, leaf: Any) -> str:
+        """What it takes such a leaf for, in words; nothing if for what it is."""
+        del path, leaf
+        return ""
+
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         """The first state of one leaf, of whose shape and dtype alone it may depend: the fields of `by_leaf`."""
         del path, leaf, salt

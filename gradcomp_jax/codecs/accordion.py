@@ -118,6 +118,9 @@ class Accordion(Codec):
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         return self.inner.shrinks(path, leaf, uncompressed)  # which judges by the stronger one
 
+    def view(self, path: str, leaf: Any) -> str:
+        return self.inner.view(path, leaf)
+
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         return {"codec": self.inner.init(path, leaf, salt), "gradients": jnp.zeros(leaf.shape, jnp.float32)}
 

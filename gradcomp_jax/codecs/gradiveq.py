@@ -286,6 +286,10 @@ class GradiVeQ(Codec):
         cut = self.layout(path, leaf)
         return (cut.slices * min(cut.widths) + 1) * wide(leaf.dtype).itemsize < uncompressed
 
+    def view(self, path: str, leaf: Any) -> str:
+        cut = self.layout(path, leaf)
+        return f"{cut.slices} slices of K={cut.k}, by {' or '.join(map(str, cut.widths))} numbers each"
+
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         cut = self.layout(path, leaf)
         zeros = functools.partial(jnp.zeros, dtype=leaf.dtype)

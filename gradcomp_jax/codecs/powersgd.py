@@ -24,7 +24,6 @@ every so often; `refresh` draws it anew, which costs nothing, and one step of su
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
@@ -54,8 +53,6 @@ from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import scattered, step_key
 from gradcomp_jax.views import inverse_power, known_late, on_cpus, others_are_automatic, wide
-
-logger = logging.getLogger(__name__)
 
 # Up to this rank P Q^T is a sum of r outer products, which costs less than storing the product.
 WRITTEN_OUT = 8
@@ -149,9 +146,15 @@ class PowerSGD(Codec):
             return False
         layers, n, m = self.matrix(path, leaf)
         sent = min(n, m, self.ranks[-1]) * (n + m)
-        if self.min_rate * sent < n * m < 2 * sent:
-            _note_little(path, leaf.shape, n * m / sent)
         return self.min_rate * sent * layers * wide(leaf.dtype).itemsize < uncompressed
+
+    def view(self, path: str, leaf: Any) -> str:
+        layers, n, m = self.matrix(path, leaf)
+        ranks = [min(n, m, rank) for rank in self.ranks]
+        ratio = n * m / (ranks[-1] * (n + m))
+        many = f"{layers} matrices of " if layers > 1 else ""
+        little = "" if ratio >= 2 else " only: see stacked= and split= if this is no single matrix, or compress="
+        return f"{many}{n} x {m} at rank {' or '.join(map(str, ranks))}, {ratio:.1f} times fewer numbers{little}"
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         layers, n, m = self.matrix(path, leaf)
@@ -285,17 +288,6 @@ def best_split(shape: tuple[int, ...]) -> int:
     if len(shape) < 2:
         return 1
     return min(range(len(shape) - 1, 0, -1), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
-
-
-@functools.cache
-def _note_little(path: str, shape: tuple[int, ...], ratio: float) -> None:
-    logger.info(
-        "leaf %r of shape %s shrinks only %.2f times: say stacked= or split= if it is no single matrix of this view, "
-        "or leave it out by compress=",
-        path,
-        shape,
-        ratio,
-    )
 
 
 def powersgd(

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax.coder import Coder, Switched
-from gradcomp_jax.contract import AxisName, Codec, Predicate
+from gradcomp_jax.contract import AxisName, Codec, Predicate, Uncompressed
 from gradcomp_jax.exchange.shards import Group, grouped
+from gradcomp_jax.notes import logger, note, summary
 from gradcomp_jax.views import HALVES, dtype_of, wide
 
 # By how much riders may lengthen a gather; else they take an all-reduce of their own.
 RIDE = 0.01
-logger = logging.getLogger(__name__)
 
 
 class Settings(NamedTuple):
@@ -86,12 +86,10 @@ def plan(codec: Codec, settings: Settings, tree: Any) -> Plan:
       ValueError: none would be compressed, and that is not allowed; or what the codec refuses.
     """
     leaves, treedef = flatten(tree)
-    choose = settings.compress or codec.default
     compressed = []
     for path, leaf in leaves.items():
         _require_real(codec.name, path, leaf)
-        dense = leaf.size * (settings.dense_dtype or wide(leaf.dtype)).itemsize
-        if bool(choose(path, leaf)) and leaf.size >= settings.min_size and codec.shrinks(path, leaf, dense):
+        if not _why_dense(codec, settings, path, leaf):
             compressed.append(path)
     if leaves and not compressed and not settings.allow_dense:
         path, leaf = max(leaves.items(), key=lambda item: item[1].size)
@@ -103,6 +101,24 @@ def plan(codec: Codec, settings: Settings, tree: Any) -> Plan:
             "allow_dense=True to mean it"
         )
     return Plan(treedef, tuple(leaves), tuple(compressed))
+
+
+def _why_dense(codec: Codec, settings: Settings, path: str, leaf: Any) -> str:
+    """Why a leaf travels as it is; nothing if it is compressed."""
+    if not bool((settings.compress or codec.default)(path, leaf)):
+        return "left out by compress=" if settings.compress else "left out by the codec's rule for its shape"
+    if leaf.size < settings.min_size:
+        return f"fewer elements than min_size={settings.min_size}"
+    uncompressed = leaf.size * (settings.dense_dtype or wide(leaf.dtype)).itemsize
+    return "" if codec.shrinks(path, leaf, uncompressed) else "would not shrink"
+
+
+def tell(codec: Codec, settings: Settings, the: Plan, leaves: dict[str, Any]) -> None:
+    """Logs which of the leaves are compressed, and as what, and why the others are not; at level INFO, once."""
+    if leaves and logger.isEnabledFor(logging.INFO) and not isinstance(codec, Uncompressed):
+        compressed = [(path, leaves[path], codec.view(path, leaves[path])) for path in the.compressed]
+        dense = [(path, leaves[path], _why_dense(codec, settings, path, leaves[path])) for path in the.dense]
+        note(logging.INFO, summary(codec.name, compressed, dense))
 
 
 def _require_real(codec: str, path: str, leaf: Any) -> None:
@@ -149,7 +165,7 @@ def route(coder: Coder, xs: Sequence[tuple[str, Any]], riding: int, aggregate: s
     """How codes of some tensors travel, beside so many bytes of riders; by default in whichever way sends less.
 
     That is "gather" for two workers, which encodes once and where both send the same, but for rounding. What is chosen
-    among more is logged, at level INFO, whenever a program is traced.
+    among more is logged, at level INFO.
 
     Args:
       coder: the coder.
@@ -181,7 +197,7 @@ def _choose(coder: Coder, xs: Sequence[Any], riding: int, aggregate: str | None,
         "shuffle": 2 * (workers - 1) * (payload_bytes(coder, xs, workers) + -(-riding // workers)),
     }
     chosen = min(sent, key=lambda way: sent[way])
-    logger.info("aggregate=%r among %d workers: a worker sends %s bytes in a step", chosen, workers, sent)
+    note(logging.INFO, f"aggregate={chosen!r} among {workers} workers: a worker sends {sent} bytes in a step")
     return by_gather if chosen == "gather" else Route("shuffle", True)
 
 
