@@ -26,13 +26,14 @@ from experiments import checkpoints, data, display, figures, models, records, tr
 
 FLAGS = flags.FLAGS
 
-flags.adopt_module_key_flags(training)  # into --help
+for name in training.SHOWN:  # in --help
+    flags.declare_key_flag(name)
 flags.DEFINE_enum("dataset", "digits", data.DATASETS, "What to train on; digits needs no files and no network.")
 flags.DEFINE_string(
     "data_dir",
     None,
-    "The directory that holds the data set's folder, such as cifar-10-batches-py; by default the environment variable "
-    "GRADCOMP_DATA_DIR, or else what has been downloaded from the official site.",
+    "Where the data set's folder is, such as cifar-10-batches-py; by default GRADCOMP_DATA_DIR of the environment, or "
+    "else it is downloaded.",
 )
 flags.DEFINE_enum("model", "resnet8", list(models.NAMES), "The network.")
 flags.DEFINE_boolean(
@@ -80,6 +81,9 @@ def main(argv: list[str]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
 
+    if FLAGS.warmup_epochs >= FLAGS.epochs:
+        told = f"--epochs={FLAGS.epochs} ends within --warmup_epochs={FLAGS.warmup_epochs:g}"
+        screen.print(f"{told}: the learning rate only rises", soft_wrap=True)
     try:
         runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
     except (checkpoints.CheckpointError, records.RecordsError) as error:
@@ -187,4 +191,4 @@ def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[An
 
 
 if __name__ == "__main__":
-    app.run(main, argv=training.flagfiles_first(sys.argv))
+    app.run(main, argv=training.command_line(sys.argv))

@@ -11,10 +11,12 @@ whether it has any.
 
 import inspect
 import re
+import sys
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import docstring_parser
 import optax
 from absl import flags
 
@@ -105,15 +107,28 @@ CODECS: dict[str, Callable[..., Compressor]] = {**gradcomp_jax.CODECS, "accordio
 
 def define_flags() -> None:
     """Defines `--codec`, and `--<codec>_<keyword>` for every codec."""
-    flags.DEFINE_list("codec", ["none"], f"Codecs to train with, one after another: {', '.join(CODECS)}.")
+    flags.DEFINE_list(
+        "codec",
+        ["none"],
+        f"Codecs to train with, one after another: {', '.join(CODECS)}. --codec=NAME --help shows its settings.",
+    )
     flags.register_validator("codec", _require_known)
     for name, factory in CODECS.items():
         helps = argument_help(factory) | {"quantizer_bits": QUANTIZER_BITS_HELP}
         for keyword, (kind, default) in keywords(factory).items():
-            _DEFINE[kind](f"{name}_{keyword}", default, helps[keyword])
+            _DEFINE[kind](f"{name}_{keyword}", default, helps.get(keyword, f"{keyword} of {name}."))
     decay_help = "What remains of a residual in a step, above 0 and at most 1, for all codecs that keep one."
     flags.DEFINE_float("feedback_decay", 1.0, decay_help)
     flags.DEFINE_boolean("ef21", False, "EF21 instead of a residual, for all codecs that keep one.")
+
+
+def show_settings(argv: Sequence[str]) -> None:
+    """Takes the settings of the codecs that a command line names into what --help shows of its program."""
+    given = re.findall(r" --?codec[= ](\S+)", " ".join(argv))
+    named = [name for names in given for name in names.split(",") if name in CODECS]
+    settings = [f"{name}_{keyword}" for name in named for keyword in keywords(CODECS[name])]
+    for flag in [*settings, *FEEDBACK] if named else ():
+        FLAGS.register_key_flag_for_module(sys.argv[0], FLAGS[flag])
 
 
 def from_flags(name: str, seed: int, course: Course) -> Compressor:
@@ -161,10 +176,12 @@ def keywords(factory: Callable[..., Compressor]) -> dict[str, tuple[type, typing
 
 
 def argument_help(factory: Callable[..., Compressor]) -> dict[str, str]:
-    """What the "Args:" section of a docstring says of each argument, each on one line."""
-    section = re.search(r"^Args:\n((?:  .*\n)+)", inspect.getdoc(factory) or "", re.MULTILINE)
-    entries = re.findall(r"^  (\w+): (.*(?:\n    .*)*)", section[1] if section else "", re.MULTILINE)
-    return {argument: re.sub(r"\s+", " ", text) for argument, text in entries}
+    """What a docstring says of each argument, each on one line; nothing where it cannot be read."""
+    try:
+        parsed = docstring_parser.parse(inspect.getdoc(factory) or "", docstring_parser.DocstringStyle.GOOGLE)
+    except docstring_parser.ParseError:
+        return {}
+    return {said.arg_name: " ".join(said.description.split()) for said in parsed.params if said.description}
 
 
 def _given(name: str) -> dict[str, typing.Any]:

@@ -1,7 +1,7 @@
 """Figures over several runs, for files and for pages.
 
-A codec with its settings has one color and one marker in all figures of a report; the color is a hue for the codec,
-in a shade for its settings. Black is no compression. Runs that differ in the seed alone are alike.
+A codec has one hue in all figures there are, and with its settings one shade of it and one marker in all figures of a
+report; at its defaults it has the hue itself. Black is no compression. Runs that differ in the seed alone are alike.
 """
 
 import io
@@ -26,8 +26,17 @@ from matplotlib.transforms import Bbox
 from experiments.records import Run
 
 # Okabe and Ito's, told apart by all kinds of color vision; without their yellow, too pale for a line, and with
-# three more for many codecs, whose markers tell them apart too.
-HUES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3e1d", "#8f8f8f", "#6a3d9a")
+# more for many codecs, whose markers tell them apart too.
+HUES = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
+    *("#7a3e1d", "#8f8f8f", "#6a3d9a", "#b22234", "#5a7d00", "#b8860b"),
+)
+# Whose these are, in their order; the last is of all that are not named.
+CODECS = (
+    *("powersgd", "qsgd", "gradiveq", "topk", "signnorm", "onebit"),
+    *("accordion", "adaptive", "randomk", "randomblock", "cast"),
+)
+HUE = {"none": "#1a1a1a", **dict(zip(CODECS, HUES, strict=False))}
 MARKERS = "osD^vPX<>p"
 MEGABYTES = "MB sent by one worker (10⁶ bytes, log scale)"
 # Tol's, which are none of the codecs'.
@@ -78,14 +87,20 @@ class Series(NamedTuple):
 
 def styles(labels: Mapping[str, str]) -> dict[str, Style]:
     """A style for each label, that is a codec with its settings; `labels` maps them to the codec's name."""
-    codecs = [codec for codec in dict.fromkeys(labels.values()) if codec != "none"]
     found = {}
     for (label, codec), marker in zip(labels.items(), MARKERS * len(labels), strict=False):
-        alike = [other for other in labels if labels[other] == codec]
-        hue = "#1a1a1a" if codec == "none" else HUES[codecs.index(codec) % len(HUES)]
-        shades = np.linspace(-0.45, 0.5, len(alike)) if len(alike) > 1 else [0.0]
-        found[label] = Style(_shade(hue, shades[alike.index(label)]), marker)
+        shades = _shades([other for other in labels if labels[other] == codec], codec)
+        found[label] = Style(_shade(HUE.get(codec, HUES[-1]), shades[label]), marker)
     return found
+
+
+def _shades(labels: Sequence[str], default: str) -> dict[str, float]:
+    """Amounts for `_shade` by label, rising in their order, with 0 for `default` and for a single one."""
+    if default not in labels:
+        return dict(zip(labels, np.linspace(-0.45, 0.5, len(labels)) if len(labels) > 1 else [0.0], strict=True))
+    before = labels.index(default)
+    lighter, darker = np.linspace(-0.45, 0, before + 1), np.linspace(0, 0.5, len(labels) - before)
+    return dict(zip(labels, [*lighter[:-1], *darker], strict=True))
 
 
 def _shade(color: str, amount: float) -> str:

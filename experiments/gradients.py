@@ -231,4 +231,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main, argv=training.flagfiles_first(sys.argv))
+    app.run(main, argv=training.command_line(sys.argv))

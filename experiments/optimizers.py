@@ -73,23 +73,19 @@ def schedule(
     Args:
       name: "step", PowerSGD's and Accordion's: linearly from lr, which suits one worker, to scale * lr in the
         warm-up (Goyal et al., arXiv 1706.02677), then a tenth of what it was at each of decay_epochs. Or
-        "cosine": linearly from 0 in the warm-up, then half a cosine back to 0.
+        "cosine": linearly from 0 in the warm-up, then half a cosine back to 0. A training that is no longer than its
+        warm-up ends within it.
       lr: the learning rate before it is scaled.
       scale: PowerSGD's and Accordion's is the number of workers.
       steps_per_epoch: how many.
       epochs: how long the training is; "step" does not depend on it.
       warmup_epochs: how long the warm-up is.
       decay_epochs: of "step"; ascending.
-
-    Raises:
-      ValueError: the warm-up is as long as the training, or longer, so that no cosine follows.
     """
     warmup = round(warmup_epochs * steps_per_epoch)
     if name == "cosine":
-        if warmup_epochs >= epochs:
-            raise ValueError(
-                f"warmup_epochs={warmup_epochs} must be less than epochs={epochs}: the cosine comes after the warm-up"
-            )
+        if warmup >= epochs * steps_per_epoch:
+            return optax.linear_schedule(0.0, scale * lr, warmup)
         return optax.warmup_cosine_decay_schedule(0.0, scale * lr, warmup, epochs * steps_per_epoch)
     boundaries = {round(epoch * steps_per_epoch): 0.1 for epoch in decay_epochs}
     decay = optax.piecewise_constant_schedule(1.0, boundaries)

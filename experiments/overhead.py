@@ -40,7 +40,7 @@ from gradcomp_jax import (
 FLAGS = flags.FLAGS
 
 codecs.define_flags()
-flags.adopt_module_key_flags(codecs)
+flags.declare_key_flag("codec")  # in --help
 FLAGS.set_default("codec", "none,gradiveq,powersgd,qsgd,onebit,signnorm,topk,adaptive,randomk,accordion")
 flags.DEFINE_integer("rounds", 15, "Times each codec is run; medians are reported.", lower_bound=1)
 
@@ -158,4 +158,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    codecs.show_settings(sys.argv)
     app.run(main)

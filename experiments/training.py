@@ -42,7 +42,6 @@ from gradcomp_jax import (
 FLAGS = flags.FLAGS
 
 codecs.define_flags()
-flags.adopt_module_key_flags(codecs)  # into --help
 flags.DEFINE_boolean("delayed", False, "Exchange in each step the gradients of the one before, with every codec.")
 flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", lower_bound=2)
 flags.DEFINE_integer("epochs", 10, "Passes over the training split.", lower_bound=1)
@@ -81,6 +80,25 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_string("tensorboard_dir", None, "Where to write the figures for TensorBoard too.")
 
+# What --help shows; the others are of the kind that a first run does without, and in --helpfull.
+SHOWN = (
+    "codec",
+    "delayed",
+    "workers",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "lr",
+    "lr_scale",
+    "schedule",
+    "warmup_epochs",
+    "decay_epochs",
+    "momentum",
+    "weight_decay",
+    "seed",
+    "out_dir",
+    "checkpoint_dir",
+)
 NO_REORDERING = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # What a run must have in common with the checkpoint from which it goes on, beside the experiment's own flags.
 SETTINGS = (
@@ -390,6 +408,10 @@ def require_batches(batch_size: int, workers: int, examples: int) -> None:
         raise ValueError(f"--batch_size={batch_size} is more than the {examples} examples to train on")
 
 
-def flagfiles_first(argv: list[str]) -> list[str]:
-    """`argv` with every --flagfile=... moved to the front: what is typed beside a preset wins, in any order."""
+def command_line(argv: list[str]) -> list[str]:
+    """`argv` with every --flagfile=... moved to the front: what is typed beside a preset wins, in any order.
+
+    --help shows the settings of the codecs that it names.
+    """
+    codecs.show_settings(argv)
     return argv[:1] + sorted(argv[1:], key=lambda arg: not arg.lstrip("-").startswith("flagfile="))

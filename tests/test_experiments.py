@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import types
+import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +72,51 @@ def test_flags_have_the_types_and_the_help_of_the_factory():
     assert FLAGS["qsgd_min_size"].help == (
         "leaves of fewer elements are sent dense, by default those below 10,000, as in the paper."
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "One.\n\n    Args:\n      rank: r,\n        at least 1.\n\n    Returns:\n      It.\n    ",
+            {"rank": "r, at least 1."},
+        ),
+        ("One.\n\n    Args:\n      rank: r: of Q.\n    ", {"rank": "r: of Q."}),
+        ("One.", {}),
+        (None, {}),
+        ("One.\n\n    Args:\n      no colon\n\n    Returns:\n      It.\n    ", {}),
+    ],
+)
+def test_help_is_read_from_any_docstring(text, expected):
+    def factory(rank: int = 2):
+        pass
+
+    factory.__doc__ = text
+    assert codecs.argument_help(factory) == expected
+
+
+def test_a_codec_whose_docstring_says_nothing_has_its_flags(monkeypatch):
+    def bare(bits: int = 2):
+        pass
+
+    monkeypatch.setattr(codecs, "CODECS", {"bare": bare})
+    monkeypatch.setattr(codecs, "flags", unittest.mock.Mock())
+    defined = []
+    monkeypatch.setattr(codecs, "_DEFINE", {int: lambda *args: defined.append(args)})
+    codecs.define_flags()
+    assert defined == [("bare_bits", 2, "bits of bare.")]
+
+
+def test_help_is_short_and_shows_the_settings_of_codecs_that_are_named(monkeypatch):
+    text = FLAGS.module_help("experiments.cifar")
+    assert len(text.splitlines()) < 70  # and the docstring
+    assert {f"--{name}:" for name in ("codec", "model", "epochs", "lr", "out_dir")} <= set(text.split())
+    assert not re.search(rf"^  --(\[no\])?({'|'.join(codecs.CODECS)})_", text, re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["program.py", "--codec", "powersgd", "--codec=topk,zip", "--help"])
+    codecs.show_settings(sys.argv)
+    shown = set(re.findall(r"^  --(?:\[no\])?(\w+):", FLAGS.module_help("program.py"), re.MULTILINE))
+    assert {"powersgd_rank", "topk_fraction", "ef21"} < shown
+    assert not [name for name in shown if name.startswith("qsgd")]
 
 
 def test_flags_reach_the_codec_and_its_label():
@@ -217,7 +263,7 @@ def test_an_unknown_codec_is_told_which_there_are(given):
 @pytest.mark.parametrize("argv", [["--codec=qsgd", "--flagfile=P"], ["--flagfile=P", "--codec=qsgd"]])
 def test_what_is_typed_beside_a_preset_wins_in_any_order(argv):
     argv = [arg.replace("P", str(ROOT / "experiments/presets/digits.flags")) for arg in argv]
-    FLAGS(training.flagfiles_first(["test", *argv]))
+    FLAGS(training.command_line(["test", *argv]))
     assert FLAGS.codec == ["qsgd"]
 
 
@@ -261,10 +307,10 @@ def test_a_short_training_gives_a_table_and_a_figure(tmp_path):
         "--epochs=1",
         "--batch_size=512",
         "--eval_every=1",
-        "--warmup_epochs=0",
         f"--out_dir={tmp_path}",
     )
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("--epochs=1 ends within --warmup_epochs=1: the learning rate only rises\n")
     assert (tmp_path / "digits-resnet8.png").read_bytes().startswith(b"\x89PNG")
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", done.stdout)
     assert done.stdout.count("test accuracy ") == 2 * 2 + 1  # two evaluations of each codec, and the table's head
@@ -359,13 +405,12 @@ def test_a_training_sees_the_same_batches_from_wherever_it_goes_on():
         (["--codec=qsgd", "--qsgd_bits=3"], "bits=3 must be 2, 4 or 8"),
         (["--codec=none,qsgd", "--qsgd_min_size=99999"], "'qsgd' would compress none of the 23 leaves"),
         (["--workers=9"], "--workers=9: jax has 8 devices"),
-        (["--epochs=1"], "warmup_epochs=1.0 must be less than epochs=1"),
         (["--schedule=step"], "--decay_epochs=150,250 are not reached in --epochs=10"),
         (["--model=vgg19"], "VGG-19-bn needs images of 32x32 or more, got 8x8"),
         (["digits"], "'digits' is no flag"),
     ],
 )
 def test_wrong_settings_end_in_a_message(args, message):
-    argv = training.flagfiles_first(["cifar", *args])
+    argv = training.command_line(["cifar", *args])
     with pytest.raises(SystemExit, match=re.escape(message)):
         cifar.main(FLAGS(argv))

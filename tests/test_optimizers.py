@@ -41,6 +41,12 @@ def test_the_cosine_rises_from_zero_and_ends_there():
     np.testing.assert_allclose(rates(schedule, [0, 1, 2, 6, 10]), expected, atol=1e-7)
 
 
+@pytest.mark.parametrize("warmup", [1, 4])
+def test_a_training_no_longer_than_its_warm_up_ends_within_it(warmup):
+    schedule = optimizers.schedule("cosine", 0.1, 4, STEPS, 1, warmup, [])
+    np.testing.assert_allclose(rates(schedule, [0, 0.5, 1]), [0, 0.2 / warmup, 0.4 / warmup], atol=1e-7)
+
+
 def trained(name, steps=3):
     """A kernel and a bias of ones, after steps with a gradient of 0.5."""
     params = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}

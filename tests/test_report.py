@@ -12,7 +12,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from experiments import figures, records, report
+from experiments import codecs, figures, records, report
 from experiments.summary import summarize
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -272,11 +272,21 @@ def test_unfinished_runs_alone_give_a_page_without_table_and_figures():
 
 
 def test_a_name_has_the_same_style_in_every_figure_and_none_is_black():
-    codecs = {"none": "none", **{f"qsgd bits={n}": "qsgd" for n in (2, 4, 8)}, "powersgd": "powersgd"}
-    looks = figures.styles(codecs)
+    labels = {"none": "none", **{f"qsgd bits={n}": "qsgd" for n in (2, 4, 8)}, "powersgd": "powersgd"}
+    looks = figures.styles(labels)
     assert looks["none"].color == "#1a1a1a"
     assert len({look.color for look in looks.values()}) == len({look.marker for look in looks.values()}) == 5
     assert figures.styles({f"q{n}": "q" for n in range(30)}).keys() == {f"q{n}" for n in range(30)}
+
+
+def test_a_codec_has_its_hue_whatever_else_is_there():
+    hues = {name: figures.styles({name: name})[name].color for name in codecs.CODECS}
+    assert len(set(hues.values())) == len(hues)
+    both = {"randomk": "randomk", "qsgd bits=2": "qsgd", "qsgd": "qsgd", "qsgd bits=8": "qsgd", "own": "own"}
+    looks = figures.styles(both)
+    assert looks["qsgd"].color == hues["qsgd"]
+    assert figures.styles({"qsgd bits=2": "qsgd"})["qsgd bits=2"].color == hues["qsgd"]
+    assert len({look.color for look in looks.values()}) == 5
 
 
 def test_lines_have_their_styles_and_can_be_hidden():
