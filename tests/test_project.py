@@ -3,11 +3,14 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 import tomllib
 
 import jax
 import pytest
 
+import experiments
 import gradcomp_jax as gc
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -23,6 +26,36 @@ def test_requirements_are_those_of_the_package_and_its_extras():
     assert requirements((ROOT / "requirements.txt").read_text().splitlines()) == {
         line for part in parts for line in part
     }
+
+
+def test_experiments_ask_for_the_packages_of_their_extra():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = [*project["dependencies"], *project["optional-dependencies"]["experiments"]]
+    assert sorted(re.match(r"[\w-]+", line)[0] for line in asked) == sorted(experiments.PACKAGES)
+
+
+def begun(module, *missing):
+    """A module run as a program where some modules are not installed."""
+    code = (
+        f"import sys, runpy; sys.modules |= dict.fromkeys({missing}); runpy.run_module({module!r}, run_name='__main__')"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+
+
+@pytest.mark.parametrize("missing", [("rich", "orbax"), ("orbax.checkpoint", "rich")])
+def test_a_missing_extra_is_named_with_what_installs_it(missing):
+    done = begun("experiments.cifar", *missing)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: the experiments need orbax-checkpoint, rich, which ")
+    assert "pip install -e '.[experiments]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_experiments_list_their_programs():
+    done = begun("experiments")
+    assert done.returncode == 0, done.stderr
+    for path in (ROOT / "experiments").glob("[!_]*.py"):
+        assert (f"python -m experiments.{path.stem} " in done.stdout) == ("app.run(" in path.read_text()), path
 
 
 @pytest.mark.parametrize("page", ["README.md", "WORKSPACE.md"])

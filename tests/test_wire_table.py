@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from experiments import wire
-from gradcomp_jax import gradiveq, onebit, powersgd, qsgd, wire_bits
+from gradcomp_jax import gradiveq, none, onebit, powersgd, qsgd, wire_bits
 from tests import trees
 from tests.contexts import run
 
@@ -29,6 +29,12 @@ def sent(codec, workers):
 )
 def test_what_is_traced_is_what_a_step_sends(codec):
     assert wire.sent(codec, SHAPES, 4) == sent(codec, 4)
+
+
+@pytest.mark.parametrize("make", [powersgd, qsgd, onebit, gradiveq], ids=lambda make: make.__name__)
+def test_what_is_not_compressed_counts(make):
+    codec = make(min_size=10_000, allow_dense=True)
+    assert wire.sent(codec, SHAPES, 4) == wire.sent(none(), SHAPES, 4) == 2 * 3 / 4 * 4 * (3 * 3 * 16 * 32 + 32) / 1e6
 
 
 def test_the_star_is_at_what_the_codec_chooses(monkeypatch):

@@ -1,0 +1,33 @@
+"""Tells which programs there are, and how to begin.
+
+python -m experiments
+"""
+
+import ast
+import pathlib
+
+BEGIN = """\
+Begin with one of these; the first two take the handwritten digits that come with scikit-learn:
+
+  make demo                                                      eight codecs, some minutes, a table and a figure
+  python -m experiments.cifar --codec=none,powersgd --epochs=5   two codecs, less than a minute
+  python -m experiments.cifar --codec=powersgd --help            what can be set
+
+The programs, each of which has --help:
+"""
+
+
+def programs() -> dict[str, str]:
+    """The modules to be run, each with the first line of what it says of itself."""
+    found = {}
+    for path in sorted(pathlib.Path(__file__).parent.glob("[!_]*.py")):
+        source = path.read_text(encoding="utf-8")
+        if '\nif __name__ == "__main__":\n' in source:
+            found[path.stem] = (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+    return found
+
+
+if __name__ == "__main__":
+    print(BEGIN)
+    for name, line in programs().items():
+        print(f"  python -m experiments.{name:<13} {line}")
