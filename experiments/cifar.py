@@ -8,7 +8,6 @@ nothing else. The workers are the accelerators there are, or devices that the CP
 run that was stopped, by Ctrl-C or by anything else, goes on where it was when the same command is given again.
 """
 
-import pathlib
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,12 +16,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags, logging
+from absl import flags
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints, data, display, figures, models, records, training
+from experiments import checkpoints, command, data, display, figures, models, records, training
 
 FLAGS = flags.FLAGS
 
@@ -60,13 +59,10 @@ class Batch(NamedTuple):
     keys: jax.Array
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains with every codec of --codec, then prints the table and writes the figure."""
-    logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
     screen = display.console()
     try:
-        if argv[1:]:
-            raise ValueError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
         mesh = training.worker_mesh(FLAGS.workers)
         dataset = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation)
         training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
@@ -78,8 +74,7 @@ def main(argv: list[str]) -> None:
             jax.eval_shape(codec.init, task.params)
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    out_dir = command.directory("out_dir", FLAGS.out_dir)
 
     if FLAGS.warmup_epochs >= FLAGS.epochs:
         told = f"--epochs={FLAGS.epochs} ends within --warmup_epochs={FLAGS.warmup_epochs:g}"
@@ -88,15 +83,15 @@ def main(argv: list[str]) -> None:
         runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
     except (checkpoints.CheckpointError, records.RecordsError) as error:
         sys.exit(f"error: {error}")
-    except (training.InterruptedRunError, KeyboardInterrupt) as interrupt:
-        screen.print(str(interrupt) or "interrupted", soft_wrap=True)
+    except training.InterruptedRunError as interrupt:
+        screen.print(str(interrupt), soft_wrap=True)
         sys.exit(130)
 
     title = f"{models.NAMES[FLAGS.model]} on {FLAGS.dataset}, {FLAGS.workers} workers, {runs[0].step} steps"
     screen.print(display.table(runs, title))
     for note in display.notes(runs):
         screen.print(note)
-    figure = pathlib.Path(FLAGS.out_dir) / f"{task.name}.png"
+    figure = out_dir / f"{task.name}.png"
     figures.accuracy(runs, title, figure)
     screen.print(f"Figure: {figure}; the records are beside it", soft_wrap=True)
 
@@ -191,4 +186,4 @@ def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[An
 
 
 if __name__ == "__main__":
-    app.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=training.command_line(sys.argv))

@@ -86,6 +86,10 @@ def between(
         raise ValueError(f"--accordion_codec={codec} must be one of {known}")
     weak, strong = (_compressor(codec, seed, _at_strength(codec, value)) for value in (low, high))
 
+    for name, epochs in {"interval": interval, "window": window}.items():
+        if epochs is not None and epochs <= 0:
+            raise ValueError(f"--accordion_{name}={epochs} must be above 0, it counts epochs")
+
     def steps(epochs: float) -> int:
         return max(1, round(epochs * course.steps_per_epoch))
 

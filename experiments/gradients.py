@@ -24,14 +24,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from experiments import bases, cifar, data, display, models, training
+from experiments import bases, cifar, command, data, display, models, training
 from gradcomp_jax import init, none, train_step
 from gradcomp_jax.codecs.gradiveq import slice_length
 from gradcomp_jax.compressor import flatten
@@ -192,12 +192,9 @@ def plot(findings: dict[str, bases.Findings], title: str, path: pathlib.Path) ->
     plt.close(figure)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Records, analyses, prints the table and writes the figure."""
-    logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
     try:
-        if argv[1:]:
-            raise ValueError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
         if FLAGS.compress_steps <= FLAGS.train_steps:
             raise ValueError(
                 f"--compress_steps={FLAGS.compress_steps} must be more than --train_steps={FLAGS.train_steps}"
@@ -214,6 +211,8 @@ def main(argv: list[str]) -> None:
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
 
+    out_dir = command.directory("out_dir", FLAGS.out_dir)
+
     screen = display.console()
     gradients = record(task, mesh, layers, screen)
     noise = np.random.default_rng(FLAGS.seed).standard_normal(gradients[layers[0]].shape, np.float32)
@@ -225,10 +224,10 @@ def main(argv: list[str]) -> None:
     screen.print(table(findings, title))
     for note in NOTES:
         screen.print(note)
-    figure = pathlib.Path(FLAGS.out_dir) / "gradients.png"
+    figure = out_dir / "gradients.png"
     plot(findings, title, figure)
     screen.print(f"Figure: {figure}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    app.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=training.command_line(sys.argv))

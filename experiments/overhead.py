@@ -19,15 +19,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
-from experiments import codecs
+from experiments import codecs, command
 from experiments.models import resnet18_shapes
 from gradcomp_jax import (
     AccordionState,
+    Compressor,
     CompressorState,
     GradiVeQState,
     global_state,
@@ -61,11 +62,14 @@ class Case(NamedTuple):
     seconds: float | None
 
 
+def made(name: str) -> Compressor:
+    """The codec, as the flags have it; accordion checks in no step, as that is none of its levels."""
+    return codecs.from_flags(name, 0, codecs.Course(steps_per_epoch=1_000_000, learning_rate=None))
+
+
 def cases(name: str, grads: Any) -> dict[str, Case]:
     """A codec's update on one worker, once for each of its phases, by what to call it."""
-    # In no check of accordion's, which is none of its levels.
-    course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
-    codec, label = codecs.from_flags(name, 0, course), codecs.label(name)
+    codec, label = made(name), codecs.label(name)
     params = jax.tree.map(lambda x: x[0], grads)
     specs = state_specs(codec, params)
 
@@ -119,16 +123,19 @@ def changed(state: CompressorState, change: Callable[[Any], Any]) -> CompressorS
     return jax.tree.map(lambda x: change(x) if phased(x) else x, state, is_leaf=phased)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the table."""
     logging.set_verbosity(logging.ERROR)  # jax tells of accelerators that are not there, the library of one worker
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     shapes, tree = jax.tree.flatten(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     leaves = [jax.random.normal(key, (1, *shape)) for key, shape in zip(keys, shapes, strict=True)]
     grads = jax.tree.unflatten(tree, leaves)
 
+    try:
+        for name in FLAGS.codec:
+            jax.eval_shape(made(name).init, jax.tree.map(lambda x: x[0], grads))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
     timed = {label: case for name in FLAGS.codec for label, case in cases(name, grads).items()}
     states = {label: case.state for label, case in timed.items()}
     in_place = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
@@ -159,4 +166,4 @@ def main(argv: list[str]) -> None:
 
 if __name__ == "__main__":
     codecs.show_settings(sys.argv)
-    app.run(main)
+    command.run(main)

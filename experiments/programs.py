@@ -40,7 +40,6 @@ import itertools
 import math
 import multiprocessing
 import re
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -48,14 +47,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx, traverse_util
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.progress import Progress
 from rich.table import Table
 
-from experiments import display
+from experiments import command, display
 from experiments.models import create, resnet18_shapes
 from gradcomp_jax import (
     Compressor,
@@ -437,11 +436,9 @@ def reporter(progress: Progress, section: str) -> Report:
     return lambda status, total: progress.update(bar, total=total, completed=next(done), status=status)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the tables, section after section."""
     logging.set_verbosity(logging.ERROR)  # jax tells of accelerators that are not there, the library of one worker
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     emulate()
     screen = display.console()
     for section in FLAGS.sections:
@@ -457,8 +454,9 @@ def define_flags() -> None:
         ("codecs", list(CODECS), "Codecs to compile"),
         ("sections", list(SECTIONS), "What to tell of them"),
     ):
-        flags.DEFINE_list(name, known, f"{what}, of: {', '.join(known)}.")
-        flags.register_validator(name, lambda got, known=known: got and set(got) <= set(known), f"must be of {known}")
+        listed = ", ".join(known)
+        flags.DEFINE_list(name, known, f"{what}, of: {listed}.")
+        flags.register_validator(name, lambda got, known=known: got and set(got) <= set(known), f"must be of {listed}")
     flags.DEFINE_integer("layers", 12, "Layers of the transformer, of 12 leaves each.", lower_bound=1)
     flags.DEFINE_integer("width", 64, "Width of the transformer; GPT-2's is 768.", lower_bound=1)
     flags.DEFINE_boolean("markdown", False, "Print the tables in Markdown.")
@@ -467,4 +465,4 @@ def define_flags() -> None:
 if __name__ == "__main__":
     # Not at import: a test of another experiment may have flags of these names.
     define_flags()
-    app.run(main)
+    command.run(main)

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jinja2
-from absl import app, flags
+from absl import flags
 
-from experiments import figures, records
+from experiments import command, figures, records
 from experiments.records import Run
 from experiments.summary import BASELINE, Row, Section, order, summarize
 
@@ -232,11 +232,9 @@ def write(places: Sequence[str], out_dir: pathlib.Path) -> None:
             figures.final_accuracy(*series_of(section, looks)).savefig(out_dir / picture(number), dpi=150)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Writes both files, and tells where they are."""
-    out_dir = pathlib.Path(flags.FLAGS.out_dir)
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
+    out_dir = command.directory("out_dir", flags.FLAGS.out_dir)
     try:
         write(flags.FLAGS.runs, out_dir)
     except (ReportError, records.RecordsError, OSError) as error:
@@ -248,4 +246,4 @@ if __name__ == "__main__":
     # Not at import: other experiments have flags of the same names.
     flags.DEFINE_list("runs", ["out"], "Files of records, and directories in which to look for *.jsonl.")
     flags.DEFINE_string("out_dir", "out", "The directory of the report.")
-    app.run(main)
+    command.run(main)

@@ -16,16 +16,20 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from absl import app, flags, logging
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
+from experiments import command
 from experiments.models import resnet18_shapes
 from gradcomp_jax.codecs.gradiveq import principal_basis, project, restore, slice_length
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("lengths", ["64", "128", "256", "512", "768"], "The bounds on K to compare.")
+flags.register_validator(
+    "lengths", lambda got: got and all(k.isdecimal() and int(k) for k in got), "must be whole numbers above 0"
+)
 flags.DEFINE_integer("ratio", 8, "K / d.", lower_bound=2)
 flags.DEFINE_integer("samples", 100, "L_t, the samples of which each basis is fitted.", lower_bound=2)
 flags.DEFINE_integer("runs", 9, "Times each part is run; medians are reported.", lower_bound=1)
@@ -55,11 +59,8 @@ def parts(shapes: Sequence[tuple[int, ...]], k_max: int) -> dict[str, tuple]:
     }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the table."""
-    logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     shapes = jax.tree.leaves(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))
     shapes = [shape for shape in shapes if len(shape) == 4]
     lengths = [int(k) for k in FLAGS.lengths]
@@ -94,4 +95,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

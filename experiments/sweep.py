@@ -28,9 +28,9 @@ import tomllib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from absl import app, flags
+from absl import flags
 
-from experiments import codecs, display, records
+from experiments import codecs, command, display, records
 from experiments.interrupts import interruptible
 
 FLAGS = flags.FLAGS
@@ -232,13 +232,11 @@ def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) ->
     return failures
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs the grid, and tells what failed."""
     screen = display.console()
     try:
-        if argv[1:]:
-            raise GridError(f"{argv[1]!r} is no flag; all settings are given as --name=value")
-        failures = sweep(pathlib.Path(FLAGS.grid), pathlib.Path(FLAGS.out_dir), screen)
+        failures = sweep(pathlib.Path(FLAGS.grid), command.directory("out_dir", FLAGS.out_dir), screen)
     except (GridError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -254,4 +252,4 @@ if __name__ == "__main__":
     # Not at import: other experiments have flags of the same names.
     flags.DEFINE_string("grid", None, "The TOML file of what to run.", required=True)
     flags.DEFINE_string("out_dir", "out", "The directory of the runs' directories.")
-    app.run(main)
+    command.run(main)

@@ -24,14 +24,14 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, PercentFormatter
 from rich.table import Table
 
-from experiments import data, display, training
+from experiments import command, data, display, training
 from experiments.figures import HUES, STYLE
 from gradcomp_jax.codecs.qsgd import NORMS, quantize
 from gradcomp_jax.wire import elias
@@ -349,14 +349,12 @@ def plot(
     figure.savefig(path, dpi=150)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Measures, prints the table and writes the figure."""
-    logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
     n, seed = FLAGS.dimension, FLAGS.seed
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     if n % 4 or n <= max(BUCKETS) or n > elias.LARGEST:
         sys.exit(f"error: --dimension={n} must be a multiple of 4, above {max(BUCKETS)} and at most {elias.LARGEST}")
+    out_dir = command.directory("out_dir", FLAGS.out_dir)
     screen = display.console()
     levels = sorted({*LEVELS, round(math.sqrt(n))})
     by_size = {d: rounded(d, levels, FLAGS.draws * n // d, seed) for d in (*BUCKETS, n)}
@@ -365,10 +363,10 @@ def main(argv: list[str]) -> None:
     screen.print(
         table(claims(by_size, n, compared), f"Bounds and what is measured, {FLAGS.draws} draws of normal values")
     )
-    figure = pathlib.Path(FLAGS.out_dir) / "theory.png"
+    figure = out_dir / "theory.png"
     plot(by_size, largest, n, compared, figure)
     screen.print(f"Figure: {figure}", soft_wrap=True)
 
 
 if __name__ == "__main__":
-    app.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=training.command_line(sys.argv))

@@ -22,12 +22,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from absl import app, flags
+from absl import flags
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
-from experiments import display
+from experiments import command, display
 from gradcomp_jax import (
     Compressor,
     accordion,
@@ -109,10 +109,8 @@ def outcome(name: str, steps: int, devices: int, timeout: float) -> tuple[bool, 
     return math.isfinite(loss), f"{1e3 * seconds / max(1, steps - 1):.2f} ms a step, last loss {loss:.4f}"
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Trains with each codec, and shows what became of it."""
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     screen, failed = display.console(), 0
     table = Table("codec", "", "outcome")
     table.title = f"{FLAGS.steps} steps on {FLAGS.devices} devices of {os.cpu_count()} cores, none of them read"
@@ -141,4 +139,4 @@ def define_flags() -> None:
 if __name__ == "__main__":
     # Not at import: a test of another experiment may have flags of these names.
     define_flags()
-    app.run(main)
+    command.run(main)

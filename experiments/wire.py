@@ -10,20 +10,20 @@ float a layer, and QSGD's Elias code, which travels in its buffer where it fits 
 """
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
 import gradcomp_jax as gc
+from experiments import command
 from experiments.models import resnet18_shapes
 
 FLAGS = flags.FLAGS
@@ -93,11 +93,8 @@ def rows(shapes: Any, counts: Sequence[int]) -> list[list[str]]:
     return found
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the table."""
-    logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
-    if argv[1:]:
-        sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
     jax.config.update("jax_num_cpu_devices", max(WORKERS))
     heading = ["codec", "aggregate", *(f"{workers} workers" for workers in WORKERS)]
     cells = rows(resnet18_shapes(), WORKERS)
@@ -118,4 +115,4 @@ def main(argv: list[str]) -> None:
 if __name__ == "__main__":
     # Not at import: a test of another experiment may have a flag of this name.
     flags.DEFINE_boolean("markdown", False, "Print the table in Markdown.")
-    app.run(main)
+    command.run(main)

@@ -222,6 +222,8 @@ def test_labels_and_settings_of_accordion_tell_of_the_codec_inside():
     [
         (["--accordion_codec=onebit"], "codec 'onebit' in these settings has one strength only"),
         (["--accordion_codec=accordion"], "--accordion_codec=accordion must be one of none, gradiveq,"),
+        (["--accordion_interval=0"], "--accordion_interval=0.0 must be above 0"),
+        (["--accordion_window=-1"], "--accordion_window=-1.0 must be above 0"),
         (["--accordion_high=3"], "low has rank=2, which must be above high's rank=3"),
         (["--accordion_low=2.5"], "rank=2.5 must be a whole number"),
         (["--powersgd_quantizer_bits=4"], "has one strength only"),
@@ -407,10 +409,11 @@ def test_a_training_sees_the_same_batches_from_wherever_it_goes_on():
         (["--workers=9"], "--workers=9: jax has 8 devices"),
         (["--schedule=step"], "--decay_epochs=150,250 are not reached in --epochs=10"),
         (["--model=vgg19"], "VGG-19-bn needs images of 32x32 or more, got 8x8"),
-        (["digits"], "'digits' is no flag"),
+        (["--out_dir=/dev/null/x"], "--out_dir=/dev/null/x is no directory to write in (Not a directory): give"),
     ],
 )
 def test_wrong_settings_end_in_a_message(args, message):
     argv = training.command_line(["cifar", *args])
+    FLAGS(argv)
     with pytest.raises(SystemExit, match=re.escape(message)):
-        cifar.main(FLAGS(argv))
+        cifar.main()

@@ -78,7 +78,7 @@ def test_one_kernel_of_each_square_shape_is_the_default():
 def test_a_short_run_gives_a_table_and_a_figure(tmp_path, capsys):
     steps = ["--warmup_steps=2", "--train_steps=6", "--compress_steps=12"]
     FLAGS(["test", "--workers=2", "--batch_size=32", *steps, f"--out_dir={tmp_path}"])
-    gradients.main(["test"])
+    gradients.main()
     shown = capsys.readouterr().out
     assert (tmp_path / "gradients.png").read_bytes().startswith(b"\x89PNG")
     for layer in ("blocks/layers/0/conv2", "blocks/layers/1/conv2", "blocks/layers/2/conv2", "noise"):
@@ -96,4 +96,4 @@ def test_a_short_run_gives_a_table_and_a_figure(tmp_path, capsys):
 def test_wrong_settings_end_in_a_message(args, message):
     FLAGS(["test", *args])
     with pytest.raises(SystemExit, match=re.escape(message)):
-        gradients.main(["test"])
+        gradients.main()

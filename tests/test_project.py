@@ -55,7 +55,9 @@ def test_the_experiments_list_their_programs():
     done = begun("experiments")
     assert done.returncode == 0, done.stderr
     for path in (ROOT / "experiments").glob("[!_]*.py"):
-        assert (f"python -m experiments.{path.stem} " in done.stdout) == ("app.run(" in path.read_text()), path
+        assert (f"python -m experiments.{path.stem} " in done.stdout) == ("    command.run(main" in path.read_text()), (
+            path
+        )
 
 
 @pytest.mark.parametrize("page", ["README.md", "WORKSPACE.md"])

@@ -78,7 +78,7 @@ def test_the_three_matrices_differ_as_they_should():
 
 def test_a_short_run_gives_a_table_and_a_figure(tmp_path, capsys):
     FLAGS(["test", "--dimension=9000", "--draws=1", f"--out_dir={tmp_path}"])
-    theory.main(["test"])
+    theory.main()
     shown = capsys.readouterr().out
     assert (tmp_path / "theory.png").read_bytes().startswith(b"\x89PNG")
     for words in (r"slides: s² \+ √n +│ n = 9000, s = 4", r"dense, all signs +│ Corollary 3.3 "):
@@ -91,4 +91,4 @@ def test_a_short_run_gives_a_table_and_a_figure(tmp_path, capsys):
 def test_wrong_settings_end_in_a_message(n):
     FLAGS(["test", f"--dimension={n}"])
     with pytest.raises(SystemExit, match=f"--dimension={n} must be a multiple of 4, above 8192 and at most 1048575"):
-        theory.main(["test"])
+        theory.main()
