@@ -28,6 +28,4 @@ def programs() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(BEGIN)
-    for name, line in programs().items():
-        print(f"  python -m experiments.{name:<13} {line}")
+    print("\n".join([BEGIN, *(f"  python -m experiments.{name:<13} {line}" for name, line in programs().items())]))

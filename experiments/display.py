@@ -79,9 +79,9 @@ def notes(runs: Sequence[Run]) -> list[str]:
         if header["label"] != name:
             found.append(f"Settings: {header['label']}.")
         if name != "none" and not end["compressed_steps"]:
-            found.append(
-                f"{name} sent less than dense in none of the {run.step} steps: if it has a warm-up, that was longer."
-            )
+            warmup = next((key for key in header["settings"] if key.endswith("_warmup_steps")), None)
+            why = f": see --{warmup.removeprefix('accordion_')}" if warmup else ""
+            found.append(f"{name} sent less than dense in none of the {run.step} steps{why}.")
         if run.ratio < 0.995:  # as the table shows it
             found.append(
                 f"{name} does not pay here: over {header['workers']} workers it sends {1 / run.ratio:.2f} times as "

@@ -326,13 +326,13 @@ def test_a_short_training_gives_a_table_and_a_figure(tmp_path):
         assert (step, total, ratio) == (f"{expected:.4f}", f"{2 * expected:.2f}", f"{dense / expected:.2f}")
 
 
-def recorded(codec, label, sent, dense=2.0, skipped=0):
+def recorded(codec, label, sent, dense=2.0, skipped=0, settings=None):
     """A run of some steps, given what each sent in MB; dense sends 2 MB."""
     so_far = {"step": len(sent), "bytes": sum(sent) * 10**6, "dense_bytes": len(sent) * dense * 10**6}
     fewer = [x for x in sent if x < dense]
     compressed = {"compressed_steps": len(fewer), "compressed_bytes": sum(fewer) * 10**6}
     lines = [
-        {"kind": "run", "codec": codec, "label": label, "workers": 4, "emulated": False},
+        {"kind": "run", "codec": codec, "label": label, "workers": 4, "emulated": False, "settings": settings or {}},
         {"kind": "train", **so_far, "ms": 1.0},
         {"kind": "test", **so_far, "accuracy": 0.5},
         {"kind": "end", **so_far, **compressed, "skipped": skipped, "seconds": {"step": 1.0}},
@@ -352,8 +352,10 @@ def test_the_table_tells_compressed_steps_from_the_others():
 def test_notes_tell_what_the_table_does_not():
     runs = [recorded("gradiveq", "gradiveq k=3", [2.0, 0.5]), recorded("none", "none", [2.0])]
     assert display.notes(runs)[1:] == ["Settings: gradiveq k=3."]
-    (note,) = display.notes([recorded("gradiveq", "gradiveq", [2.0] * 8)])[1:]
-    assert "gradiveq sent less than dense in none of the 8 steps" in note
+    (note,) = display.notes([recorded("gradiveq", "gradiveq", [2.0] * 8, settings={"gradiveq_warmup_steps": 2500})])[1:]
+    assert note == "gradiveq sent less than dense in none of the 8 steps: see --gradiveq_warmup_steps."
+    (note,) = display.notes([recorded("own", "own", [2.0])])[1:]
+    assert note == "own sent less than dense in none of the 1 steps."
     (note, skipped) = display.notes([recorded("qsgd", "qsgd", [1.0, 4.0], skipped=2)])[1:]
     assert "over 4 workers it sends 1.25 times as many bytes" in note
     assert "qsgd skipped 2 steps" in skipped
