@@ -292,13 +292,15 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     def resize(opt_state):
         return _map_per_worker(resized, opt_state, lambda x: x)
 
-    opt_state = jax.tree.map(functools.partial(_movable, mesh=mesh), opt_state)
-    if isinstance(mesh, int):
-        return in_automatic_axes(mesh, jax.jit(resize))(opt_state)
-    jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
-    mesh = automatic(mesh)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(opt_state))
-    return in_automatic_axes(mesh, jax.jit(resize, out_shardings=shardings))(opt_state)
+    def moved(opt_state):
+        opt_state = jax.tree.map(functools.partial(_movable, mesh=mesh), opt_state)
+        if isinstance(mesh, int):
+            return jax.jit(resize)(opt_state)
+        jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
+        shardings = jax.tree.map(lambda spec: NamedSharding(automatic(mesh), spec), specs_of(opt_state))
+        return jax.jit(resize, out_shardings=shardings)(opt_state)
+
+    return in_automatic_axes(mesh, moved)(opt_state)
 
 
 def regrouped(old: jax.Array, new: int) -> jax.Array:

@@ -24,6 +24,7 @@ from gradcomp_jax.sharding import (
     in_automatic_axes,
     is_per_worker,
     local_state,
+    place,
     require_divisible,
     require_state,
     state_specs,
@@ -117,9 +118,9 @@ def train_step(
       `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
       `init(tx, params, mesh)`, every leaf of the batch is split along its first axis, and loss is the mean
       over the workers. With has_state: `step(params, opt_state, model_state, batch) -> (params, opt_state,
-      model_state, loss)`. It has jax.jit's `lower`. Parameters that lie on one device at the first call have
-      the second one compiled anew: `place(params, mesh)` spares that. Where the mesh is of several processes, make
-      each process's rows a batch by `shard_batch(rows, mesh)`.
+      model_state, loss)`. It has jax.jit's `lower`. Parameters and model state that lie elsewhere, such as new ones
+      on one device, are placed on the mesh first, see `place`. Where the mesh is of several processes, make each
+      process's rows a batch by `shard_batch(rows, mesh)`.
 
     Raises:
       ValueError: when called with a batch that does not divide among the workers, or is one process's of several, a
@@ -328,35 +329,47 @@ def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:
 class _Jitted:
     """A jitted step, of `train_step` or `simulate`, that looks at what it is called with, else as jax.jit made it.
 
-    Of several processes, it refuses a batch of one of them. Of several CPU devices, it begins when the step before is
-    done: each may have 32 programs in flight; one more waits on a thread of the pool that the programs before it
-    need, and where there are no more threads than devices, a loop that reads no results ends so.
+    It places parameters and model state on the mesh: it would compile once for where they lie and once for where it
+    returns them. Of several processes, it refuses a batch of one of them. Of several CPU devices, it begins when the
+    step before is done: each may have 32 programs in flight; one more waits on a thread of the pool that the programs
+    before it need, and where there are no more threads than devices, a loop that reads no results ends so.
     """
 
     def __init__(self, step: Any, mesh: Mesh | int, loss: int):
         self._step, self._mesh, self._loss, self._last = step, mesh, loss, None
         devices = [] if isinstance(mesh, int) else list(mesh.devices.flat)
+        self._devices = len(devices)
         self._processes = len({device.process_index for device in devices})
         self._one_at_a_time = not isinstance(mesh, int) and _emulates(mesh)
 
     def __call__(self, params: Any, opt_state: Any, *rest: Any) -> tuple[Any, ...]:
         if self._processes > 1:
             _require_whole(rest[-1], self._processes)
+        params, *model_state = map(self._placed, (params, *rest[:-1]))
         last, self._last = self._last, None
         if last is not None and not last.is_deleted():
             jax.block_until_ready(last)
         try:
-            results = in_automatic_axes(self._mesh, self._step)(params, opt_state, *rest)
+            results = in_automatic_axes(self._mesh, self._step)(params, opt_state, *model_state, rest[-1])
         except ValueError as error:
             if "incompatible devices" not in str(error):
                 raise
             raise ValueError(
-                "some of the step's arrays are committed to other devices than its mesh, as what was restored from a "
-                f"checkpoint may be: params, opt_state = place((params, opt_state), mesh), see also restore. {error}"
+                "some of the step's arrays are committed to other devices than its mesh, as a state that was restored "
+                "from a checkpoint may be: place(opt_state, mesh) moves it, shard_batch(batch, mesh) a batch; see also "
+                f"restore. {error}"
             ) from error
         if self._one_at_a_time and not isinstance(results[self._loss], jax.core.Tracer):
             self._last = results[self._loss]
         return results
+
+    def _placed(self, tree: Any) -> Any:
+        """What is the same on all workers, on the mesh; where it lies is told by its first array."""
+        first = next(iter(jax.tree.leaves(tree)), None)
+        if isinstance(self._mesh, int) or self._devices == 1 or isinstance(first, jax.core.Tracer | None):
+            return tree
+        lies = isinstance(first, jax.Array) and first.sharding.num_devices == self._devices
+        return tree if lies else place(tree, self._mesh)
 
     def lower(self, *args: Any) -> Any:
         return in_automatic_axes(self._mesh, self._step.lower)(*args)
