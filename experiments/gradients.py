@@ -25,14 +25,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from absl import flags
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from experiments import bases, cifar, command, data, display, models, training
-from gradcomp_jax import init, none, train_step
+from gradcomp_jax import init, none, place, train_step
 from gradcomp_jax.codecs.gradiveq import slice_length
 from gradcomp_jax.compressor import flatten
 
@@ -83,7 +82,7 @@ def record(task: training.Task, mesh: Mesh, layers: Sequence[str], screen: displ
     opt_state = init(tx, task.params, mesh)
     shapes = {path: x.shape for path, x in flatten(task.params)[0].items()}
     # Parameters that lay on one device at the first step would have the second one compiled anew.
-    params, stats = jax.device_put((task.params, task.model_state), NamedSharding(mesh, P()))
+    params, stats = place((task.params, task.model_state), mesh)
 
     gradients = {path: np.empty((recorded, *shapes[path]), np.float32) for path in layers}
     with display.progress(screen) as progress:

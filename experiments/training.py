@@ -21,8 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
 from experiments import checkpoints, codecs, display, optimizers, records
 from experiments.interrupts import interruptible
@@ -32,9 +31,9 @@ from gradcomp_jax import (
     delayed,
     init,
     make_mesh,
+    place,
     resize_workers,
     skipped,
-    state_specs,
     train_step,
     wire_bits,
 )
@@ -211,9 +210,8 @@ def train(
         if folder and (saved := restore(folder, settings, tx, task, screen)):
             done, figures = saved.step, saved.figures
             params, model_state = saved.arrays["params"], saved.arrays["model_state"]
-            opt_state = place(saved.arrays["opt_state"], tx, params, saved.workers, mesh, screen)
-        # Parameters that lay on one device at the first step would have the second one compiled anew.
-        params, model_state = jax.device_put((params, model_state), NamedSharding(mesh, P()))
+            opt_state = carried_over(saved.arrays["opt_state"], saved.workers, mesh, screen)
+        params, model_state = place((params, model_state), mesh)
 
         path = pathlib.Path(FLAGS.out_dir) / f"{run_name}.jsonl"
         recorder = records.Recorder(path, header(name, task, settings, steps, mesh), board, figures)
@@ -361,13 +359,10 @@ def restore(
     )
 
 
-def place(
-    opt_state: Any, tx: optax.GradientTransformation, params: Any, workers: int, mesh: Mesh, screen: display.Console
-) -> Any:
+def carried_over(opt_state: Any, workers: int, mesh: Mesh, screen: display.Console) -> Any:
     """The optimiser's state, from the host, on the workers there are now."""
     if workers == mesh.size:
-        shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
-        return jax.device_put(opt_state, shardings)
+        return place(opt_state, mesh)
     screen.print(
         f"The checkpoint is of {workers} workers, now there are {mesh.size}. Carried over as they were: parameters, "
         "batch statistics, the optimiser's and the codec's state, the place in the input. Of the residuals: their mean "

@@ -23,8 +23,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import flags
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from rich.table import Table
 
 from experiments import command, display
@@ -37,10 +35,12 @@ from gradcomp_jax import (
     make_mesh,
     none,
     onebit,
+    place,
     powersgd,
     qsgd,
     randomblock,
     randomk,
+    shard_batch,
     signnorm,
     topk,
     train_step,
@@ -83,8 +83,7 @@ def train(name: str, steps: int, devices: int) -> tuple[float, float]:
     def loss_fn(params: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         return jnp.mean((jnp.tanh(batch[0] @ params["kernel"] + params["bias"]) - batch[1]) ** 2)
 
-    params = jax.device_put(params, NamedSharding(mesh, P()))
-    batch = jax.device_put(batch, NamedSharding(mesh, P("data")))
+    params, batch = place(params, mesh), shard_batch(batch, mesh)
     state, step = init(tx, params, mesh), train_step(loss_fn, tx, mesh)
     params, state, loss = jax.block_until_ready(step(params, state, batch))
     began = time.perf_counter()
