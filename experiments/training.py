@@ -67,7 +67,7 @@ flags.register_validator(
 )
 flags.DEFINE_float("momentum", 0.9, "Of all optimizers but adam.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, added to the aggregated gradient.", lower_bound=0)
-flags.DEFINE_integer("seed", 0, "Of the initial parameters, the batches and the codecs.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Of the initial parameters, the batches and the codecs.", 0, 2**32 - 1)
 flags.DEFINE_integer("eval_every", 100, "Steps from one evaluation on the test split to the next.", lower_bound=1)
 flags.DEFINE_integer("log_every", 10, "Steps over which a line of the records is a mean.", lower_bound=1)
 flags.DEFINE_string("out_dir", "out", "The directory of the records and the figure.")

@@ -16,13 +16,13 @@ are and are summed on the way. Codecs and coders are frozen dataclasses: made al
 import abc
 import dataclasses
 import functools
-import numbers
 from collections.abc import Callable, Generator
 from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from gradcomp_jax.arguments import is_whole, shown
 from gradcomp_jax.views import add_window
 
 AxisName = str | tuple[str, ...]
@@ -408,25 +408,14 @@ def moderate(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) <= MOST, x, jnp.nan)
 
 
-def require_static(name: str, value: Any) -> None:
-    """Raises ValueError for an argument that jax traces."""
-    if isinstance(value, jax.core.Tracer):
-        raise ValueError(
-            f"{name} is a value that jax traces, but a codec's settings are fixed when it is made: under "
-            f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
-        )
-
-
 def require_whole(name: str, value: Any, least: int) -> None:
     """Raises ValueError for an argument that is not a whole number of at least `least`."""
-    require_static(name, value)
-    if not isinstance(value, numbers.Integral) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+    if not is_whole(value) or value < least:
+        raise ValueError(f"{name}={shown(value)} must be a whole number of at least {least}")
 
 
 def require_fraction(fraction: Any) -> None:
     """Raises ValueError for a share of a leaf's elements that is not above 0 and at most 1."""
-    require_static("fraction", fraction)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction} must be above 0 and at most 1")
 

@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gradcomp_jax.arguments import own, require_number
 from gradcomp_jax.contract import Sparse
 
 
@@ -35,6 +36,8 @@ class Feedback:
     owes = True  # the memory is a debt, which `flush` sends
 
     def __post_init__(self) -> None:
+        require_number("decay", self.decay)
+        object.__setattr__(self, "decay", own("decay", self.decay))
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay={self.decay} must be above 0 and at most 1, what remains of a residual in a step")
 

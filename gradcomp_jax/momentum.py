@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradcomp_jax.arguments import own, require_number
+
 
 class EFMomentumState(NamedTuple):
     """State of `ef_momentum`.
@@ -43,7 +45,10 @@ def ef_momentum(decay: float = 0.9) -> optax.GradientTransformation:
     >>> from gradcomp_jax import ef_momentum, powersgd
     >>> tx = optax.chain(powersgd(rank=2), ef_momentum(0.9), optax.scale_by_learning_rate(0.1))
     """
-    if not 0 <= decay < 1:
+    if not isinstance(decay, jax.Array):  # which optax.inject_hyperparams makes of a number or a schedule
+        require_number("decay", decay, "a number; a schedule goes through optax.inject_hyperparams(ef_momentum)")
+        decay = own("decay", decay)
+    if not isinstance(decay, jax.Array) and not 0 <= decay < 1:
         raise ValueError(f"decay={decay} must be in [0, 1)")
 
     def init_fn(params: optax.Params) -> EFMomentumState:

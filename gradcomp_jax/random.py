@@ -22,8 +22,9 @@ DOUBLE_ROUNDS = 6
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
-    """The key of a step, the same on all workers."""
-    return jax.random.fold_in(jax.random.key(seed, impl=IMPL), step)
+    """The key of a step, the same on all workers; of all 64 bits of the seed, whether jax has types so wide or not."""
+    words = jnp.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], jnp.uint32)
+    return jax.random.fold_in(key_of(words), step)
 
 
 def key_of(words: jax.Array) -> jax.Array:
@@ -40,10 +41,10 @@ def scattered(shape: tuple[int, ...], dtype: Any, *seeds: Any) -> jax.Array:
     Args:
       shape: of fewer than 2^32 elements.
       dtype: a floating type.
-      *seeds: whole numbers, of Python's or int32.
+      *seeds: whole numbers, of Python's up to 64 bits, or int32.
     """
     state: Any = jnp.uint32(0x9E3779B9)
-    for seed in seeds:
+    for seed in itertools.chain.from_iterable(map(_words, seeds)):
         state = _mix(state ^ lax.convert_element_type(seed, jnp.uint32)) + jnp.uint32(0x9E3779B9)
     bits = _mix(lax.iota(jnp.uint32, math.prod(shape)) ^ state).reshape(shape)
     return ((bits >> 8).astype(dtype) + jnp.asarray(0.5, dtype)) * jnp.asarray(2.0**-23, dtype) - 1
@@ -58,6 +59,14 @@ def uniform23(key: jax.Array, rows: int, columns: int) -> jax.Array:
     words = jax.random.key_data(key)
     bits = _mix(_mix(lax.iota(jnp.uint32, rows * columns) ^ words[0]) ^ words[1]).reshape(rows, columns)
     return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)  # with a bit more 1 would be among them
+
+
+def _words(seed: Any) -> tuple[Any, ...]:
+    """A seed as words of 32 bits; of most it is one."""
+    if not isinstance(seed, int):
+        return (seed,)
+    low, high = seed & 0xFFFFFFFF, seed >> 32
+    return (low, high & 0xFFFFFFFF) if high else (low,)
 
 
 def _mix(x: jax.Array) -> jax.Array:

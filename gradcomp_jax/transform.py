@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Switched
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import require_whole
@@ -92,6 +93,7 @@ def _takes_flat(coder: Coder) -> bool:
     return type(coder).lay is Coder.lay and not (coder.votes or coder.shares_scale)
 
 
+@factory
 def transformed(tx: Compressor, kind: str, block: int = 64, *, seed: int = 0) -> Compressor:
     """A codec that codes, with an orthonormal transform of blocks before it and its inverse behind it.
 

@@ -31,6 +31,7 @@ import numpy as np
 import optax
 from jax import lax
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import (
     Codec,
@@ -42,7 +43,6 @@ from gradcomp_jax.contract import (
     Talk,
     alongside,
     bare,
-    require_static,
     require_whole,
 )
 from gradcomp_jax.feedback import as_given
@@ -248,6 +248,7 @@ class Accordion(Codec):
         return state._replace(codec=self.inner.flushed(state.codec))
 
 
+@factory
 def accordion(
     low: Compressor,
     high: Compressor,
@@ -299,7 +300,6 @@ def accordion(
     require_whole("window", window, 1)
     if window > interval:
         raise ValueError(f"window={window} must be at most interval={interval}, of which it is the beginning")
-    require_static("threshold", threshold)
     if not threshold > 0:
         raise ValueError(f"threshold={threshold} must be above 0, it is a relative change")
     if norm_source not in NORM_SOURCES:

@@ -29,9 +29,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_static
+from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import columns, from_columns, max_norm, sum_of
@@ -200,6 +201,7 @@ class Adaptive(Coding):
         return Adaptive(tuple(dataclasses.replace(self.coders[0], proportion=p) for p in proportions))
 
 
+@factory
 def adaptive(
     proportion: float = 32,
     *,
@@ -249,7 +251,6 @@ def adaptive(
     >>> from gradcomp_jax import adaptive
     >>> tx = optax.chain(adaptive(proportion=64), optax.sgd(0.1))
     """
-    require_static("proportion", proportion)
     if not proportion > 1:
         raise ValueError(f"proportion={proportion} must be above 1: one element in so many is sent")
     if threshold_scope not in SCOPES:

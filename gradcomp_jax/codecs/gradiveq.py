@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
 from gradcomp_jax.contract import (
@@ -47,7 +48,6 @@ from gradcomp_jax.contract import (
     Strength,
     Talk,
     Tensors,
-    require_static,
     require_whole,
     total,
 )
@@ -420,6 +420,7 @@ class GradiVeQ(Codec):
         return after._replace(position=jnp.where(ends, -self.settling, position))
 
 
+@factory
 def gradiveq(
     k: int | None = None,
     *,
@@ -498,7 +499,6 @@ def gradiveq(
     del seed
     if k is not None:
         require_whole("k", k, 1)
-    require_static("ratio", ratio)
     if not ratio > 1:
         raise ValueError(f"ratio={ratio} must be above 1, it is the K / d of a slice")
     if select not in SELECT:

@@ -6,6 +6,7 @@ import jax
 import optax
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate, Uncompressed
 from gradcomp_jax.exchange import ways
@@ -15,6 +16,7 @@ from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import widen
 
 
+@factory
 def none(
     *,
     aggregate: str = "psum",
@@ -56,6 +58,7 @@ def none(
     )
 
 
+@factory
 def average(axis_name: AxisName) -> optax.GradientTransformation:
     """The exact mean over a fast mesh axis, to stand before a codec on the slow one.
 

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory, is_whole, shown
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Context, Mine, Predicate, Result, Say, Talk, total
@@ -156,6 +157,7 @@ class OneBit(Coding):
         return jax.tree.map(jnp.zeros_like, state)
 
 
+@factory
 def onebit(
     *,
     threshold: str = "zero",
@@ -202,6 +204,8 @@ def onebit(
     >>> tx = optax.chain(onebit(), optax.sgd(0.1))
     """
     del seed
+    if not is_whole(axis):
+        raise ValueError(f"axis={shown(axis)} must be a whole number, the place of an axis")
     if threshold not in THRESHOLDS:
         raise ValueError(f"threshold={threshold!r} must be one of {', '.join(map(repr, THRESHOLDS))}")
     require_aggregate("onebit", Bits(threshold, axis), aggregate)

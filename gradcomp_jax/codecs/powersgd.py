@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory, is_whole, shown
 from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
 from gradcomp_jax.contract import (
@@ -135,9 +136,9 @@ class PowerSGD(Codec):
         stacked = self.stacked is not None and bool(self.stacked(path, leaf))
         inner = leaf.shape[stacked:]
         rows = best_split(inner) if self.split is None else self.split(path, leaf)
-        if not 0 < rows < max(2, len(inner)):
+        if not is_whole(rows) or not 0 < rows < max(2, len(inner)):
             raise ValueError(
-                f"split={rows} of leaf {path!r}: of its {len(inner)} axes 1 to {len(inner) - 1} make the rows"
+                f"split={shown(rows)} of leaf {path!r}: of its {len(inner)} axes 1 to {len(inner) - 1} make the rows"
             )
         return leaf.shape[0] if stacked else 1, math.prod(inner[:rows]), math.prod(inner[rows:])
 
@@ -290,6 +291,7 @@ def best_split(shape: tuple[int, ...]) -> int:
     return min(range(len(shape) - 1, 0, -1), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
 
 
+@factory
 def powersgd(
     rank: int = 2,
     *,
@@ -349,7 +351,7 @@ def powersgd(
     require_whole("rank", rank, 1)
     if refresh is not None:
         require_whole("refresh", refresh, 1)
-    if min_rate <= 0:
+    if not min_rate > 0:
         raise ValueError(f"min_rate={min_rate} must be positive")
     require_aggregate("powersgd", None, aggregate)
     numbers, way = quantizing("powersgd", quantizer, aggregate, axis_name)

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Compact, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_whole
@@ -251,6 +252,7 @@ class QSGD(Coding):
         return dataclasses.replace(self, coders=tuple(coders))
 
 
+@factory
 def qsgd(
     bits: int = 4,
     *,

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
 from gradcomp_jax.contract import (
@@ -200,6 +201,7 @@ def _codec(
     return Subset(name, draw, (rank or fraction or FRACTION,), rank is not None, numbers, seed), way
 
 
+@factory
 def randomk(
     fraction: float | None = None,
     *,
@@ -250,6 +252,7 @@ def randomk(
     )
 
 
+@factory
 def randomblock(
     fraction: float | None = None,
     *,

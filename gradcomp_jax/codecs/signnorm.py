@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate
@@ -80,6 +81,7 @@ class SignNorm(Coding):
         return True
 
 
+@factory
 def signnorm(
     *,
     majority: bool = False,

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate, Sparse, Strength, require_fraction
@@ -100,6 +101,7 @@ class TopK(Coding):
         return True
 
 
+@factory
 def topk(
     fraction: float = 0.01,
     *,

@@ -1,0 +1,161 @@
+"""What users give, made sure of before it is read: the settings of codecs above all."""
+
+import functools
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+P = ParamSpec("P")
+R = TypeVar("R")
+# Characters of a value in a message.
+LONG = 100
+
+
+def factory(make: Callable[P, R]) -> Callable[P, R]:
+    """Marks a factory of codecs: its settings are fixed when it is called, and are Python's own values.
+
+    Numbers of numpy become Python's, which promote no type of jax's. What jax computes is refused, and so are settings
+    of another type than a factory's annotation, where that is `float` or `bool`, and seeds that are none.
+    """
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> R:
+        parameters = inspect.signature(make, eval_str=True).parameters
+        if unknown := [name for name in kwargs if name not in parameters]:
+            raise TypeError(f"{make.__name__} has no setting {unknown[0]!r}: it has {', '.join(parameters)}")
+        first = dict(zip(parameters, args, strict=False))  # Python itself refuses more, and what is given twice
+        given = {name: own(name, value) for name, value in (first | kwargs).items()}
+        for name, value in given.items():
+            _require_kind(name, value, parameters[name].annotation)
+        more = args[len(first) :]
+        return make(*(given[name] for name in first), *more, **{name: given[name] for name in kwargs})  # type: ignore
+
+    def uncalled(*args: Any, **kwargs: Any) -> Any:
+        raise TypeError(f"{make.__name__} is passed uncalled: pass what it returns, such as {make.__name__}(...)")
+
+    # What optax reads of a transformation.
+    for name in ("init", "update"):
+        setattr(made, name, uncalled)
+    return made
+
+
+def own(name: str, value: Any) -> Any:
+    """`value`, a number of numpy's as one of Python's.
+
+    Raises:
+      ValueError: jax computes it.
+    """
+    if isinstance(value, jax.Array):
+        raise ValueError(
+            f"{name} is an array of jax, and must be a number of Python's, as it decides what is compiled: under "
+            f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
+        )
+    scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
+    return value.item() if scalar else value
+
+
+def require_seed(seed: Any) -> None:
+    """Raises ValueError for a seed that is not a whole number of 64 bits."""
+    if not is_whole(seed) or not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed={shown(seed)} must be a whole number from -2^63 to 2^63 - 1")
+
+
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def shown(value: Any) -> str:
+    """`value` for a message; of what is long only the type."""
+    text = repr(value)
+    return text if len(text) <= LONG else f"{text[:LONG]}... ({type(value).__name__})"
+
+
+def require_transformation(tx: Any) -> None:
+    """Raises ValueError for what is no optax transformation."""
+    if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
+        return
+    chain = "; of several make one by optax.chain(*tx)" if isinstance(tx, list | tuple) else ""
+    raise ValueError(
+        f"tx={shown(tx)} must be an optax transformation, such as optax.chain(powersgd(2), optax.sgd(0.1)){chain}. "
+        "The order of arguments is train_step(loss_fn, tx, mesh), simulate(loss_fn, tx, workers), "
+        "init(tx, params, mesh), state_specs(tx, params)"
+    )
+
+
+def require_mesh(mesh: Any, or_workers: bool = True) -> Any:
+    """`mesh`, a mesh or a number of workers.
+
+    Raises:
+      ValueError: it is neither, or a number where only a mesh will do.
+    """
+    mesh = own("mesh", mesh)
+    if isinstance(mesh, Mesh) or (or_workers and is_whole(mesh)):
+        return mesh
+    workers = ", or, for simulate, the number of workers" if or_workers else "; simulate takes a number of workers"
+    raise ValueError(f"mesh={shown(mesh)} must be a mesh, such as make_mesh(4){workers}")
+
+
+def require_arrays(what: str, tree: Any) -> None:
+    """Raises ValueError, by name, for a leaf that is neither an array nor a number."""
+    for path, x in jax.tree_util.tree_leaves_with_path(tree):
+        if not hasattr(x, "dtype") and not isinstance(x, numbers.Number):
+            raise ValueError(
+                f"{what}: leaf {jax.tree_util.keystr(path)} is {shown(x)}, which is no array: leave it out of the tree"
+            )
+
+
+def require_number(name: str, value: Any, described: str = "a number") -> None:
+    """Raises ValueError for what is no real number."""
+    if not isinstance(own(name, value), numbers.Real) or isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)} must be {described}")
+
+
+def _require_kind(name: str, value: Any, annotation: Any) -> None:
+    if name == "seed":
+        require_seed(value)
+    if name == "axis_name":
+        _require_axis_name(value)
+    optional = isinstance(annotation, types.UnionType) and types.NoneType in typing.get_args(annotation)
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType] if optional else [annotation]
+    if len(kinds) > 1 or (optional and value is None):
+        return
+    or_none = " or None" * optional
+    if kinds == [float]:
+        require_number(name, value, f"a number{or_none}")
+    if kinds == [bool] and not isinstance(value, bool):
+        raise ValueError(f"{name}={shown(value)} must be True or False{or_none}")
+    if typing.get_origin(kinds[0]) is Callable and isinstance(typing.get_args(kinds[0])[0], list):
+        count = len(typing.get_args(kinds[0])[0])
+        if not takes(value, count):
+            raise ValueError(
+                f"{name}={shown(value)} must be a function of {count} argument{'s' * (count > 1)}{or_none}"
+            )
+
+
+def takes(function: Any, count: int) -> bool:
+    """Whether it can be called with so many arguments."""
+    if not callable(function):
+        return False
+    try:
+        inspect.signature(function).bind(*range(count))
+    except TypeError:
+        return False
+    except ValueError:
+        pass  # functions of C may tell nothing of their arguments
+    return True
+
+
+def _require_axis_name(axis_name: Any) -> None:
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(
+            f"axis_name={shown(axis_name)} must be the name of a mesh axis, such as 'data', or a tuple of names"
+        )
