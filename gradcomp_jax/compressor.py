@@ -6,6 +6,8 @@ It refuses what must not be summed, sends what is not compressed along, keeps wh
 bits. No codec does any of that.
 """
 
+import dataclasses
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +25,18 @@ from gradcomp_jax.exchange.rounds import Exchange, Exchanged, Terms
 from gradcomp_jax.notes import alone
 from gradcomp_jax.sharding import PerWorker, is_per_worker
 from gradcomp_jax.views import halved, narrow, widen
+
+BY_PATH = "by path"
+
+
+def _placeholder_type() -> type:
+    seen: list[type] = []
+    optax.tree_map_params(lambda placeholder: seen.append(type(placeholder)), lambda x: x, None)
+    return seen[0]
+
+
+# Of what `optax.tree_map_params` gives to init in the place of parameters.
+PLACEHOLDER = _placeholder_type()
 
 
 class CompressorState(NamedTuple):
@@ -71,18 +85,30 @@ class Delivered(NamedTuple):
 class Compressor(optax.GradientTransformationExtraArgs):
     """An optax transformation, local gradients in and aggregated gradients out, that carries its codec.
 
+    Made of equal codecs and settings they are equal. With another function of its two, by `_replace`, it is none any
+    more, but an optax transformation like others.
+
     Attributes:
       codec: the codec.
       settings: with which `compressor` made this of it.
     """
 
-    codec: Codec
-    settings: Settings
+    @property
+    def codec(self) -> Codec:
+        return self.update.codec
 
-    def __new__(cls, init: Any, update: Any, codec: Codec, settings: Settings) -> "Compressor":
-        self = super().__new__(cls, init, update)
-        self.codec, self.settings = codec, settings
-        return self
+    @property
+    def settings(self) -> Settings:
+        return self.update.settings
+
+    def __repr__(self) -> str:
+        return f"Compressor(codec={self.codec}, settings={self.settings})"
+
+    @classmethod
+    def _make(cls, fields: Iterable[Any]) -> optax.GradientTransformationExtraArgs:
+        init, update = fields
+        own = isinstance(update, _Update) and init == _Init(update.codec, update.settings)
+        return cls(init, update) if own else optax.GradientTransformationExtraArgs(init, update)
 
 
 def compressor(codec: Codec, settings: Settings) -> Compressor:
@@ -124,11 +150,30 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
     """
     require_whole("min_size", settings.min_size, 0)
     settings = settings._replace(dense_dtype=half(settings.dense_dtype))
+    return Compressor(_Init(codec, settings), _Update(codec, settings))
 
-    def init_fn(params: Any) -> CompressorState:
-        return _init(codec, settings, params)
 
-    def update_fn(
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """One of the two functions of a codec's transformation; a value, so that it can be copied and compared."""
+
+    codec: Codec
+    settings: Settings
+
+    def __hash__(self) -> int:
+        return hash((type(self), type(self.codec)))  # predicates of users may have no hash
+
+
+class _Init(_Made):
+    def __call__(self, params: Any) -> CompressorState:
+        if isinstance(params, PLACEHOLDER):
+            return _kinds(self.codec, self.settings, params)
+        return _init(self.codec, self.settings, params)
+
+
+class _Update(_Made):
+    def __call__(
+        self,
         updates: Any,
         state: CompressorState,
         params: Any = None,
@@ -140,13 +185,14 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del params, extra_args
+        codec, settings = self.codec, self.settings
         wire = Wire(settings.axis_name)
         leaves, _ = flatten(updates)
         _require_local(wire, leaves)
         if wire.workers == 1 and not flush and not isinstance(codec, Uncompressed):
             alone()
         the = plan(codec, settings, updates)
-        _require_state_of(codec.name, state, jax.eval_shape(init_fn, updates))
+        _require_state_of(codec.name, state, jax.eval_shape(_Init(codec, settings), updates))
         narrower = None if flush else settings.dense_dtype
         dense = [halved(leaves[path], narrower) if narrower else widen(leaves[path]) for path in the.dense]
         riders = [*dense, *(widen(x) for x in jax.tree.leaves(beside))]
@@ -162,10 +208,10 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
             return updates, state
         return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), done.rode[len(dense) :]))
 
-    return Compressor(init_fn, update_fn, codec, settings)
-
 
 def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
+    if compressor_states(params):
+        raise ValueError("params hold an optimiser's state: the order is step(params, opt_state, batch)")
     the = plan(codec, settings, params)
     leaves, _ = flatten(params)
     tell(codec, settings, the, leaves)
@@ -173,12 +219,26 @@ def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
     state = _marked(state, settings)
     zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in tensors.items()}  # noqa: E731
+    return _first_state(state, settings, zeros)
+
+
+def _first_state(state: Any, settings: Settings, zeros: Callable[[], Any]) -> CompressorState:
     feedback = settings.error_feedback
     if feedback is not None and not feedback.owes:
         state = Estimated(state, zeros())
     role = "owed" if feedback is None or feedback.owes else "estimate"
     memory = PerWorker(zeros() if feedback is not None else {}, settings.axis_name, role)
     return CompressorState(state, memory, no_bits(), jnp.int32(0))
+
+
+def _kinds(codec: Codec, settings: Settings, placeholder: Any) -> CompressorState:
+    """The state as `optax.tree_map_params` asks for it: the placeholder is where there are copies of the parameters.
+
+    What the codec keeps by path is one leaf here, as there are no paths.
+    """
+    by_path = lambda x: isinstance(x, dict)  # noqa: E731
+    state = jax.tree.map(lambda x: BY_PATH if by_path(x) else x, codec.start({}), is_leaf=by_path)
+    return _first_state(_marked(state, settings), settings, lambda: placeholder)
 
 
 def _exchange(

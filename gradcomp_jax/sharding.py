@@ -9,11 +9,10 @@ if it were replicated, it would silently keep one worker's copy. So a leaf that 
   what a checkpoint holds.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,14 +21,20 @@ import optax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gradcomp_jax.arguments import require_arrays, require_mesh, require_transformation
 from gradcomp_jax.contract import AxisName
 from gradcomp_jax.exchange.collectives import axis_names
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["value"], meta_fields=["axis", "role"])
-@dataclasses.dataclass(frozen=True)
-class PerWorker:
+class _Value(NamedTuple):
+    value: Any
+
+
+class PerWorker(_Value):
     """State that differs between the workers.
+
+    It is a NamedTuple of its value alone, and so to jax, `optax.tree_utils` and `flax.serialization` what optax's
+    states are; axis and role are of its type, of which there is one for each pair of them.
 
     Attributes:
       value: arrays; local form [...], global form [workers, ...].
@@ -38,9 +43,24 @@ class PerWorker:
         an "estimate", as EF21's; or a part of a codec's own "state".
     """
 
-    value: Any
+    __slots__ = ()
     axis: AxisName
-    role: str = "state"
+    role: str
+
+    def __new__(cls, value: Any, axis: AxisName | None = None, role: str = "state") -> "PerWorker":
+        kind = cls if axis is None else _per_worker(axis, role)
+        return super().__new__(kind, value)
+
+    def __reduce__(self) -> Any:
+        return PerWorker, (self.value, self.axis, self.role)
+
+    def __repr__(self) -> str:
+        return f"PerWorker(value={self.value!r}, axis={self.axis!r}, role={self.role!r})"
+
+
+@functools.cache
+def _per_worker(axis: AxisName, role: str) -> type[PerWorker]:
+    return type("PerWorker", (PerWorker,), {"__slots__": (), "__module__": __name__, "axis": axis, "role": role})
 
 
 def is_per_worker(x: Any) -> bool:
@@ -68,6 +88,7 @@ def state_specs(tx: optax.GradientTransformation, params: Any) -> Any:
       A tree like `tx.init(params)` with a `PartitionSpec` for each array: over the workers' axis for what
       differs between them, replicated otherwise. It serves as in_specs and out_specs of shard_map.
     """
+    require_transformation(tx)
     return specs_of(jax.eval_shape(tx.init, params))
 
 
@@ -157,6 +178,9 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     Raises:
       ValueError: a codec's axis_name is not an axis of the mesh, or a codec refuses `params`.
     """
+    require_transformation(tx)
+    require_arrays("params", params)
+    mesh = require_mesh(mesh)
     count = _count(mesh)
 
     def stack(x: PerWorker) -> PerWorker:
@@ -277,6 +301,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     >>> resize_workers(state, 6).residual.value["w"].shape
     (6, 8, 8)
     """
+    mesh = require_mesh(mesh)
     count = _count(mesh)
 
     def resized(x: PerWorker) -> PerWorker:
@@ -378,6 +403,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 def _count(mesh: Mesh | int) -> Callable[[AxisName], int]:
     """The number of workers along the axis of a codec."""
+    require_mesh(mesh)
     if isinstance(mesh, int) and mesh < 1:
         raise ValueError(f"there must be at least 1 worker, got {mesh}")
 

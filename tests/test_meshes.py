@@ -1,6 +1,5 @@
 """Meshes of more than one axis: nodes of several workers, and parameters sharded over a model axis."""
 
-import dataclasses
 import functools
 
 import chex
@@ -144,7 +143,7 @@ def test_residuals_may_be_split_as_the_parameters_are(row, check_vma):
     params, (codec, momentum) = start(tx, mesh)
     whole = codec.residual.value
     split = {path: P("data", *SPLIT[path.split("/")[0]][path.split("/")[1]]) for path in whole}
-    residual = dataclasses.replace(codec.residual, value=jax.device_put(whole, shardings(split, mesh)))
+    residual = codec.residual._replace(value=jax.device_put(whole, shardings(split, mesh)))
     lies = params, (codec._replace(residual=residual), momentum)
     step = by_shard_map(tx, mesh, lies, check_vma)
     assert_same(row.id, 4, step, lies)
@@ -164,7 +163,7 @@ def test_what_moves_over_the_model_axis(tx, most):
     state = gc.init(tx, params, mesh)
     per_worker = shardings({path: P("data", *spec) for path, spec in split.items()}, mesh)
     residual = jax.device_put(state.residual.value, {path: per_worker[path] for path in state.residual.value})
-    state = state._replace(residual=dataclasses.replace(state.residual, value=residual))
+    state = state._replace(residual=state.residual._replace(value=residual))
     specs = gc.state_specs(tx, params)
 
     def worker(grads, state):

@@ -1,6 +1,5 @@
 """State that outlives its workers: another number of them, and what residuals hold at the end."""
 
-import dataclasses
 import functools
 import re
 
@@ -253,7 +252,7 @@ class TestFlush:
         grads = trees.noise(trees.MATRICES, 16, (1,))
         batch = jax.tree.map(lambda x: np.concatenate([x, -x]), grads)
         params, state, _ = gc.simulate(loss_of_gradients, tx, 2)(params, gc.init(tx, params, 2), batch)
-        cancelling = dataclasses.replace(state[0].residual, value=jax.tree.map(jnp.asarray, batch))
+        cancelling = state[0].residual._replace(value=jax.tree.map(jnp.asarray, batch))
         state = (state[0]._replace(residual=cancelling), *state[1:])
         flushed, after = gc.flush(tx, params, state, 2)
         chex.assert_trees_all_equal(flushed, params)
