@@ -4,6 +4,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from gradcomp_jax.arguments import shown
+
 
 class Collective(NamedTuple):
     """One collective operation of a compiled program.
@@ -68,6 +70,8 @@ def collective_bytes(compiled: Any) -> list[Collective]:
     >>> collective_bytes(program)
     []
     """
+    if not isinstance(compiled, str) and not hasattr(compiled, "as_text"):
+        raise ValueError(f"compiled={shown(compiled)} must be a compiled program, as of step.lower(...).compile()")
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     devices = 1
     for key in ("replica_count", "num_partitions"):

@@ -13,7 +13,10 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import beside
 from gradcomp_jax.agreement import Shapes, require_agreement, update_of
+from gradcomp_jax.arguments import is_whole, own, require_mesh, shown
 from gradcomp_jax.compressor import Delivered, compressor_states, is_compressor_state, skipped_steps
+from gradcomp_jax.contract import require_whole
+from gradcomp_jax.entry import checked, require_rest
 from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.loss import UntypedError, own_gradients, require_unconstrained
@@ -57,8 +60,10 @@ def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
         workers = {"data": available if workers is None else workers}
     needed = 1
     for name, size in workers.items():
-        if size < 1:
-            raise ValueError(f"axis {name!r} of the mesh has {size} workers, it needs at least 1")
+        if not is_whole(size) or size < 1:
+            raise ValueError(
+                f"axis {name!r} of the mesh has {shown(size)} workers, it needs at least 1, a whole number"
+            )
         needed *= size
     if needed > available:
         raise ValueError(
@@ -128,6 +133,7 @@ def train_step(
         constrains shardings over the mesh, or a tx that leaves the workers' updates or its state different, or calls a
         codec in some steps only.
     """
+    loss_fn, mesh = checked(loss_fn, tx, has_aux, has_state), require_mesh(mesh, or_workers=False)
     mesh = automatic(mesh)
     axes = tuple(mesh.axis_names)
     with_rest = _with_rest(loss_fn, has_aux, has_state)
@@ -148,6 +154,7 @@ def train_step(
         )
 
     def step(params, opt_state, *rest):
+        require_rest(rest, has_state)
         require_divisible(rest[-1], mesh.size, f"the mesh's {mesh.size} workers")
         require_state(tx, params, opt_state, mesh)
         try:
@@ -199,12 +206,13 @@ def simulate(
     Raises:
       ValueError: when called, as in `train_step`; a loss that is reduced already cannot be seen here.
     """
-    if workers < 1:
-        raise ValueError(f"workers={workers} must be at least 1")
+    loss_fn, workers = checked(loss_fn, tx, has_aux, has_state), own("workers", workers)
+    require_whole("workers", workers, 1)
     with_rest = _with_rest(loss_fn, has_aux, has_state)
     worker = _worker_step(with_rest, tx, {axis_name: workers}, has_aux, has_state, reduce_aux, in_shards=False)
 
     def step(params, opt_state, *rest):
+        require_rest(rest, has_state)
         require_divisible(rest[-1], workers, f"{workers} workers")
         require_state(tx, params, opt_state, workers)
         require_agreement(tx, ((axis_name, workers),), Shapes.of(params))
@@ -343,14 +351,14 @@ class _Jitted:
         self._one_at_a_time = not isinstance(mesh, int) and _emulates(mesh)
 
     def __call__(self, params: Any, opt_state: Any, *rest: Any) -> tuple[Any, ...]:
-        if self._processes > 1:
+        if self._processes > 1 and rest:
             _require_whole(rest[-1], self._processes)
         params, *model_state = map(self._placed, (params, *rest[:-1]))
         last, self._last = self._last, None
         if last is not None and not last.is_deleted():
             jax.block_until_ready(last)
         try:
-            results = in_automatic_axes(self._mesh, self._step)(params, opt_state, *model_state, rest[-1])
+            results = in_automatic_axes(self._mesh, self._step)(params, opt_state, *model_state, *rest[-1:])
         except ValueError as error:
             if "incompatible devices" not in str(error):
                 raise

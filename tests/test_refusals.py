@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from jax.sharding import PartitionSpec as P
@@ -254,13 +255,112 @@ class TestArguments:
         with refuses(f"decay={decay}", "[0, 1)"):
             gc.ef_momentum(decay)
 
+    @pytest.mark.parametrize(
+        ("codec", "given", "words"),
+        [
+            (gc.powersgd, {"rnk": 2}, ["powersgd has no setting 'rnk': it has rank, min_rate,"]),
+            (gc.powersgd, {"rank": True}, ["rank=True must be a whole number"]),
+            (gc.powersgd, {"rank": problem.params()}, ["rank={'layer1'", "... (dict) must be a whole number"]),
+            (gc.powersgd, {"min_rate": float("nan")}, ["min_rate=nan must be positive"]),
+            (gc.powersgd, {"min_size": -1}, ["min_size=-1 must be a whole number of at least 0"]),
+            (gc.powersgd, {"aggregate": "mean"}, ["aggregate='mean' is not known", "use 'psum', 'ring'"]),
+            (gc.powersgd, {"allow_dense": "yes"}, ["allow_dense='yes' must be True or False"]),
+            (gc.powersgd, {"compress": ["w"]}, ["compress=['w'] must be a function of 2 arguments or None"]),
+            (gc.powersgd, {"compress": lambda leaf: True}, ["must be a function of 2 arguments or None"]),
+            (gc.powersgd, {"split": lambda leaf: 1}, ["split=", "must be a function of 2 arguments or None"]),
+            (gc.powersgd, {"quantizer": 8}, ["quantizer=8", "must be a qsgd(...)"]),
+            (gc.powersgd, {"axis_name": ["a", "b"]}, ["axis_name=['a', 'b'] must be the name", "or a tuple of names"]),
+            (gc.powersgd, {"axis_name": ()}, ["axis_name=() must be the name of a mesh axis"]),
+            (gc.average, {"axis_name": 4}, ["axis_name=4 must be the name of a mesh axis"]),
+            (gc.topk, {"fraction": "1%"}, ["fraction='1%' must be a number"]),
+            (gc.topk, {"fraction": optax.constant_schedule(0.1)}, ["fraction=", "must be a number"]),
+            (gc.topk, {"fraction": True}, ["fraction=True must be a number"]),
+            (gc.qsgd, {"capacity": "2"}, ["capacity='2' must be a number or None"]),
+            (gc.adaptive, {"sample": 1}, ["sample=1 must be True or False or None"]),
+            (gc.onebit, {"axis": "last"}, ["axis='last' must be a whole number"]),
+            (gc.powersgd, {"rank": jnp.ones((), int)}, ["rank is an array of jax", "'rank'", "in static_args"]),
+            (gc.qsgd, {"shared_scale": jnp.ones(())}, ["shared_scale is an array of jax", "in static_args"]),
+            (gc.Feedback, {"decay": "0.9"}, ["decay='0.9' must be a number"]),
+            (gc.ef_momentum, {"decay": "0.9"}, ["decay='0.9' must be a number"]),
+            (gc.ef_momentum, {"decay": optax.constant_schedule(0.9)}, ["goes through optax.inject_hyperparams"]),
+        ],
+        ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+    )
+    def test_types(self, codec, given, words):
+        with refuses(*words, error=(ValueError, TypeError)):
+            codec(**given)
+
+    def test_a_learning_rate_where_a_schedule_is_due(self):
+        with refuses("learning_rate=0.1 must be a function of 1 argument or None"):
+            gc.accordion(gc.powersgd(2), gc.powersgd(1), interval=3, learning_rate=0.1)
+
+    @pytest.mark.parametrize("name", [*gc.CODECS, "transformed"])
+    def test_inject_hyperparams_without_static_args(self, name):
+        given = (gc.topk(0.1), "dct") if name == "transformed" else ()
+        with refuses("is an array of jax", "optax.inject_hyperparams name", "all other settings", "in static_args"):
+            optax.inject_hyperparams(getattr(gc, name))(*given).init(problem.params())
+
+    def test_a_factory_that_is_not_called(self):
+        for make in (optax.chain(gc.powersgd, optax.sgd(0.1)), optax.masked(gc.CODECS["topk"], True), gc.qsgd):
+            with refuses("is passed uncalled: pass what it returns, such as", "(...)", error=TypeError):
+                gc.init(make, problem.params(), 4)
+        for ask in (gc.delayed, lambda tx: gc.transformed(tx, "dct"), lambda tx: gc.accordion(tx, tx, interval=2)):
+            with refuses("<function topk", "must be a"):
+                ask(gc.topk)
+
+    @pytest.mark.parametrize("returned", ["yes", np.ones(3)], ids=["string", "array"])
+    def test_a_predicate_that_returns_no_truth_value(self, returned):
+        with refuses("compress= returned", "for leaf 'layer1/bias', it must return True or False"):
+            gc.powersgd(compress=lambda path, leaf: returned).init(problem.params())
+
+    def test_a_split_that_is_no_number(self):
+        with refuses("split='1' of leaf 'layer1/kernel': of its 2 axes 1 to 1 make the rows"):
+            gc.powersgd(split=lambda path, leaf: "1").init(problem.params())
+
     def test_mesh(self):
         with refuses("64 devices", "jax has 8", "jax_num_cpu_devices"):
             gc.make_mesh(64)
         with refuses("'node'", "0 workers"):
             gc.make_mesh({"node": 0, "local": 2})
-        with refuses("workers=0"):
-            gc.simulate(problem.loss_fn, gc.none(), 0)
+        for workers in (0, 2.0, "2", True, gc.make_mesh(1)):
+            with refuses(f"workers={workers!r} must be a whole number of at least 1"):
+                gc.simulate(problem.loss_fn, gc.none(), workers)
+        for workers in ("data", (2, 2), 2.0, {"data": True}):
+            with refuses("axis 'data' of the mesh has", "it needs at least 1, a whole number"):
+                gc.make_mesh(workers)
+
+    @pytest.mark.parametrize("mesh", [(4,), "4", 4.0, True, None])
+    def test_what_is_no_mesh(self, mesh):
+        tx, params = gc.none(), problem.params()
+        words = f"mesh={mesh!r} must be a mesh, such as make_mesh(4), or, for simulate, the number of workers"
+        with refuses(words):
+            gc.init(tx, params, mesh)
+        with refuses(words):
+            gc.resize_workers(gc.init(tx, params, 2), mesh)
+        with refuses(f"mesh={mesh!r} must be a mesh, such as make_mesh(4); simulate takes a number of workers"):
+            gc.train_step(problem.loss_fn, tx, mesh)
+        with refuses("mesh=4 must be a mesh", "simulate takes a number"):
+            gc.train_step(problem.loss_fn, tx, 4)
+
+    def test_what_is_no_transformation(self):
+        tx, params, mesh = problem.optimizer(gc.none()), problem.params(), gc.make_mesh(4)
+        order = "must be an optax transformation", "The order of arguments is train_step(loss_fn, tx, mesh)"
+        for call in (
+            lambda: gc.init(params, tx, mesh),
+            lambda: gc.init(params, tx, 4),
+            lambda: gc.state_specs(params, tx),
+            lambda: gc.train_step(tx, problem.loss_fn, mesh),
+            lambda: gc.simulate(problem.loss_fn, mesh, tx),
+        ):
+            with refuses(*order):
+                call()
+        for several in ([gc.none(), optax.sgd(0.1)], ()):
+            with refuses("of several make one by optax.chain(*tx)"):
+                gc.simulate(problem.loss_fn, several, 4)
+
+    def test_what_is_no_program(self):
+        with refuses("must be a compiled program, as of step.lower(...).compile()"):
+            gc.collective_bytes(jnp.ones(3))
 
 
 class TestTrees:
@@ -274,6 +374,16 @@ class TestTrees:
             codec(min_size=1_000_000).init(problem.params())
         with refuses("compress="):
             codec(compress=lambda path, leaf: False).init(problem.params())
+
+    def test_leaves_that_are_no_arrays(self):
+        with refuses("params: leaf ['name'] is 'net', which is no array", "leave it out"):
+            gc.init(gc.none(), {"name": "net", "w": jnp.ones(3)}, 4)
+        with refuses("codec 'none' takes arrays, leaf 'scale' is 1.0", error=TypeError):
+            gc.none().init({"scale": 1.0, "w": jnp.ones(3)})
+
+    def test_a_state_for_parameters(self):
+        with refuses("params hold an optimiser's state: the order is step(params, opt_state, batch)"):
+            gc.none().init(gc.init(gc.none(), problem.params(), 2))
 
     @pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64])
     @pytest.mark.parametrize("codec", [gc.none(), gc.powersgd(), gc.qsgd(min_size=0)])
@@ -398,6 +508,67 @@ class TestStep:
             step = gc.train_step(problem.loss_fn, tx, mesh, check_vma=check_vma)
             with refuses("'layer1/bias' differs along mesh axis 'local' too", "average('local') before the codec"):
                 step.lower(params, gc.init(tx, params, mesh), next(problem.batches(1)))
+
+    @pytest.mark.parametrize(
+        ("loss_fn", "words"),
+        [
+            (lambda params, batch: batch["x"].mean(1), ["an array of shape (8,) and type float32", "take jnp.mean"]),
+            (lambda params, batch: (problem.loss_fn(params, batch), {}), ["loss is a tuple of 2", "has_aux=False"]),
+            (lambda params, batch: jnp.sum(batch["x"] > 0), ["type int32, it must be a scalar of real floating type"]),
+            (
+                lambda params, batch: jax.lax.complex(*[problem.loss_fn(params, batch)] * 2),
+                ["of shape () and type complex64"],
+            ),
+            (lambda params, batch: 1.0, ["loss is 1.0, it must be", "made of params"]),
+            (lambda params, batch: None, ["loss is None, it must be"]),
+            (lambda params, stats, batch: 1.0, ["must be a function (params, batch) -> loss, with has_aux=False"]),
+            (3.0, ["loss_fn=3.0 must be a function (params, batch) -> loss"]),
+        ],
+        ids=["vector", "pair", "integer", "complex", "constant", "none", "three", "number"],
+    )
+    def test_losses(self, loss_fn, words):
+        self.refused(words, loss_fn)
+
+    @pytest.mark.parametrize(
+        ("out", "has_aux", "has_state", "words"),
+        [
+            (lambda loss: loss, True, False, ["(loss, aux), with has_aux=True", "an array of shape ()"]),
+            (lambda loss: (loss, 1, 2), True, False, ["has_aux=True", "a tuple of 3"]),
+            (lambda loss: (loss, {"name": "x"}), True, False, ["beside the loss: leaf ['name'] is 'x'", "no array"]),
+            (lambda loss: loss, False, True, ["(loss, model_state)", "an array of shape ()"]),
+            (lambda loss: (loss, {}, {}), True, True, ["(loss, (model_state, aux))", "a tuple of 3"]),
+            (lambda loss: (loss, {}), True, True, ["(loss, (model_state, aux))", "a dict of 0"]),
+        ],
+        ids=["no aux", "three", "string", "no state", "flat", "no pair"],
+    )
+    def test_what_is_beside_the_loss(self, out, has_aux, has_state, words):
+        tx, params = problem.optimizer(gc.none()), problem.params()
+        loss_fn = lambda params, *rest: out(problem.loss_fn(params, rest[-1]))  # noqa: E731
+        step = gc.simulate(loss_fn, tx, 4, has_aux=has_aux, has_state=has_state)
+        with refuses(*words):
+            step(params, gc.init(tx, params, 4), *[{}] * has_state, next(problem.batches(1)))
+
+    def test_the_order_of_a_steps_arguments(self):
+        tx, params, batch = problem.optimizer(gc.none()), problem.params(), next(problem.batches(1))
+        mesh = gc.make_mesh(4)
+        for step, state in (
+            (gc.train_step(problem.loss_fn, tx, mesh), gc.init(tx, params, mesh)),
+            (gc.simulate(problem.loss_fn, tx, 4), gc.init(tx, params, 4)),
+        ):
+            for args, words in (
+                ((params, state), "takes (params, opt_state, batch), got 2 arguments"),
+                ((params, state, batch["x"], batch["y"]), "got 4 arguments; a batch of several arrays is one tuple"),
+                (
+                    (params, batch, state),
+                    "the batch holds an optimiser's state: a step takes (params, opt_state, batch)",
+                ),
+                ((state, params, batch), "params hold an optimiser's state"),
+                ((params, state, {"x": np.ones((0, 64))}), "of shape (0, 64) has no examples"),
+            ):
+                with refuses(words):
+                    step(*args)
+        with refuses("with has_state=True takes (params, opt_state, model_state, batch), got 3 arguments"):
+            gc.simulate(lambda params, stats, batch: 0, tx, 4, has_state=True)(params, state, batch)
 
     def test_random_keys_in_the_model_state(self):
         def loss_fn(params, keys, batch):

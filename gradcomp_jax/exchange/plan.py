@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from gradcomp_jax.arguments import shown
 from gradcomp_jax.coder import Coder, Switched
 from gradcomp_jax.contract import AxisName, Codec, Predicate, Uncompressed
 from gradcomp_jax.exchange.shards import Group, grouped
@@ -105,7 +107,10 @@ def plan(codec: Codec, settings: Settings, tree: Any) -> Plan:
 
 def _why_dense(codec: Codec, settings: Settings, path: str, leaf: Any) -> str:
     """Why a leaf travels as it is; nothing if it is compressed."""
-    if not bool((settings.compress or codec.default)(path, leaf)):
+    chosen = (settings.compress or codec.default)(path, leaf)
+    if isinstance(chosen, str | np.ndarray | jax.Array):
+        raise ValueError(f"compress= returned {shown(chosen)} for leaf {path!r}, it must return True or False")
+    if not chosen:
         return "left out by compress=" if settings.compress else "left out by the codec's rule for its shape"
     if leaf.size < settings.min_size:
         return f"fewer elements than min_size={settings.min_size}"
@@ -122,6 +127,8 @@ def tell(codec: Codec, settings: Settings, the: Plan, leaves: dict[str, Any]) ->
 
 
 def _require_real(codec: str, path: str, leaf: Any) -> None:
+    if not hasattr(leaf, "dtype"):
+        raise TypeError(f"codec {codec!r} takes arrays, leaf {path!r} is {shown(leaf)}: make it one, or leave it out")
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise TypeError(
             f"codec {codec!r} takes gradients of real floating type, leaf {path!r} is {leaf.dtype}: keep it "
