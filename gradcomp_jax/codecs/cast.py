@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Codec, Context, Predicate, Result, Say, Talk, total
@@ -105,6 +106,7 @@ class Cast(Codec):
         return Result(heard.mean.astype(x.dtype), heard.own.astype(x.dtype))
 
 
+@factory
 def cast(
     dtype: DTypeLike = "bfloat16",
     *,
