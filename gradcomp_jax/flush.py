@@ -197,22 +197,24 @@ def _response(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state:
       point: where schedules are, from 0, their begin, to 1, now.
     """
     owed = _mean_owed(_owed(opt_state))
-    axes = tuple(dict.fromkeys(axis for x in _owed(opt_state) for axis in axis_names(x.axis)))
-
-    def updates(size):
-        state = _earlier(_as_of_one_worker(opt_state, size), point)
-        zeros, loss = jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
-
-        def worker(_):
-            return update_of(tx, dict.fromkeys(axes, 1), zeros, state, params, loss, flush=True)[0]
-
-        for axis in axes:
-            worker = jax.vmap(worker, axis_name=axis)
-        return jax.tree.map(lambda x: jnp.squeeze(x, tuple(range(len(axes)))), worker(jnp.zeros((1,) * len(axes))))
-
+    updates = functools.partial(_updates, tx, params, _earlier(opt_state, point))
     steps = flatten(jax.tree.map(jnp.subtract, updates(jnp.float32(0)), updates(size)))[0]
     along = [jnp.sum(x * steps[path].astype(x.dtype)).astype(jnp.float32) for path, x in owed.items()]
     return jnp.sum(jnp.stack(along)) / size
+
+
+def _updates(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any, size: Any) -> Any:
+    """The updates of a flush, of so much of what is owed, by a single worker."""
+    axes = tuple(dict.fromkeys(axis for x in _owed(opt_state) for axis in axis_names(x.axis)))
+    state = _as_of_one_worker(opt_state, size)
+    zeros, loss = jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
+
+    def worker(_):
+        return update_of(tx, dict.fromkeys(axes, 1), zeros, state, params, loss, flush=True)[0]
+
+    for axis in axes:
+        worker = jax.vmap(worker, axis_name=axis)
+    return jax.tree.map(lambda x: jnp.squeeze(x, tuple(range(len(axes)))), worker(jnp.zeros((1,) * len(axes))))
 
 
 def _as_of_one_worker(opt_state: Any, size: Any) -> Any:
