@@ -56,6 +56,8 @@ def require_rest(rest: tuple[Any, ...], has_state: bool) -> None:
         )
     if compressor_states(rest[-1]):
         raise ValueError(f"the batch holds an optimiser's state: a step takes ({given})")
+    if not jax.tree.leaves(rest[-1]):
+        raise ValueError(f"batch={shown(rest[-1])} holds no array: each leaf's first axis counts examples")
     for path, x in jax.tree_util.tree_leaves_with_path(rest[-1]):
         if 0 in np.shape(x)[:1]:
             raise ValueError(f"batch leaf {jax.tree_util.keystr(path)!r} of shape {np.shape(x)} has no examples")

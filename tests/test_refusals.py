@@ -564,6 +564,7 @@ class TestStep:
                 ),
                 ((state, params, batch), "params hold an optimiser's state"),
                 ((params, state, {"x": np.ones((0, 64))}), "of shape (0, 64) has no examples"),
+                ((params, state, {}), "batch={} holds no array: each leaf's first axis counts examples"),
             ):
                 with refuses(words):
                     step(*args)
