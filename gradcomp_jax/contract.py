@@ -391,19 +391,18 @@ class AlreadyReducedError(ValueError):
 def total(d: tuple[jax.Array, ...]) -> jax.Array:
     """The sum of the terms of which a talk is given its tensor.
 
-    NaN where a step would leave too much to owe: beside `moderate`, where the sum is near the end of its type's range.
+    Where a step would leave too much owed it is NaN: as `moderate`, and near the ends of its type's range.
     """
     if len(d) == 1:
         return d[0]
-    x = d[0] + d[1]
-    near = jnp.abs(x) <= float(jnp.finfo(x.dtype).max) / 4
-    return jnp.where((jnp.abs(d[0]) <= MOST) & near, x, jnp.nan)
+    x = moderate(d[0]) + d[1]
+    return jnp.where(jnp.abs(x) <= float(jnp.finfo(x.dtype).max) / 4, x, jnp.nan)
 
 
 def moderate(x: jax.Array) -> jax.Array:
     """What is said of a gradient under error feedback: NaN above `MOST`, for the step to be skipped.
 
-    A finite gradient could else leave a residual of which no later step's numbers are finite, and all would be skipped.
+    A finite gradient could otherwise leave a residual so large that all later steps would be skipped.
     """
     return jnp.where(jnp.abs(x) <= MOST, x, jnp.nan)
 

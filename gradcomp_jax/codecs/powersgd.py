@@ -214,7 +214,8 @@ def salts(asked: list[tuple[int, jax.Array]]) -> list[jax.Array]:
 
 def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """A product of matrices."""
-    # HIGHEST: with the bfloat16 products that are the default on TPUs, own and mean would part.
+    # HIGHEST: with the shorter products that are the default on TPUs and GPUs, own and mean would part. The large ones
+    # have few columns, and take as long as it takes to read the gradient.
     return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
