@@ -70,10 +70,9 @@ def flush(
         the codec inside it; the chain would apply less than `at_least` of what is owed; or no parameter changed, as
         under a learning rate of zero or in `optax.MultiSteps`.
     """
-    residuals = _owed(opt_state)
-    if not jax.tree.leaves(residuals):
-        return params, opt_state
     require_state(tx, params, opt_state, mesh)
+    if not jax.tree.leaves(_owed(opt_state)):
+        return params, opt_state
     flushed = functools.partial(_flush, optax.with_extra_args_support(tx), mesh, learning_rate, at_least)
     return in_automatic_axes(mesh, flushed)(params, opt_state)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gradcomp_jax.arguments import factory
 from gradcomp_jax.compressor import compressor_states, skipped_steps
 from gradcomp_jax.contract import require_whole
 
@@ -30,6 +31,7 @@ class LossScaleState(NamedTuple):
     steps: jax.Array
 
 
+@factory
 def loss_scaled(
     tx: optax.GradientTransformation, *, initial: float = 2.0**15, factor: float = 2.0, period: int = 2000
 ) -> optax.GradientTransformationExtraArgs:

@@ -372,6 +372,7 @@ def require_state(tx: optax.GradientTransformation, params: Any, opt_state: Any,
     Raises:
       ValueError: it is another's; the message says what leads from it to one that fits, if anything does.
     """
+    require_transformation(tx)
     expected = jax.eval_shape(tx.init, params)
     got, want = _leaves(opt_state), _leaves(expected)
     differing = sorted(got.keys() ^ want.keys())

@@ -14,6 +14,7 @@ from tests.test_refusals import refuses
 
 # Each factory's numbers and truth values, as numpy has them.
 SETTINGS = {
+    "cast": {"dtype": np.str_("float16"), "error_feedback": np.True_},
     "none": {"min_size": np.int64(3), "allow_dense": np.True_},
     "powersgd": {"rank": np.int64(2), "min_rate": np.float64(1.5), "refresh": np.int8(3), "error_feedback": np.True_},
     "qsgd": {"bits": np.int64(4), "bucket_size": np.int16(64), "levels": np.uint8(5), "shared_scale": np.False_},

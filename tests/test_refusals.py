@@ -358,6 +358,16 @@ class TestArguments:
             with refuses("of several make one by optax.chain(*tx)"):
                 gc.simulate(problem.loss_fn, several, 4)
 
+    def test_the_order_of_flushs_arguments(self):
+        tx, params = problem.optimizer(gc.topk(0.1)), problem.params()
+        state = gc.init(tx, params, 4)
+        with refuses("must be an optax transformation"):
+            gc.flush(params, state, tx, 4)
+        with refuses("params hold an optimiser's state"):
+            gc.flush(tx, state, params, 4)
+        with refuses("mesh=(4,) must be a mesh"):
+            gc.flush(tx, params, state, (4,))
+
     def test_what_is_no_program(self):
         with refuses("must be a compiled program, as of step.lower(...).compile()"):
             gc.collective_bytes(jnp.ones(3))
