@@ -174,6 +174,7 @@ def _require_share(tx: optax.GradientTransformationExtraArgs, params: Any, opt_s
         return jax.lax.map(lambda at: _response(tx, params, opt_state, *at), (sizes.reshape(-1), points.reshape(-1)))
 
     got = jax.device_get(responses(params, opt_state))
+    got = got * np.sign(got[np.argmax(np.abs(got))])  # a chain without a learning rate goes up what is owed
     now, most = float(got[0]), float(np.max(got))
     if now < at_least * most:
         share = max(now, 0.0) / most
