@@ -143,6 +143,24 @@ def sum_of(part: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> j
     return lax.reduce(x, zero, lambda total, one: total + part(one), (axis,))
 
 
+def column_sums(parts: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """The sum of each of several parts of a matrix, [rows, columns], down its columns.
+
+    In one pass over what they are computed from, which several sums of their own would each compute anew.
+    """
+    rows, zeros = parts[0].shape[0], tuple(jnp.zeros((), x.dtype) for x in parts)
+    if others_are_automatic():
+        return [jnp.sum(x, axis=0) for x in parts]
+
+    def add(totals: tuple[jax.Array, ...], one: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        return tuple(total + x for total, x in zip(totals, one, strict=True))
+
+    if rows > STEP and rows % STEP == 0:  # of partial sums, as in `sum_of`
+        steps = tuple(x.reshape(-1, STEP, x.shape[1]) for x in parts)
+        return [jnp.sum(x, axis=0) for x in lax.reduce(steps, zeros, add, (1,))]
+    return list(lax.reduce(parts, zeros, add, (0,)))
+
+
 def l1_norm(x: jax.Array) -> jax.Array:
     """The sum of the magnitudes of a vector."""
     return sum_of(jnp.abs, x, 0)

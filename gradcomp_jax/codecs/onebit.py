@@ -32,7 +32,7 @@ from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Context, Mine, Predicate, Result, Say, Talk, total
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
-from gradcomp_jax.views import columns, from_columns, sum_of
+from gradcomp_jax.views import column_sums, columns, from_columns
 from gradcomp_jax.wire.packing import Field
 
 # Below this length a column's two float32 cost more than a bit an element.
@@ -67,8 +67,7 @@ def means(v: jax.Array, threshold: str) -> tuple[jax.Array, jax.Array, jax.Array
         deviation = jnp.mean(jnp.abs(v - middle[None]), axis=0)
         return v >= middle[None], middle - deviation, middle + deviation
     above = v >= 0
-    count = jnp.sum(above, axis=0).astype(v.dtype)
-    low, high = (sum_of(part, v, 0) for part in (lambda x: jnp.minimum(x, 0), lambda x: jnp.maximum(x, 0)))
+    low, high, count = column_sums((jnp.minimum(v, 0), jnp.maximum(v, 0), above.astype(v.dtype)))
     return above, low / jnp.maximum(len(v) - count, 1), high / jnp.maximum(count, 1)
 
 
