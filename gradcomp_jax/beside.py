@@ -15,13 +15,13 @@ REDUCTIONS = ("mean", "sum", "workers")
 EXACT_BITS = 21
 
 
-def reductions(reduce_aux: Any, aux: Any, rows: int) -> Any:
+def reductions(reduce_aux: Any, aux: Any, rows: set[int]) -> Any:
     """The reduction of each leaf of the auxiliary outputs: a tree like `aux`.
 
     Args:
       reduce_aux: as `train_step` takes it.
       aux: one worker's outputs.
-      rows: of the worker's part of the batch.
+      rows: of the leaves of the worker's part of the batch.
 
     Raises:
       ValueError: reduce_aux is no prefix of aux, or names another reduction.
@@ -40,10 +40,10 @@ def reductions(reduce_aux: Any, aux: Any, rows: int) -> Any:
         ) from error
 
 
-def _by_type(path: Any, x: Any, rows: int) -> str:
+def _by_type(path: Any, x: Any, rows: set[int]) -> str:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return "sum"
-    if x.ndim and x.shape[0] == rows > 1:
+    if x.ndim and x.shape[0] in rows - {1}:
         warnings.warn(
             f"auxiliary output {jax.tree_util.keystr(path) or 'aux'} of shape {x.shape} has as many rows as a worker's "
             "part of the batch, and is averaged over the workers, row by row: to keep all rows give "

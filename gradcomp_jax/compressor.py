@@ -274,7 +274,7 @@ def _exchange(
     for path, old in memory.items():
         lost = _lost(mean[path], leaves[path].dtype) if feedback.owes else 0  # estimates are wide, and stay
         if flush:
-            residual[path] = jnp.where(done.ok, lost, old) if feedback.owes else old
+            residual[path] = jnp.where(done.ok, 0, old) if feedback.owes else old
         else:
             residual[path] = feedback.settle(terms[path], old, done.own[path], done.ok)
             residual[path] = residual[path] if isinstance(lost, int) else residual[path] + jnp.where(done.ok, lost, 0)

@@ -23,6 +23,7 @@ from gradcomp_jax.sharding import (
     shard_batch,
 )
 from gradcomp_jax.step import simulate, train_step
+from gradcomp_jax.views import widen
 
 # Points of the run so far, from now back to its begin, at which schedules are looked at.
 POINTS = tuple(1 - i / 16 for i in range(17))
@@ -153,7 +154,7 @@ def _moved(params: Any, owed: dict[str, jax.Array], learning_rate: Any) -> Any:
     """The parameters less learning_rate times what is owed."""
     leaves, treedef = flatten(params)
     moved = [
-        (x - learning_rate * owed[path].astype(jnp.result_type(x, jnp.float32))).astype(x.dtype) if path in owed else x
+        (widen(x) - learning_rate * widen(owed[path])).astype(x.dtype) if path in owed else x
         for path, x in leaves.items()
     ]
     return jax.tree.unflatten(treedef, moved)

@@ -75,7 +75,7 @@ def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> A
 
     def target(path: Any, x: Any, spec: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        if not hasattr(x, "dtype"):
+        if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         shape, differs = saved[name], name in workers
         if shape[differs:] != x.shape[differs:]:

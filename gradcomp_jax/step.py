@@ -254,7 +254,7 @@ def _worker_step(
         scaled = loss_scale(opt_state) if _scales(opt_state) else None
         (loss, (model_state, aux)), grads = own_gradients(loss_fn, params, rest, axes, scaled)
         floats, others = beside.model_state_parts(model_state)
-        hows = beside.reductions(reduce_aux, aux, jax.tree.leaves(rest[-1])[0].shape[0])
+        hows = beside.reductions(reduce_aux, aux, {x.shape[0] for x in jax.tree.leaves(rest[-1])})
         riders = [loss, beside.sent(aux, hows, wire.workers), floats]
         updates, new_opt_state, means = _update_beside(tx, sizes, grads, opt_state, params, riders, in_shards)
         others = collectives.after(others, compressor_states(new_opt_state))

@@ -81,6 +81,9 @@ def test_sums_of_whole_numbers_from_means_of_floats(dtype, workers):
 def test_rows_of_the_batch_are_not_averaged_in_silence():
     with pytest.warns(UserWarning, match=r"\['rows'\] of shape \(4,\) has as many rows.*reduce_aux='workers'"):
         outputs(lambda b: {"rows": b["x"][:, 0]}, "simulated")
+    keyed = {"a key for each worker": np.arange(2), **BATCH}
+    with pytest.warns(UserWarning, match="as many rows"):
+        beside.reductions(None, {"rows": jnp.ones(4)}, {np.shape(x)[0] // 2 for x in jax.tree.leaves(keyed)})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         outputs(lambda b: {"rows": b["x"][:, 0]}, "simulated", "mean")

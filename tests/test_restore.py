@@ -76,6 +76,16 @@ def test_one_item_and_step_of_several(tmp_path):
         gc.restore(tmp_path, like, 4, step=3, item="state")
 
 
+def test_keys_and_numbers_beside_the_arrays(tmp_path):
+    tree = {"key": jax.random.key(3), "step": 7, "opt_state": gc.init(gc.topk(0.1), problem.params(), 4)}
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.StandardSave(tree))
+    like = {"key": jax.random.key(0), "step": 0, "opt_state": gc.init(gc.topk(0.1), problem.params(), 2)}
+    got = gc.restore(tmp_path, like, gc.make_mesh(2))
+    assert got["step"] == 7
+    assert (jax.random.key_data(got["key"]) == jax.random.key_data(tree["key"])).all()
+
+
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         gc.restore(tmp_path, problem.params(), 2)

@@ -246,6 +246,20 @@ class TestFlush:
         flushed, _ = gc.flush(tx, params, state, 2, learning_rate=1.0)
         chex.assert_trees_all_close(flushed, jax.tree.map(lambda x: -3 * x.mean(0), grads), atol=1e-4)
 
+    @pytest.mark.parametrize("rate", [None, 0.5])
+    def test_parameters_of_16_bits(self, rate):
+        """The mean, or what the parameters become, is rounded to their type; nothing stays owed."""
+        tx = optax.chain(gc.topk(0.02), optax.sgd(0.5))
+        params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), problem.params())
+        step, state = gc.simulate(lambda p, b: problem.loss_fn(p, b).astype(jnp.float32), tx, 2), gc.init(tx, params, 2)
+        for batch in problem.batches(3):
+            params, state, _ = step(params, state, jax.tree.map(lambda x: x.astype(jnp.bfloat16), batch))
+        owed = state[0].residual.value["layer1/kernel"].mean(0)
+        flushed, after = gc.flush(tx, params, state, 2, learning_rate=rate)
+        before, now = (np.asarray(p["layer1"]["kernel"], np.float32) for p in (params, flushed))
+        np.testing.assert_allclose(now, before - 0.5 * owed, rtol=2**-7, atol=1e-3)
+        assert not any(jnp.any(x != 0) for x in jax.tree.leaves(after[0].residual))
+
     def test_residuals_that_cancel_change_nothing(self):
         tx = optax.chain(gc.powersgd(1), optax.sgd(1.0))
         params = trees.zeros(trees.MATRICES)
