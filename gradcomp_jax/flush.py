@@ -92,7 +92,8 @@ def _flush(
     if not isinstance(mesh, int):
         params, opt_state = place((params, opt_state), mesh)
     if learning_rate is None and at_least > 0:
-        _require_share(tx, params, opt_state, at_least)
+        axes = axis_names(residuals[0].axis) if isinstance(mesh, int) else tuple(mesh.axis_names)
+        _require_share(tx, axes, params, opt_state, at_least)
     before = opt_state
     flushed, opt_state, _ = step(params, opt_state, batch)
     if skipped(opt_state) > skipped(before):  # what was pending was not finite, and is gone now
@@ -166,13 +167,17 @@ def _codecs_of(after: Any, before: Any) -> Any:
     return jax.tree.map(lambda new, old: new if of_codec(new) else old, after, before, is_leaf=of_codec)
 
 
-def _require_share(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any, at_least: float) -> None:
+def _require_share(
+    tx: optax.GradientTransformationExtraArgs, axes: tuple[str, ...], params: Any, opt_state: Any, at_least: float
+) -> None:
     """Refuses a flush of which the rest of the chain would apply too small a share."""
     sizes, points = np.meshgrid(np.array(SMALLER, np.float32), np.array(POINTS, np.float32))
 
     @jax.jit
     def responses(params, opt_state):
-        return jax.lax.map(lambda at: _response(tx, params, opt_state, *at), (sizes.reshape(-1), points.reshape(-1)))
+        return jax.lax.map(
+            lambda at: _response(tx, axes, params, opt_state, *at), (sizes.reshape(-1), points.reshape(-1))
+        )
 
     got = jax.device_get(responses(params, opt_state))
     got = got * np.sign(got[np.argmax(np.abs(got))])  # a chain without a learning rate goes up what is owed
@@ -187,26 +192,35 @@ def _require_share(tx: optax.GradientTransformationExtraArgs, params: Any, opt_s
         )
 
 
-def _response(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any, size: Any, point: Any) -> Any:
+def _response(
+    tx: optax.GradientTransformationExtraArgs,
+    axes: tuple[str, ...],
+    params: Any,
+    opt_state: Any,
+    size: Any,
+    point: Any,
+) -> Any:
     """How far a step moves the parameters in the direction of what is owed, for each unit of that.
 
     Args:
       tx: the optimiser.
+      axes: of the workers.
       params: the parameters.
       opt_state: its state, in the global form.
       size: what is owed in this step, as a share of what really is.
       point: where schedules are, from 0, their begin, to 1, now.
     """
     owed = _mean_owed(_owed(opt_state))
-    updates = functools.partial(_updates, tx, params, _earlier(opt_state, point))
+    updates = functools.partial(_updates, tx, axes, params, _earlier(opt_state, point))
     steps = flatten(jax.tree.map(jnp.subtract, updates(jnp.float32(0)), updates(size)))[0]
     along = [jnp.sum(x * steps[path].astype(x.dtype)).astype(jnp.float32) for path, x in owed.items()]
     return jnp.sum(jnp.stack(along)) / size
 
 
-def _updates(tx: optax.GradientTransformationExtraArgs, params: Any, opt_state: Any, size: Any) -> Any:
+def _updates(
+    tx: optax.GradientTransformationExtraArgs, axes: tuple[str, ...], params: Any, opt_state: Any, size: Any
+) -> Any:
     """The updates of a flush, of so much of what is owed, by a single worker."""
-    axes = tuple(dict.fromkeys(axis for x in _owed(opt_state) for axis in axis_names(x.axis)))
     state = _as_of_one_worker(opt_state, size)
     zeros, loss = jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
 

@@ -89,7 +89,9 @@ def loss_scaled(
         good = skipped_steps(after) == skipped_steps(state.inner)
         steps = jnp.where(good, state.steps + 1, 0)
         rises = steps == period
-        scale = jnp.where(good, state.scale * jnp.where(rises, jnp.float32(factor), 1), state.scale / factor)
+        higher = state.scale * jnp.float32(factor)
+        risen = jnp.where(rises & jnp.isfinite(higher), higher, state.scale)
+        scale = jnp.where(good, risen, state.scale / factor)
         return updates, LossScaleState(after, jnp.maximum(scale, 1), jnp.where(rises, 0, steps))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
