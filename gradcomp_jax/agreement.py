@@ -135,7 +135,7 @@ def _call(
             return update(collectives.after(grads, value), state, params, value=value, **extra_args)
         if asked:
             raise ValueError(_SEARCHES.format(asked=" and ".join(asked))) from error
-        if not extra_args:
+        if not extra_args or "unexpected keyword argument" not in str(error):
             raise
         # Perhaps of a transformation, such as optax's sam, that takes no further arguments but its own.
         return update(grads, state, params)

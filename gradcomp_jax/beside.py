@@ -24,7 +24,7 @@ def reductions(reduce_aux: Any, aux: Any, rows: set[int]) -> Any:
       rows: of the leaves of the worker's part of the batch.
 
     Raises:
-      ValueError: reduce_aux is no prefix of aux, or names another reduction.
+      ValueError: reduce_aux is no prefix of aux, or names another reduction; or there is a random key in aux.
     """
     if reduce_aux is None:
         return jax.tree_util.tree_map_with_path(lambda path, x: _by_type(path, x, rows), aux)
@@ -32,15 +32,26 @@ def reductions(reduce_aux: Any, aux: Any, rows: set[int]) -> Any:
         if how not in REDUCTIONS:
             raise ValueError(f"reduce_aux has {how!r}: a leaf must be one of {', '.join(map(repr, REDUCTIONS))}")
     try:
-        return jax.tree.broadcast(reduce_aux, aux)
+        hows = jax.tree.broadcast(reduce_aux, aux)
     except ValueError as error:
         raise ValueError(
             f"reduce_aux={reduce_aux!r} must be a prefix of the auxiliary outputs, which are "
             f"{jax.tree.map(lambda x: x.shape, aux)}"
         ) from error
+    jax.tree_util.tree_map_with_path(_require_number, aux, hows)
+    return hows
+
+
+def _require_number(path: Any, x: Any, how: str) -> None:
+    if how != "workers" and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"auxiliary output {jax.tree_util.keystr(path) or 'aux'} is a random key, of which there is no mean or "
+            "sum: keep each worker's by reduce_aux='workers' for it"
+        )
 
 
 def _by_type(path: Any, x: Any, rows: set[int]) -> str:
+    _require_number(path, x, "by its type")
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return "sum"
     if x.ndim and x.shape[0] in rows - {1}:
@@ -139,7 +150,7 @@ def model_state(like: Any, before: Any, floats: list[jax.Array], others: list[ja
     In a step that is skipped a floating leaf stays as it was before if it is not finite.
 
     Raises:
-      ValueError: loss_fn changed the structure.
+      ValueError: loss_fn changed the structure, or a leaf's shape or kind of type.
     """
     leaves, treedef = jax.tree.flatten(like)
     given = jax.tree.structure(before)
@@ -147,10 +158,20 @@ def model_state(like: Any, before: Any, floats: list[jax.Array], others: list[ja
         raise ValueError(f"loss_fn is given a model state {given}, and returns one of another structure: {treedef}")
     means, largest = iter(floats), iter(others)
     merged = []
-    for x, old in zip(leaves, jax.tree.leaves(before), strict=True):
+    for x, (path, old) in zip(leaves, jax.tree_util.tree_leaves_with_path(before), strict=True):
+        _require_like(path, x, old)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             merged.append(next(largest))
             continue
         mean = next(means)
-        merged.append(jnp.where(kept | jnp.all(jnp.isfinite(mean)), mean.astype(x.dtype), old))
+        merged.append(jnp.where(kept | jnp.all(jnp.isfinite(mean)), mean.astype(old.dtype), old))
     return jax.tree.unflatten(treedef, merged)
+
+
+def _require_like(path: Any, new: jax.Array, old: jax.Array) -> None:
+    floats = [jnp.issubdtype(x.dtype, jnp.inexact) for x in (new, old)]
+    if new.shape != old.shape or floats[0] != floats[1] or not (floats[0] or new.dtype == old.dtype):
+        raise ValueError(
+            f"leaf {jax.tree_util.keystr(path)} of the model state is given as {old.dtype}{list(old.shape)}, and "
+            f"loss_fn returns it as {new.dtype}{list(new.shape)}"
+        )

@@ -1,6 +1,7 @@
 """The end of training: what residuals still hold is applied."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,12 +45,12 @@ def flush(
 
     Every codec sends its residual uncompressed; the bits are counted. Then either
 
-    - the rest of the chain sees the mean as a gradient like any other, in one step of `tx` in which this worker's own
-      gradients are zero: momentum, weight decay and schedules go on by a step. What makes gradients smaller would make
-      that smaller too: clipping, a schedule near its end, the division by what Adam has seen. So the share that would
-      be applied is computed first, next to what the chain makes of a gradient up to 256 times smaller, and where its
-      schedules have been; a share below `at_least` is refused. Under Adam, whose steps hardly depend on the size of a
-      gradient, that is mostly so; or
+    - the rest of the chain sees the mean as a gradient like any other, in one step of `tx` in which the workers' own
+      gradients are zero: momentum, weight decay and schedules go on by a step, and what follows the loss stays as it
+      is. What makes gradients smaller would make that smaller too: clipping, a schedule near its end, the division by
+      what Adam has seen. So the share that would be applied is computed first, next to what the chain makes of a
+      gradient up to 256 times smaller, and where its schedules have been; a share below `at_least` is refused. Under
+      Adam, whose steps hardly depend on the size of a gradient, that is mostly so; or
     - with `learning_rate`, all of it is applied: the parameters move by learning_rate times what is owed, and the rest
       of the chain is as if nothing had been.
 
@@ -91,13 +92,14 @@ def _flush(
     step, batch = _step(flushing, residuals[0].axis, mesh)
     if not isinstance(mesh, int):
         params, opt_state = place((params, opt_state), mesh)
-    if learning_rate is None and at_least > 0:
-        axes = axis_names(residuals[0].axis) if isinstance(mesh, int) else tuple(mesh.axis_names)
-        _require_share(tx, axes, params, opt_state, at_least)
+    axes = axis_names(residuals[0].axis) if isinstance(mesh, int) else tuple(mesh.axis_names)
+    least = at_least if learning_rate is None else 0.0
+    _require_share(tx, axes, params, opt_state, least)
     before = opt_state
     flushed, opt_state, _ = step(params, opt_state, batch)
     if skipped(opt_state) > skipped(before):  # what was pending was not finite, and is gone now
         residuals = _owed(opt_state)
+        _require_share(tx, axes, params, opt_state, least)
         flushed, opt_state, _ = step(flushed, opt_state, batch)
     if _any_nonzero(_owed(opt_state)):
         raise ValueError(
@@ -106,14 +108,14 @@ def _flush(
         )
     owed = jax.jit(_mean_owed)(residuals)
     if learning_rate is not None:
-        return _moved(params, owed, learning_rate), _codecs_of(opt_state, before)
+        return _moved(params, owed, learning_rate), _kept(opt_state, before, lambda x: not _of_codec(x))
     if _any_nonzero(owed) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
         raise ValueError(
             "flush changed no parameter, though residuals held something: the learning rate is zero here, or what "
             "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that, or "
             "give learning_rate="
         )
-    return flushed, opt_state
+    return flushed, _kept(opt_state, before, _of_losses)
 
 
 def _step(flushing: optax.GradientTransformation, axis_name: Any, mesh: Mesh | int) -> tuple[Any, jax.Array]:
@@ -125,9 +127,10 @@ def _step(flushing: optax.GradientTransformation, axis_name: Any, mesh: Mesh | i
 
     if not isinstance(mesh, int):
         return train_step(loss_fn, flushing, mesh), shard_batch(np.zeros(len(mesh.local_devices), np.float32), mesh)
-    if not isinstance(axis_name, str):
+    names = axis_names(axis_name)
+    if len(names) > 1:
         raise ValueError(f"mesh={mesh}: workers along {axis_name} are those of a mesh, pass that")
-    return simulate(loss_fn, flushing, mesh, axis_name=axis_name), jax.device_put(np.zeros(mesh, np.float32))
+    return simulate(loss_fn, flushing, mesh, axis_name=names[0]), jax.device_put(np.zeros(mesh, np.float32))
 
 
 def _owed(opt_state: Any) -> list[PerWorker]:
@@ -161,16 +164,30 @@ def _moved(params: Any, owed: dict[str, jax.Array], learning_rate: Any) -> Any:
     return jax.tree.unflatten(treedef, moved)
 
 
-def _codecs_of(after: Any, before: Any) -> Any:
-    """`before`, with the codecs' states and what is pending of `after`."""
-    of_codec = lambda x: is_compressor_state(x) or is_per_worker(x)  # noqa: E731
-    return jax.tree.map(lambda new, old: new if of_codec(new) else old, after, before, is_leaf=of_codec)
+def _kept(after: Any, before: Any, stays: Callable[[Any], bool]) -> Any:
+    """`after`, where what `stays` is as it was before."""
+    whole = lambda x: _of_codec(x) or _of_losses(x)  # noqa: E731
+    return jax.tree.map(lambda new, old: old if stays(new) else new, after, before, is_leaf=whole)
+
+
+def _of_codec(x: Any) -> bool:
+    return is_compressor_state(x) or is_per_worker(x)
+
+
+def _of_losses(x: Any) -> bool:
+    """Whether it follows the loss, of which a flush has none."""
+    return isinstance(x, optax.contrib.ReduceLROnPlateauState)
 
 
 def _require_share(
     tx: optax.GradientTransformationExtraArgs, axes: tuple[str, ...], params: Any, opt_state: Any, at_least: float
 ) -> None:
-    """Refuses a flush of which the rest of the chain would apply too small a share."""
+    """Refuses a flush of which the rest of the chain would apply too small a share.
+
+    Not where what is pending is not finite, as such a flush is skipped.
+    """
+    if at_least <= 0:
+        return
     sizes, points = np.meshgrid(np.array(SMALLER, np.float32), np.array(POINTS, np.float32))
 
     @jax.jit

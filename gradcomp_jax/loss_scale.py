@@ -74,6 +74,8 @@ def loss_scaled(
                     "which loses small values when it is unscaled: keep parameters in float32, and cast them in loss_fn"
                 )
         state = inner.init(params)
+        if loss_scales(state):
+            raise ValueError("loss_scaled is inside loss_scaled: the loss would be multiplied by one of the two scales")
         if not compressor_states(state):
             raise ValueError(
                 "loss_scaled goes around the whole optimiser, with the codec inside, as in loss_scaled(optax.chain("
@@ -102,9 +104,23 @@ def loss_scale(opt_state: Any) -> jax.Array:
 
     Args:
       opt_state: the optimiser's state, in any form; also inside jit.
+
+    Raises:
+      ValueError: a part of the optimiser is in a `loss_scaled` and another codec is not in it; only that part would
+        divide its gradients.
     """
-    states = [x for x in jax.tree.leaves(opt_state, is_leaf=is_loss_scale) if is_loss_scale(x)]
+    states = loss_scales(opt_state)
+    if states and len(compressor_states(states[0].inner)) < len(compressor_states(opt_state)):
+        raise ValueError(
+            "loss_scaled is around a part of the optimiser, and a codec is outside of it, whose gradients it does not "
+            "divide: put it around the whole, as in loss_scaled(optax.partition(...))"
+        )
     return states[0].scale if states else jnp.float32(1)
+
+
+def loss_scales(opt_state: Any) -> list[LossScaleState]:
+    """The states of `loss_scaled` in an optimiser's state."""
+    return [x for x in jax.tree.leaves(opt_state, is_leaf=is_loss_scale) if is_loss_scale(x)]
 
 
 def is_loss_scale(x: Any) -> bool:

@@ -40,6 +40,8 @@ def restore(
         import orbax.checkpoint as ocp
     except ModuleNotFoundError as error:
         raise ImportError("restore reads checkpoints by Orbax: pip install orbax-checkpoint") from error
+    if not os.path.isdir(directory):
+        raise FileNotFoundError(f"there is no directory {directory}")
     handlers = {item: ocp.StandardCheckpointHandler()}
     with ocp.CheckpointManager(os.path.abspath(directory), item_names=(item,), item_handlers=handlers) as manager:
         step = manager.latest_step() if step is None else step
@@ -47,6 +49,8 @@ def restore(
             raise FileNotFoundError(
                 f"there is no checkpoint {'' if step is None else f'of step {step} '}in {directory}"
             )
+        if not (manager.directory / str(step) / item).exists():
+            raise FileNotFoundError(f"the checkpoint of step {step} in {directory} has no item {item!r}: give item=")
         shapes = _by_path(manager.item_metadata(step)[item])
         target = _target(like, {path: x.shape for path, x in shapes.items()}, mesh)
         args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
@@ -66,7 +70,7 @@ def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> A
     mine = _by_path(like)
     if differing := sorted(mine.keys() ^ saved.keys()):
         what = "lacks" if differing[0] in mine else "has beside what like has"
-        hint = "its error_feedback, " if "residual" in differing[0] else ""
+        hint = "its error_feedback, " if "/residual/value" in differing[0] else ""
         raise ValueError(
             f"the checkpoint {what} leaf {differing[0]!r}: make like with the tx, {hint}and the parameters that the "
             "checkpoint was made with"

@@ -221,8 +221,8 @@ def place(tree: Any, mesh: Mesh) -> Any:
     >>> place({"w": jnp.ones(3)}, make_mesh(1))["w"].sharding.is_fully_replicated
     True
     """
+    mesh = automatic(require_mesh(mesh, or_workers=False))
     require_workers(tree, mesh)
-    mesh = automatic(mesh)
     put = lambda path, x, spec: _put(path, x, NamedSharding(mesh, spec))  # noqa: E731
     return in_automatic_axes(mesh, functools.partial(jax.tree_util.tree_map_with_path, put))(tree, specs_of(tree))
 
@@ -259,10 +259,15 @@ def shard_batch(batch: Any, mesh: Mesh) -> Any:
     >>> shard_batch({"x": np.ones((8, 3))}, make_mesh(1))["x"].shape
     (8, 3)
     """
-    mesh = automatic(mesh)
+    mesh = automatic(require_mesh(mesh, or_workers=False))
     sharding = NamedSharding(mesh, P(tuple(mesh.axis_names)))
     require_divisible(batch, len(mesh.local_devices), f"the {len(mesh.local_devices)} devices of this process")
-    whole = lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x))  # noqa: E731
+
+    def whole(x: Any) -> jax.Array:
+        if jnp.issubdtype(jnp.result_type(x), jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(whole(jax.random.key_data(x)), impl=jax.random.key_impl(x))
+        return jax.make_array_from_process_local_data(sharding, np.asarray(jax.device_get(x)))
+
     return in_automatic_axes(mesh, functools.partial(jax.tree.map, whole))(batch)
 
 

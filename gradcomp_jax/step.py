@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
@@ -20,7 +21,7 @@ from gradcomp_jax.entry import checked, require_rest
 from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.loss import UntypedError, own_gradients, require_unconstrained
-from gradcomp_jax.loss_scale import is_loss_scale, loss_scale
+from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
 from gradcomp_jax.sharding import (
     automatic,
     global_state,
@@ -58,6 +59,8 @@ def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
     available = jax.device_count()
     if not isinstance(workers, Mapping):
         workers = {"data": available if workers is None else workers}
+    if not workers:
+        raise ValueError("a mesh needs an axis of workers, such as make_mesh({'data': 4})")
     needed = 1
     for name, size in workers.items():
         if not is_whole(size) or size < 1:
@@ -251,7 +254,7 @@ def _worker_step(
     own = (lambda x: x[None]) if in_shards else (lambda x: x)  # of what each worker keeps, as its specs say
 
     def step(params, opt_state, *rest):
-        scaled = loss_scale(opt_state) if _scales(opt_state) else None
+        scaled = loss_scale(opt_state) if loss_scales(opt_state) else None
         (loss, (model_state, aux)), grads = own_gradients(loss_fn, params, rest, axes, scaled)
         floats, others = beside.model_state_parts(model_state)
         hows = beside.reductions(reduce_aux, aux, {x.shape[0] for x in jax.tree.leaves(rest[-1])})
@@ -269,10 +272,6 @@ def _worker_step(
         return new_params, _keep_state(kept, new_opt_state, opt_state), *states, loss, *([aux] if has_aux else [])
 
     return step
-
-
-def _scales(opt_state: Any) -> bool:
-    return any(map(is_loss_scale, jax.tree.leaves(opt_state, is_leaf=is_loss_scale)))
 
 
 def _update_beside(
@@ -376,6 +375,7 @@ class _Jitted:
         first = next(iter(jax.tree.leaves(tree)), None)
         if isinstance(self._mesh, int) or self._devices == 1 or isinstance(first, jax.core.Tracer | None):
             return tree
+        tree = jax.tree.map(lambda x: x if hasattr(x, "dtype") else np.asarray(x, jnp.result_type(x)), tree)
         lies = isinstance(first, jax.Array) and first.sharding.num_devices == self._devices
         return tree if lies else place(tree, self._mesh)
 
@@ -383,6 +383,8 @@ class _Jitted:
         return in_automatic_axes(self._mesh, self._step.lower)(*args)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_step":  # of an object that is being copied
+            raise AttributeError(name)
         return getattr(self._step, name)
 
 

@@ -64,6 +64,21 @@ def test_whole_numbers_are_exact_in_every_way(id):
     np.testing.assert_array_equal(outputs(wide, "simulated", workers=4, codec=row.make()), expected)
 
 
+@pytest.mark.parametrize("id", ["accordion-powersgd", "onebit", "powersgd-4"])
+def test_what_is_of_another_type_does_not_widen_the_gradients(id):
+    """It is sent, and counted, by itself where it cannot ride."""
+    row = next(row for row in BY_ID.values() if row.id.startswith(id))
+    bits = []
+    for aux in (lambda b: jnp.float32(1), lambda b: jnp.complex64(1 + 2j)):
+        tx = optax.chain(row.make(), optax.sgd(0.1))
+        step = gc.simulate(lambda p, b, aux=aux: (jnp.mean(b["x"]) * jnp.sum(p["w"]), aux(b)), tx, 4, has_aux=True)
+        params = {"w": np.ones((128, 16), np.float32)}
+        _, state, _, got = step(params, gc.init(tx, params, 4), BATCH)
+        bits.append(gc.wire_bits(state).last)
+    np.testing.assert_allclose(got, 1 + 2j)
+    assert 0 < bits[1] - bits[0] <= 96  # of a complex number, by the ring law, instead of a float
+
+
 @pytest.mark.parametrize("workers", [1, 3, 64, 1000, 2**14])
 @pytest.mark.parametrize("dtype", [np.bool_, np.int8, np.uint8, np.int16, np.int32, np.uint32])
 def test_sums_of_whole_numbers_from_means_of_floats(dtype, workers):
@@ -93,5 +108,8 @@ def test_rows_of_the_batch_are_not_averaged_in_silence():
 def test_refusals():
     with refuses("reduce_aux has 'max'", "'workers'"):
         outputs(lambda b: b["n"], "simulated", "max")
+    for how in (None, "sum"):
+        with refuses("auxiliary output ['k'] is a random key", "reduce_aux='workers'"):
+            outputs(lambda b: {"k": jax.random.key(0)}, "simulated", how)
     with refuses("must be a prefix of the auxiliary outputs"):
         outputs(lambda b: {"a": b["n"]}, "simulated", {"b": "sum"})

@@ -130,6 +130,28 @@ def test_refusals():
         gc.loss_scaled(chain).init({"w": jnp.ones((16, 8), jnp.float16)})
 
 
+def test_it_stops_rising_where_the_scale_would_be_infinite():
+    tx = gc.loss_scaled(optax.chain(gc.none(), optax.sgd(0.1)), initial=2.0**126, factor=4, period=1)
+    step, state = stepper(lambda p, x: whole(p, x) * 1e-30, tx, "simulated")
+    for _ in range(3):
+        _, state, _ = step(PARAMS, state, BATCH)
+    assert gc.loss_scale(state) == 2.0**126
+    assert gc.skipped(state) == 0
+
+
+def test_a_scale_around_a_part_is_refused():
+    """The loss would be multiplied for all, and divided by that part alone."""
+    some, other = (optax.chain(gc.none(), optax.sgd(0.1)) for _ in range(2))
+    params = {"a": PARAMS["w"], "b": PARAMS["w"]}
+    loss_fn = lambda p, x: whole({"w": p["a"]}, x) + whole({"w": p["b"]}, x)  # noqa: E731
+    for parts in ({"a": gc.loss_scaled(some), "b": other}, {"a": gc.loss_scaled(some), "b": gc.loss_scaled(other)}):
+        tx = optax.partition(parts, {"a": "a", "b": "b"})
+        with refuses("around a part of the optimiser", "loss_scaled(optax.partition(...))"):
+            gc.simulate(loss_fn, tx, N)(params, gc.init(tx, params, N), BATCH)
+    with refuses("loss_scaled is inside loss_scaled"):
+        gc.loss_scaled(gc.loss_scaled(some)).init(params)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_scale_of_ones_own_in_the_model_state_falls(kind):
     """With a count of bad batches and a key, which would repeat; what is not finite itself stays as it was."""
@@ -176,3 +198,12 @@ def test_a_model_state_of_another_structure_is_refused():
     )
     with refuses("returns one of another structure"):
         step(PARAMS, opt, {"n": 0.0}, BATCH)
+
+
+@pytest.mark.parametrize("new", [jnp.zeros(3), jnp.int32(0)], ids=["shape", "type"])
+def test_a_model_state_of_another_shape_is_refused(new):
+    step, opt = stepper(
+        lambda p, s, x: (whole(p, x), {"n": new}), problem.optimizer(gc.none()), "simulated", has_state=True
+    )
+    with refuses("leaf ['n'] of the model state is given as float32[]", f"returns it as {new.dtype}{list(new.shape)}"):
+        step(PARAMS, opt, {"n": jnp.float32(0)}, BATCH)

@@ -1,5 +1,7 @@
 """Where things lie: place, shard_batch, and meshes with explicit axes, whatever mesh the caller has set."""
 
+import copy
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,8 @@ def test_what_was_restored_to_one_device_takes_a_step():
 def test_new_parameters_compile_once():
     tx, mesh = problem.optimizer(gc.none()), gc.make_mesh(N)
     step = gc.train_step(lambda p, s, b: (problem.loss_fn(p, b), s), tx, mesh, has_state=True)
-    params, state, stats = jax.device_get(problem.params()), gc.init(tx, problem.params(), mesh), {"n": np.float32(0)}
+    params, state, stats = jax.device_get(problem.params()), gc.init(tx, problem.params(), mesh), {"n": 0.0}
+    assert copy.copy(step).lower is not None
     for batch in problem.batches(2):
         params, state, stats, _ = step(params, state, stats, batch)
     assert step._cache_size() == 1
@@ -65,6 +68,13 @@ def test_shard_batch():
     got = gc.shard_batch(rows, gc.make_mesh({"node": 2, "local": 2}))
     chex.assert_trees_all_equal(jax.device_get(got), jax.tree.map(lambda x: np.asarray(jnp.asarray(x)), rows))
     assert got["x"].sharding.shard_shape(got["x"].shape) == (2, 3)
+    keys = jax.random.split(jax.random.key(0), 8)
+    sharded = gc.shard_batch({"keys": keys}, gc.make_mesh(N))["keys"]
+    assert (jax.random.key_data(sharded) == jax.random.key_data(keys)).all()
+    assert len(sharded.sharding.device_set) == N
+    for f in (gc.shard_batch, gc.place):
+        with refuses("mesh=4 must be a mesh"):
+            f(rows, 4)
     with refuses("batch leaf \"['x']\" of shape (6, 3) does not divide among the 4 devices of this process"):
         gc.shard_batch({"x": np.ones((6, 3))}, gc.make_mesh(N))
     with refuses("batch leaf '' of shape ()"):

@@ -74,6 +74,8 @@ def test_one_item_and_step_of_several(tmp_path):
     assert gc.restore(tmp_path, like, 4, item="state")["n"] == 2
     with pytest.raises(FileNotFoundError, match="no checkpoint of step 3"):
         gc.restore(tmp_path, like, 4, step=3, item="state")
+    with pytest.raises(FileNotFoundError, match=r"step 2 .*has no item 'default'"):
+        gc.restore(tmp_path, like, 4)
 
 
 def test_keys_and_numbers_beside_the_arrays(tmp_path):
@@ -89,6 +91,9 @@ def test_keys_and_numbers_beside_the_arrays(tmp_path):
 def test_what_is_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         gc.restore(tmp_path, problem.params(), 2)
+    with pytest.raises(FileNotFoundError, match="no directory"):
+        gc.restore(tmp_path / "none", problem.params(), 2)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

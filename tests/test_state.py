@@ -246,6 +246,36 @@ class TestFlush:
         flushed, _ = gc.flush(tx, params, state, 2, learning_rate=1.0)
         chex.assert_trees_all_close(flushed, jax.tree.map(lambda x: -3 * x.mean(0), grads), atol=1e-4)
 
+    def test_between_nodes(self):
+        mesh = gc.make_mesh({"node": 2, "local": 2})
+        tx = optax.chain(gc.average("local"), gc.onebit(axis_name="node"), optax.sgd(0.1))
+        params, state, (batch,) = problem.params(), gc.init(tx, problem.params(), mesh), problem.batches(1)
+        params, state, _ = gc.train_step(problem.loss_fn, tx, mesh)(params, state, batch)
+        flushed, _ = gc.flush(tx, params, state, mesh)
+        owed = state[1].residual.value["layer1/kernel"].mean(0)
+        moved = params["layer1"]["kernel"] - flushed["layer1"]["kernel"]
+        np.testing.assert_allclose(moved, 0.1 * owed, atol=1e-6)
+
+    @jax.numpy_dtype_promotion("standard")  # which optax needs
+    def test_what_is_pending_and_not_finite_hides_nothing_of_the_share(self):
+        tx = optax.chain(gc.delayed(gc.topk(0.02)), optax.clip_by_global_norm(0.1), optax.sgd(0.01))
+        step, params, state = gc.simulate(problem.loss_fn, tx, 2), problem.params(), gc.init(tx, problem.params(), 2)
+        for batch in problem.batches(8):
+            params, state, _ = step(params, state, batch)
+        params, state, _ = step(params, state, {**batch, "y": batch["y"].at[0, 0].set(jnp.nan)})
+        with pytest.raises(ValueError, match="of what is owed"):
+            gc.flush(tx, params, state, 2)
+
+    @jax.numpy_dtype_promotion("standard")  # which optax needs
+    def test_what_follows_the_loss_stays(self):
+        tx = optax.chain(gc.topk(0.02, axis_name=("data",)), optax.sgd(1e-4), optax.contrib.reduce_on_plateau())
+        step, params, state = gc.simulate(problem.loss_fn, tx, 2), problem.params(), gc.init(tx, problem.params(), 2)
+        for batch in problem.batches(2):
+            params, state, _ = step(params, state, batch)
+        _, after = gc.flush(tx, params, state, 2)
+        chex.assert_trees_all_equal(after[2], state[2])
+        assert state[2].best_value > 0
+
     @pytest.mark.parametrize("rate", [None, 0.5])
     def test_parameters_of_16_bits(self, rate):
         """The mean, or what the parameters become, is rounded to their type; nothing stays owed."""

@@ -92,7 +92,7 @@ def exact(
     last = len(says) + (len(riders) if checked is None else checked)
     riders = [carried(x) for x in riders]
     if any(say.fronts is not None and strength is not None for say, strength in zip(says, strengths, strict=True)):
-        return _halves_and_fronts(says, riders, wire, strengths, ring, before, last - len(says))
+        return _fronts(says, riders, wire, strengths, ring, before, last - len(says))
     arrays = [_share(x, wire.workers) for x in (*(carried(say.x) for say in says), *riders)]
     growths = [*(say.growth for say in says), *(1.0 for _ in riders)]
     may = [*(say.apart for say in says), *(True for _ in riders)]
@@ -156,30 +156,6 @@ def _mean(buffers: list[jax.Array], wire: Wire, ring: bool) -> tuple[list[jax.Ar
     return [average(x).reshape(b.shape) for (x, _), b in zip(pairs, buffers, strict=True)], sum(b for _, b in pairs)
 
 
-def _halves_and_fronts(
-    says: Sequence[Say],
-    riders: Sequence[jax.Array],
-    wire: Wire,
-    strengths: Sequence[Any],
-    ring: bool,
-    before: jax.Array | None,
-    checked: int,
-) -> Sent:
-    """As `_fronts`, whose one buffer is of one type: riders of 16 bits are a message before it."""
-    halves = [i for i, x in enumerate(riders) if x.dtype in HALVES]
-    if not halves:
-        return _fronts(says, riders, wire, strengths, ring, before, checked)
-    count = sum(i < checked for i in halves)
-    first = exact([], [riders[i] for i in halves], wire, [], ring=ring, before=before, checked=count)
-    waiting = after([say.x for say in says], first.ok)
-    says = [say._replace(x=x) for say, x in zip(says, waiting, strict=True)]
-    others = [x for x in riders if x.dtype not in HALVES]
-    then = _fronts(says, others, wire, strengths, ring, first.ok, checked - count)
-    rode = iter(then.rode), iter(first.rode)
-    ordered = [next(rode[x.dtype in HALVES]) for x in riders]
-    return then._replace(rode=ordered, bits=sum_bits(first.bits, then.bits))
-
-
 def _fronts(
     says: Sequence[Say],
     riders: Sequence[jax.Array],
@@ -189,8 +165,21 @@ def _fronts(
     before: jax.Array | None,
     checked: int,
 ) -> Sent:
-    """As `exact`, where of some only a front counts: all of it in one buffer, filled from the front."""
-    wide = np.result_type(*(x.dtype for x in (*(say.x for say in says), *riders)))
+    """As `exact`, where of some only a front counts: all of it in one buffer, filled from the front.
+
+    Riders of a type that would widen it, or be widened to twice their size, are messages before it.
+    """
+    wide = np.result_type(*(say.x.dtype for say in says))
+    apart = [x.dtype in HALVES or np.result_type(x.dtype, wide) != wide for x in riders]
+    if any(apart):
+        others, same = ([x for x, it in zip(riders, apart, strict=True) if it is kind] for kind in (True, False))
+        first_checked = sum(apart[:checked])
+        first = exact([], others, wire, [], ring=ring, before=before, checked=first_checked)
+        waiting = after([say.x for say in says], first.ok)
+        says = [say._replace(x=x) for say, x in zip(says, waiting, strict=True)]
+        then = _fronts(says, same, wire, strengths, ring, first.ok, checked - first_checked)
+        came = iter(then.rode), iter(first.rode)
+        return then._replace(rode=[next(came[it]) for it in apart], bits=sum_bits(first.bits, then.bits))
     fronts = [say.fronts or (say.x.size,) * 2 for say in says]
     used = [jnp.array(f, jnp.int32)[0 if s is None else s] for f, s in zip(fronts, strengths, strict=True)]
     riders = [*riders[checked:], *riders[:checked]]  # those that are not checked come first
