@@ -10,9 +10,9 @@ logger = logging.getLogger("gradcomp_jax")
 MOST_KINDS = 16
 MOST_PATHS = 2
 ALONE = (
-    "gradients are compressed for one worker, who has nobody to send them to: a step costs more and learns from less, "
-    "and wire_bits says 0. A CPU stands for several workers after jax.config.update('jax_num_cpu_devices', 8), before "
-    "jax is first used, and so does any device in simulate(loss_fn, tx, workers=8); else give the mesh more devices"
+    "gradients are compressed for a single worker: nothing is sent (wire_bits says 0), so a step is slower and less "
+    "exact for nothing. Give the mesh more devices, or try it on one: jax.config.update('jax_num_cpu_devices', 8) "
+    "before jax is first used, or simulate(loss_fn, tx, workers=8)"
 )
 
 Leaf = tuple[str, Any, str]

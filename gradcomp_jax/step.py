@@ -22,6 +22,7 @@ from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.loss import UntypedError, own_gradients, require_unconstrained
 from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
+from gradcomp_jax.notes import note
 from gradcomp_jax.sharding import (
     automatic,
     global_state,
@@ -36,8 +37,6 @@ from gradcomp_jax.sharding import (
 from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
 
 Step = Callable[..., tuple[Any, ...]]
-
-_log = logging.getLogger(__name__)
 
 # The optimiser's state of a parameter of fewer elements is copied in less than it takes to compile what saves that.
 LARGE = 2**15
@@ -163,7 +162,9 @@ def train_step(
         try:
             return sharded(params, opt_state, rest, check_vma)
         except UntypedError as error:
-            _log.info("loss_fn is traced without shard_map's types, which it does not take: %s", error.__cause__)
+            note(
+                logging.INFO, f"loss_fn is traced without shard_map's types, which it does not take: {error.__cause__}"
+            )
         return sharded(params, opt_state, rest, False)
 
     return _Jitted(jax.jit(step, donate_argnums=_donated(donate, has_state)), mesh, loss=2 + has_state)
@@ -351,7 +352,7 @@ class _Jitted:
 
     def __call__(self, params: Any, opt_state: Any, *rest: Any) -> tuple[Any, ...]:
         if self._processes > 1 and rest:
-            _require_whole(rest[-1], self._processes)
+            _require_of_all(rest[-1], self._processes)
         params, *model_state = map(self._placed, (params, *rest[:-1]))
         last, self._last = self._last, None
         if last is not None and not last.is_deleted():
@@ -388,7 +389,7 @@ class _Jitted:
         return getattr(self._step, name)
 
 
-def _require_whole(batch: Any, processes: int) -> None:
+def _require_of_all(batch: Any, processes: int) -> None:
     for path, x in jax.tree_util.tree_leaves_with_path(batch):
         if not isinstance(x, jax.core.Tracer) and not (isinstance(x, jax.Array) and not x.is_fully_addressable):
             raise ValueError(
