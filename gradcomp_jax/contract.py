@@ -95,6 +95,24 @@ class Together(NamedTuple):
     x: Any
 
 
+class OverShards(NamedTuple):
+    """A request for the sum over the shards of a leaf, of which a talk may see one; it stays inside a slice or node.
+
+    Where a talk sees the whole leaf the answer is x.
+
+    Attributes:
+      x: numbers.
+      largest: ask for their elementwise maximum instead.
+    """
+
+    x: jax.Array
+    largest: bool = False
+
+
+# What a talk can ask, by itself or several in a tuple.
+Ask = Say | First | Together | OverShards
+
+
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "values", "window"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True)
 class Sparse:
@@ -370,7 +388,7 @@ def alongside(talk: Talk, more: Any) -> Generator[Any, Any, tuple[Result, Any]]:
             ask = talk.send(answer)
         except StopIteration as end:
             return end.value, extra
-        single = isinstance(ask, Say | First | Together)
+        single = isinstance(ask, Ask)
         asks = [ask] if single else list(ask)
         if extra is None and any(isinstance(x, Say) for x in asks):
             *answers, extra = yield (*asks, more)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax import random
-from gradcomp_jax.contract import Codec, Context, First, Heard, Result, Say, Together
+from gradcomp_jax.contract import Ask, Codec, Context, First, Heard, OverShards, Result, Say, Together
 from gradcomp_jax.exchange import codes, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different
@@ -161,6 +161,7 @@ class Exchange(NamedTuple):
         for function in dict.fromkeys(ask.function for ask in together.values()):
             mine = [key for key, ask in together.items() if ask.function is function]
             answers |= zip(mine, function([together[key].x for key in mine]), strict=True)
+        answers |= {key: ask.x for key, ask in _each(asked) if isinstance(ask, OverShards)}
         says = {key: ask for key, ask in _each(asked) if isinstance(ask, Say)}
         firsts = {key: ask.x for key, ask in _each(asked) if isinstance(ask, First)}
         rode: list[jax.Array] = []
@@ -273,7 +274,7 @@ def _advance(
 
 def _each(asked: dict[str, Any]) -> list[tuple[tuple[str, int], Any]]:
     """Every single ask, by leaf and place."""
-    one = lambda ask: isinstance(ask, Say | First | Together)  # noqa: E731
+    one = lambda ask: isinstance(ask, Ask)  # noqa: E731
     return [((path, i), x) for path, ask in asked.items() for i, x in enumerate([ask] if one(ask) else ask)]
 
 
@@ -281,8 +282,7 @@ def _gathered(asked: dict[str, Any], answers: dict[tuple[str, int], Any]) -> dic
     """The answers by leaf, in the form of what each asked: one, or several."""
     by_leaf: dict[str, Any] = {}
     for path, ask in asked.items():
-        single = isinstance(ask, Say | First | Together)
-        by_leaf[path] = answers[path, 0] if single else tuple(answers[path, i] for i in range(len(ask)))
+        by_leaf[path] = answers[path, 0] if isinstance(ask, Ask) else tuple(answers[path, i] for i in range(len(ask)))
     return by_leaf
 
 
