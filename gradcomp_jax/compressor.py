@@ -17,14 +17,16 @@ import optax
 
 from gradcomp_jax.coder import Coding
 from gradcomp_jax.contract import Codec, Mine, Uncompressed, require_whole
+from gradcomp_jax.cuts import Shard, whole
 from gradcomp_jax.exchange import collectives
-from gradcomp_jax.exchange.bits import WireCount, add_bits, no_bits
+from gradcomp_jax.exchange.bits import add_bits, no_bits, sum_bits
 from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.exchange.parcels import Parcels, pack, unpack
 from gradcomp_jax.exchange.plan import Plan, Settings, flatten, half, plan, salt, tell
-from gradcomp_jax.exchange.rounds import Exchange, Exchanged, Terms
+from gradcomp_jax.exchange.rounds import Bucket, Exchange, Exchanged, Terms
 from gradcomp_jax.notes import alone
-from gradcomp_jax.sharding import PerWorker, is_per_worker
-from gradcomp_jax.views import halved, narrow, widen
+from gradcomp_jax.sharding import PerWorker, Shards, is_per_worker
+from gradcomp_jax.views import narrow, wide, widen
 
 BY_PATH = "by path"
 
@@ -46,14 +48,14 @@ class CompressorState(NamedTuple):
       codec: the codec's own state, such as a warm start; the same on all workers, but for leaves in `PerWorker`. Under
         EF21 an `Estimated`.
       residual: what error feedback still owes, for each compressed leaf by path; empty without it.
-      wire: bits sent, see `wire_bits`.
+      wire: bits sent, see `wire_bits`; of `across` a `Links`.
       skipped: int32, steps in which some worker's gradient was not finite. Such a step yields zeros and
         leaves `codec` and `residual` as they were; what it sent is counted in `wire`.
     """
 
     codec: Any
     residual: PerWorker
-    wire: WireCount
+    wire: Any
     skipped: jax.Array
 
 
@@ -186,49 +188,81 @@ class _Update(_Made):
     ) -> tuple[Any, Any]:
         del params, extra_args
         codec, settings = self.codec, self.settings
-        wire = Wire(settings.axis_name)
+        wire = Wire(settings.axis_name, settings.fast)
         leaves, _ = flatten(updates)
-        _require_local(wire, leaves)
+        _require_local(settings, leaves)
         if wire.workers == 1 and not flush and not isinstance(codec, Uncompressed):
             alone()
-        the = plan(codec, settings, updates)
+        the = plan(codec, settings, updates, wire.shards)
         _require_state_of(codec.name, state, jax.eval_shape(_Init(codec, settings), updates))
-        narrower = None if flush else settings.dense_dtype
-        dense = [halved(leaves[path], narrower) if narrower else widen(leaves[path]) for path in the.dense]
-        riders = [*dense, *(widen(x) for x in jax.tree.leaves(beside))]
+        narrower, extra = None if flush else settings.dense_dtype, jax.tree.leaves(beside)
+        parcels = pack(the, leaves, extra, wire, settings.inside is not True, narrower)
         feeds = settings.error_feedback is not None
-        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, len(dense), fresh is True, narrower)
+        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, fresh is True, narrower)
         if flush:
             exchange = exchange._replace(codec=Uncompressed(), aggregate=None)
-        done, state = _exchange(exchange, codec, settings, the, leaves, state, riders, learning_rate, flush)
-        applied = {path: jnp.where(done.ok, x, 0) for path, x in zip(the.dense, done.rode, strict=False)}
-        applied = {path: narrow(x, leaves[path].dtype) for path, x in (done.mean | applied).items()}
-        updates = jax.tree.unflatten(the.treedef, [applied[path] for path in the.leaves])
+        done, state = _exchange(exchange, codec, settings, the, leaves, state, parcels, learning_rate, flush)
+        means, more, sent = unpack(the, leaves, extra, done.mean, done.rode, done.ok, wire)
+        applied = [narrow(means[path], leaves[path].dtype) for path in the.leaves]
+        updates = jax.tree.unflatten(the.treedef, applied)
+        count = add_bits(state.wire, done.bits, sum_bits(done.inside, parcels.bits + sent))
+        state = state._replace(wire=count)
         if beside is None:
             return updates, state
-        return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), done.rode[len(dense) :]))
+        return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), more))
+
+
+def _shards(settings: Settings) -> int:
+    """How many chips a worker has, where the fast axis is bound; else 1."""
+    try:
+        return 1 if settings.fast is None else collectives.workers(settings.fast)
+    except ValueError:
+        return 1
 
 
 def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     if compressor_states(params):
         raise ValueError("params hold an optimiser's state: the order is step(params, opt_state, batch)")
-    the = plan(codec, settings, params)
+    the = plan(codec, settings, params, _shards(settings))
     leaves, _ = flatten(params)
     tell(codec, settings, the, leaves)
-    tensors = {path: jax.ShapeDtypeStruct(leaves[path].shape, widen(leaves[path]).dtype) for path in the.compressed}
+    tensors = {path: _widened(seen) for path, seen in the.kept.items()}
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
-    state = _marked(state, settings)
     zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in tensors.items()}  # noqa: E731
-    return _first_state(state, settings, zeros)
+    return _first_state(_marked(codec, state, settings, the), settings, zeros, the)
 
 
-def _first_state(state: Any, settings: Settings, zeros: Callable[[], Any]) -> CompressorState:
+def _widened(leaf: Any) -> Any:
+    """The shape of a leaf, or of a shard, float32 or wider."""
+    if isinstance(leaf, Shard):
+        return leaf._replace(dtype=wide(leaf.dtype), whole=_widened(leaf.whole))
+    return jax.ShapeDtypeStruct(leaf.shape, wide(leaf.dtype))
+
+
+def _first_state(state: Any, settings: Settings, zeros: Callable[[], Any], the: Plan | None) -> CompressorState:
     feedback = settings.error_feedback
     if feedback is not None and not feedback.owes:
-        state = Estimated(state, zeros())
+        state = Estimated(state, _of_chip(zeros(), settings, the, "estimate"))
     role = "owed" if feedback is None or feedback.owes else "estimate"
-    memory = PerWorker(zeros() if feedback is not None else {}, settings.axis_name, role)
-    return CompressorState(state, memory, no_bits(), jnp.int32(0))
+    memory = _of_worker(zeros() if feedback is not None else {}, settings, the, role)
+    return CompressorState(state, memory, no_bits(settings.fast is not None), jnp.int32(0))
+
+
+def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str) -> Any:
+    """What differs between the workers; of shards, between their chips too. Without a plan, a placeholder."""
+    if settings.fast is None:
+        return PerWorker(value, settings.axis_name, role)
+    if the is None:
+        return value
+    cuts = tuple(the.cuts.get(path) for path in sorted(value)) if isinstance(value, dict) else (None,)
+    return PerWorker(value, settings.axes, role, Shards((settings.axis_name, settings.fast), cuts))
+
+
+def _of_chip(value: Any, settings: Settings, the: Plan | None, role: str) -> Any:
+    """What is of a shard, the same on all workers."""
+    if settings.fast is None or the is None:
+        return value
+    return PerWorker(value, settings.fast, role, Shards((settings.fast,), tuple(map(the.cuts.get, sorted(value)))))
 
 
 def _kinds(codec: Codec, settings: Settings, placeholder: Any) -> CompressorState:
@@ -238,7 +272,7 @@ def _kinds(codec: Codec, settings: Settings, placeholder: Any) -> CompressorStat
     """
     by_path = lambda x: isinstance(x, dict)  # noqa: E731
     state = jax.tree.map(lambda x: BY_PATH if by_path(x) else x, codec.start({}), is_leaf=by_path)
-    return _first_state(_marked(state, settings), settings, lambda: placeholder)
+    return _first_state(_marked(codec, state, settings, None), settings, lambda: placeholder, None)
 
 
 def _exchange(
@@ -248,43 +282,62 @@ def _exchange(
     the: Plan,
     leaves: dict[str, Any],
     state: CompressorState,
-    riders: list[jax.Array],
+    parcels: Parcels,
     learning_rate: Any,
     flush: bool,
 ) -> tuple[Exchanged, CompressorState]:
     """What the codec makes of the compressed leaves, with the means that are to be applied; and the next state."""
     feedback, memory = settings.error_feedback, state.residual.value
     estimated = isinstance(state.codec, Estimated)
-    own = _unmarked(state.codec.codec if estimated else state.codec)
-    terms: Terms = {path: (widen(leaves[path]),) for path in the.compressed}
+    own = _unmarked(state.codec.codec if estimated else state.codec, settings)
+    terms: Terms = {path: (x,) for path, x in parcels.terms.items()}
     if feedback is not None and not flush:
         terms = {path: feedback.owe(x, memory[path]) for path, (x,) in terms.items()}
     elif feedback is not None and feedback.owes:
         terms = {path: (x, memory[path]) for path, (x,) in terms.items()}
-    done = exchange(terms, () if flush else own, riders, learning_rate)
+    owing = {path: memory[path] for path in memory.keys() - terms.keys() if feedback is not None and feedback.owes}
+    done = exchange(_buckets(the, terms, parcels, owing), () if flush else own, learning_rate)
     after = codec.flushed(own) if flush else done.state
     after = jax.tree.map(lambda new, old: jnp.where(done.ok, new, old), after, own) if flush else after
-    mean, estimates = done.mean, state.codec.mean if estimated else {}
+    mean, estimates = done.mean, _estimates(state.codec.mean) if estimated else {}
     if estimated and not flush:
         # Once, as what a conditional gives: a sum computed for each use could be applied and kept with other last bits.
-        moved = lambda: {path: x + state.codec.mean[path] for path, x in done.mean.items()}  # noqa: E731
-        estimates = jax.lax.cond(done.ok, moved, lambda: dict(state.codec.mean))
-        mean = {path: jnp.where(done.ok, x, 0) for path, x in estimates.items()}
-    residual = {}
-    for path, old in memory.items():
+        old = dict(estimates)
+        moved = lambda: {**old, **{path: x + old[path] for path, x in done.mean.items()}}  # noqa: E731
+        estimates = jax.lax.cond(done.ok, moved, lambda: old)
+        mean = {path: jnp.where(done.ok, estimates[path], 0) for path in terms}
+    residual = memory | {path: jnp.where(done.ok, 0, x) for path, x in owing.items()}
+    for path in terms.keys() & memory.keys():
+        old = memory[path]
         lost = _lost(mean[path], leaves[path].dtype) if feedback.owes else 0  # estimates are wide, and stay
         if flush:
             residual[path] = jnp.where(done.ok, 0, old) if feedback.owes else old
         else:
             residual[path] = feedback.settle(terms[path], old, done.own[path], done.ok)
             residual[path] = residual[path] if isinstance(lost, int) else residual[path] + jnp.where(done.ok, lost, 0)
-    after = _marked(after, settings)
+    after = _marked(codec, after, settings, the)
     return done._replace(mean=mean), CompressorState(
-        codec=Estimated(after, estimates) if estimated else after,
-        residual=PerWorker(residual, state.residual.axis, state.residual.role),
-        wire=add_bits(state.wire, done.bits),
+        codec=Estimated(after, _of_chip(estimates, settings, the, "estimate")) if estimated else after,
+        residual=state.residual._replace(value=residual),
+        wire=state.wire,
         skipped=state.skipped + jnp.where(done.ok, 0, 1),
     )
+
+
+def _buckets(the: Plan, terms: Terms, parcels: Parcels, owing: dict[str, jax.Array]) -> list[Bucket]:
+    """What is exchanged; owing: of leaves whose shards do not shrink among so many chips, what was left by fewer."""
+    buckets = []
+    for paths, riders, checked in zip(the.buckets, parcels.riders, parcels.checked, strict=True):
+        mine = {path: terms[path] for path in paths if path in terms}
+        dense = [path for path in paths if path not in terms]
+        sent = [x + owing[path].astype(x.dtype) if path in owing else x for path, x in zip(dense, riders, strict=False)]
+        sent += riders[len(dense) :]
+        buckets.append(Bucket(mine, sent, checked, {path: whole(the.compressed[path]).shape for path in mine}))
+    return buckets
+
+
+def _estimates(mean: Any) -> dict[str, jax.Array]:
+    return mean.value if is_per_worker(mean) else mean
 
 
 def _lost(mean: jax.Array, dtype: Any) -> Any:
@@ -292,15 +345,30 @@ def _lost(mean: jax.Array, dtype: Any) -> Any:
     return 0 if mean.dtype == dtype else mean - widen(narrow(mean, dtype))
 
 
-def _marked(state: Any, settings: Settings) -> Any:
-    """What differs between the workers, as state across devices has it."""
+def _marked(codec: Codec, state: Any, settings: Settings, the: Plan | None) -> Any:
+    """What differs between the workers, or their chips, as state across devices has it."""
+    if settings.fast is not None and the is not None:
+        state = codec.of_shards(state, lambda field, name: _field(codec, field, name, settings, the))
     is_mine = lambda x: isinstance(x, Mine)  # noqa: E731
-    mark = lambda x: PerWorker(x.value, settings.axis_name) if is_mine(x) else x  # noqa: E731
+    mark = lambda x: _of_worker(x.value, settings, the, "state") if is_mine(x) else x  # noqa: E731
     return jax.tree.map(mark, state, is_leaf=is_mine)
 
 
-def _unmarked(state: Any) -> Any:
-    return jax.tree.map(lambda x: Mine(x.value) if is_per_worker(x) else x, state, is_leaf=is_per_worker)
+def _field(codec: Codec, field: dict[str, Any], name: str, settings: Settings, the: Plan) -> PerWorker:
+    """A codec's field by leaf, of which each chip has its shard's."""
+    fast = settings.fast
+    assert fast is not None
+    cuts = tuple(codec.shard_cut(name, path, whole(the.kept[path])) for path in sorted(field))
+    return PerWorker(field, fast, "state", Shards((fast,), cuts))
+
+
+def _unmarked(state: Any, settings: Settings) -> Any:
+    def bare(x: Any) -> Any:
+        if not is_per_worker(x):
+            return x
+        return x.value if settings.fast is not None and x.axis == settings.fast else Mine(x.value)
+
+    return jax.tree.map(bare, state, is_leaf=is_per_worker)
 
 
 def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_name: Any) -> tuple[Any, str | None]:
@@ -375,10 +443,10 @@ def is_compressor_state(x: Any) -> bool:
     return isinstance(x, CompressorState)
 
 
-def _require_local(wire: Wire, leaves: dict[str, Any]) -> None:
-    collectives.workers(wire.axis)
-    collectives.require_local(list(leaves.items()), wire.axis)
-    collectives.require_same_elsewhere(list(leaves.items()), wire.axis)
+def _require_local(settings: Settings, leaves: dict[str, Any]) -> None:
+    collectives.workers(settings.axis_name)
+    collectives.require_local(list(leaves.items()), settings.axis_name)
+    collectives.require_same_elsewhere(list(leaves.items()), settings.axes)
 
 
 def _require_state_of(codec: str, state: CompressorState, expected: CompressorState) -> None:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax.arguments import is_whole, shown
+from gradcomp_jax.cuts import Cut, rows
 from gradcomp_jax.views import add_window
 
 AxisName = str | tuple[str, ...]
@@ -51,6 +52,8 @@ class Say(NamedTuple):
         range counts as not finite.
       second: what this worker owes of the second stage of aggregate="shuffle" alone, of the shape of x, or None; it
         is n-fold in x, on this worker's shard.
+      partial: where a talk sees a shard of its leaf, x is this shard's part of a sum over the shards, and the answer is
+        of the sum. It is cut along its last axis on the way; `fronts` are of whole rows of that.
     """
 
     x: jax.Array
@@ -59,6 +62,7 @@ class Say(NamedTuple):
     apart: bool = False
     growth: float = 1.0
     second: jax.Array | None = None
+    partial: bool = False
 
 
 class Heard(NamedTuple):
@@ -78,9 +82,15 @@ class Heard(NamedTuple):
 
 
 class First(NamedTuple):
-    """A request for the first worker's arrays, on all workers; only in `Codec.refresh`."""
+    """A request for the first worker's arrays, on all workers; only in `Codec.refresh`.
+
+    Attributes:
+      x: the arrays.
+      of_first_shard: where a talk sees a shard of its leaf, those of the first shard, on all.
+    """
 
     x: Any
+    of_first_shard: bool = False
 
 
 class Together(NamedTuple):
@@ -181,6 +191,9 @@ class Context(NamedTuple):
       fresh: whether the first term is a gradient that this program computes.
       strength: int32, the place of the leaf's strength among those of the codec; None where it has one.
       learning_rate: as given to the transformation's update, or None.
+      shards: in how many shards the leaf lies, of which the talk sees one.
+      shard: int32, which of them, to be part of what is drawn at random for it; None where there is one.
+      whole: the leaf's own shape.
     """
 
     step: jax.Array
@@ -189,6 +202,9 @@ class Context(NamedTuple):
     fresh: bool = False
     strength: jax.Array | None = None
     learning_rate: Any = None
+    shards: int = 1
+    shard: jax.Array | None = None
+    whole: tuple[int, ...] = ()
 
 
 class Mine(NamedTuple):
@@ -254,13 +270,26 @@ class Codec(abc.ABC):
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         """Whether it can send such a leaf in fewer bytes than it takes uncompressed."""
 
+    def cut(self, path: str, leaf: Any) -> Cut:
+        """How such a leaf is cut into shards; each is compressed by itself, but for what `talk` asks of all."""
+        del path
+        return rows(leaf)
+
+    def arrives(self, path: str, leaf: Any) -> int:
+        """The axis of such a leaf along which it is cut where gradients come in shards."""
+        del path, leaf
+        return 0
+
     def view(self, path: str, leaf: Any) -> str:
         """What it takes such a leaf for, in words; nothing if for what it is."""
         del path, leaf
         return ""
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
-        """The first state of one leaf, of whose shape and dtype alone it may depend: the fields of `by_leaf`."""
+        """The first state of one leaf, of whose shape and dtype alone it may depend: the fields of `by_leaf`.
+
+        The leaf may be a `Shard`.
+        """
         del path, leaf, salt
         return {}
 
@@ -274,6 +303,16 @@ class Codec(abc.ABC):
         entries = {name: bare(getattr(state, name)) for name in self.by_leaf}
         entries = {name: x[path] for name, x in entries.items() if isinstance(x, dict) and path in x}
         return state._replace(**entries) if entries else state
+
+    def of_shards(self, state: Any, f: Callable[[Any, str], Any]) -> Any:
+        """The state with f(field, its name) in the place of each field by leaf that is of a shard, not of the leaf."""
+        del f
+        return state
+
+    def shard_cut(self, name: str, path: str, leaf: Any) -> Cut | None:
+        """How the shards' entries of such a field join to that of the whole leaf; None: the first's stands for all."""
+        del name, path, leaf
+        return None
 
     def merge(self, state: Any, news: dict[str, dict[str, Any]]) -> Any:
         """The state with what is new of its leaves, by path and then by field."""

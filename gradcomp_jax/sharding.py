@@ -23,11 +23,25 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.arguments import require_arrays, require_mesh, require_transformation
 from gradcomp_jax.contract import AxisName
+from gradcomp_jax.cuts import Cut
 from gradcomp_jax.exchange.collectives import axis_names
 
 
 class _Value(NamedTuple):
     value: Any
+
+
+class Shards(NamedTuple):
+    """That what is in a `PerWorker` is of shards of the leaves, of which each chip of a worker has one.
+
+    Attributes:
+      axes: of which each has a leading axis of its own in the global form: the workers', if it differs between them,
+        and that of their chips.
+      cuts: of each array, in the order of its tree, how the whole is cut; None: the first chip's stands for all.
+    """
+
+    axes: tuple[AxisName, ...]
+    cuts: tuple[Cut | None, ...]
 
 
 class PerWorker(_Value):
@@ -41,26 +55,36 @@ class PerWorker(_Value):
       axis: the mesh axis, or axes, along which it differs.
       role: what it is: "owed" to later steps, which `flush` sends; "pending", a gradient that waits for the next step;
         an "estimate", as EF21's; or a part of a codec's own "state".
+      shards: of what `across` keeps of shards, how they lie; else None.
     """
 
     __slots__ = ()
     axis: AxisName
     role: str
+    shards: Shards | None
 
-    def __new__(cls, value: Any, axis: AxisName | None = None, role: str = "state") -> "PerWorker":
-        kind = cls if axis is None else _per_worker(axis, role)
+    def __new__(
+        cls, value: Any, axis: AxisName | None = None, role: str = "state", shards: Shards | None = None
+    ) -> "PerWorker":
+        kind = cls if axis is None else _per_worker(axis, role, shards)
         return super().__new__(kind, value)
 
     def __reduce__(self) -> Any:
-        return PerWorker, (self.value, self.axis, self.role)
+        return PerWorker, (self.value, self.axis, self.role, self.shards)
 
     def __repr__(self) -> str:
         return f"PerWorker(value={self.value!r}, axis={self.axis!r}, role={self.role!r})"
 
+    @property
+    def leading(self) -> tuple[AxisName, ...]:
+        """The mesh axes, or groups of them, of each of which the global form has an axis."""
+        return (self.axis,) if self.shards is None else self.shards.axes
+
 
 @functools.cache
-def _per_worker(axis: AxisName, role: str) -> type[PerWorker]:
-    return type("PerWorker", (PerWorker,), {"__slots__": (), "__module__": __name__, "axis": axis, "role": role})
+def _per_worker(axis: AxisName, role: str, shards: Shards | None) -> type[PerWorker]:
+    fields = {"__slots__": (), "__module__": __name__, "axis": axis, "role": role, "shards": shards}
+    return type("PerWorker", (PerWorker,), fields)
 
 
 def is_per_worker(x: Any) -> bool:
@@ -74,7 +98,7 @@ def _map_per_worker(f: Callable[[PerWorker], Any], state: Any, other: Callable[[
 
 def specs_of(state: Any) -> Any:
     """The `state_specs` of a state."""
-    return _map_per_worker(lambda x: jax.tree.map(lambda _: P(x.axis), x), state, lambda _: P())
+    return _map_per_worker(lambda x: jax.tree.map(lambda _: P(*x.leading), x), state, lambda _: P())
 
 
 def state_specs(tx: optax.GradientTransformation, params: Any) -> Any:
@@ -102,22 +126,24 @@ def local_state(state: Any) -> Any:
     def strip(path, x):
         if not is_per_worker(x):
             return x
+        count = len(x.leading)
         for leaf in jax.tree.leaves(x):
-            if leaf.ndim == 0 or leaf.shape[0] != 1:
+            if leaf.shape[:count] != (1,) * count:
                 raise ValueError(
                     f"state leaf {jax.tree_util.keystr(path)} of shape {leaf.shape} is not one worker's row of "
                     "the global form: make the state by init(tx, params, mesh), or take one of another number of "
                     "workers through resize_workers(opt_state, mesh), and pass it through shard_map "
                     "with in_specs from state_specs(tx, params)"
                 )
-        return jax.tree.map(lambda leaf: leaf[0], x)
+        return jax.tree.map(lambda leaf: leaf[(0,) * count], x)
 
     return jax.tree_util.tree_map_with_path(strip, state, is_leaf=is_per_worker)
 
 
 def global_state(state: Any) -> Any:
     """The inverse of `local_state`: restores the leading axis on the way out of shard_map."""
-    return _map_per_worker(lambda x: jax.tree.map(lambda leaf: leaf[None], x), state, lambda x: x)
+    lead = lambda x: jax.tree.map(lambda leaf: leaf[(None,) * len(x.leading)], x)  # noqa: E731
+    return _map_per_worker(lead, state, lambda x: x)
 
 
 def automatic(mesh: Mesh) -> Mesh:
@@ -184,11 +210,11 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     count = _count(mesh)
 
     def stack(x: PerWorker) -> PerWorker:
-        n = count(x.axis)
-        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), x)
+        lead = tuple(map(count, x.leading))
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape)), x)
 
     def global_init(params):
-        return _map_per_worker(stack, tx.init(params), lambda x: x)
+        return _map_per_worker(stack, _with_axes(mesh, tx.init)(params), lambda x: x)
 
     if isinstance(mesh, int):
         return in_automatic_axes(mesh, jax.jit(global_init))(params)
@@ -197,6 +223,20 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
     made = jax.jit(global_init, out_shardings=shardings)
     return in_automatic_axes(mesh, lambda params: made(place(params, mesh)))(params)
+
+
+def _with_axes(mesh: Mesh | int, f: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`f`, called where the axes of the mesh are bound, so that it may ask for their sizes."""
+    if isinstance(mesh, int):
+        return f
+
+    def called(x: Any) -> Any:
+        bound = lambda _: f(x)  # noqa: E731
+        for name, size in mesh.shape.items():
+            bound = jax.vmap(bound, in_axes=None, out_axes=None, axis_name=name, axis_size=size)
+        return bound(())
+
+    return called
 
 
 def place(tree: Any, mesh: Mesh) -> Any:
@@ -310,14 +350,18 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     count = _count(mesh)
 
     def resized(x: PerWorker) -> PerWorker:
-        new = count(x.axis)
-        rows = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
-        if len(rows) > 1 or () in rows:
+        new = tuple(map(count, x.leading))
+        rows = {leaf.shape[: len(new)] for leaf in jax.tree.leaves(x)}
+        if len(rows) > 1 or any(len(row) < len(new) for row in rows):
             raise ValueError(
                 "the leaves of opt_state that differ between workers do not begin with one axis of workers, they have "
                 f"{sorted(rows)}: pass the global form, as init and the steps return it"
             )
-        return jax.tree.map(lambda old: regrouped(old, new), x)
+        if x.shards is None:
+            return jax.tree.map(lambda old: regrouped(old, *new), x)
+        leaves, treedef = jax.tree.flatten(x)
+        moved = [cut_anew(old, cut, new) for old, cut in zip(leaves, x.shards.cuts, strict=True)]
+        return jax.tree.unflatten(treedef, moved)
 
     def resize(opt_state):
         return _map_per_worker(resized, opt_state, lambda x: x)
@@ -341,6 +385,26 @@ def regrouped(old: jax.Array, new: int) -> jax.Array:
     return jnp.broadcast_to(kept, (new, *old.shape[1:]))
 
 
+def cut_anew(old: jax.Array, cut: Cut | None, new: tuple[int, ...]) -> jax.Array:
+    """Shards [workers, chips, ...], or [chips, ...], for other numbers of both: what each element owes stays."""
+    if len(new) == 2:
+        old = jnp.swapaxes(jax.vmap(lambda one: cut_anew(one, cut, new[1:]))(old), 0, 1)
+        return jnp.swapaxes(jax.vmap(lambda chip: regrouped(chip, new[0]))(old), 0, 1)
+    if len(old) == new[0]:
+        return old
+    if cut is None:
+        return jnp.broadcast_to(old[:1], (*new, *old.shape[1:]))
+    return cut.split(cut.join(old), *new)
+
+
+def whole_of(x: PerWorker) -> list[jax.Array]:
+    """The arrays of a global form [workers, ...], of shards those of the whole leaves."""
+    if x.shards is None:
+        return jax.tree.leaves(x)
+    join = lambda old, cut: jax.vmap(cut.join)(old)  # noqa: E731
+    return [join(old, cut) for old, cut in zip(jax.tree.leaves(x), x.shards.cuts, strict=True)]
+
+
 def _movable(x: Any, mesh: Mesh | int) -> Any:
     """`x` on the devices of the mesh, by way of the host, or where several processes share it, as it is."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -362,10 +426,12 @@ def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
     count = _count(mesh)
     for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker):
         if is_per_worker(x):
-            got = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(x)}
-            if got and got != {(count(x.axis),)}:
+            want = tuple(map(count, x.leading))
+            got = {np.shape(leaf)[: len(want)] for leaf in jax.tree.leaves(x)}
+            if got and got != {want}:
+                along = x.axis if x.shards is None else x.leading
                 raise ValueError(
-                    f"opt_state is of {sorted(got)} workers along {x.axis!r}, mesh={mesh} has {count(x.axis)}: pass "
+                    f"opt_state is of {sorted(got)} workers along {along!r}, mesh={mesh} has {want}: pass "
                     "the mesh of the step, or the state through resize_workers(opt_state, mesh) first, which keeps "
                     "what the residuals owe"
                 )

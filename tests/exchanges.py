@@ -12,7 +12,7 @@ from gradcomp_jax.contract import dense
 from gradcomp_jax.exchange.bits import bit_pair
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.plan import flatten, plan, salt
-from gradcomp_jax.exchange.rounds import Exchange
+from gradcomp_jax.exchange.rounds import Bucket, Exchange
 from tests import trees
 
 
@@ -35,6 +35,16 @@ def first_state(tx: gc.Compressor, tensors: dict[str, Any]) -> Any:
     return tx.codec.start({path: tx.codec.init(path, x, salt(path)) for path, x in tensors.items()})
 
 
+def marked(tx: gc.Compressor, state: Any) -> Any:
+    """The state of an exchange, where what differs between workers is marked."""
+    return _marked(tx.codec, state, tx.settings, None)
+
+
+def whole(tensors: dict[str, Any], riders: Any = ()) -> Bucket:
+    """Tensors by path, and riders, as one bucket."""
+    return Bucket.of({path: (x,) for path, x in tensors.items()}, riders)
+
+
 def exchanged(
     tx: gc.Compressor,
     tensors: dict[str, np.ndarray],
@@ -46,9 +56,9 @@ def exchanged(
     exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"), feedback)
 
     def worker(tensors):
-        local = first_state(tx, tensors) if state is None else _unmarked(state)
-        got = exchange({path: (x,) for path, x in tensors.items()}, local, (), learning_rate)
-        return got.mean, {path: dense(x) for path, x in got.own.items()}, _marked(got.state, tx.settings)
+        local = first_state(tx, tensors) if state is None else _unmarked(state, tx.settings)
+        got = exchange([whole(tensors)], local, learning_rate)
+        return got.mean, {path: dense(x) for path, x in got.own.items()}, marked(tx, got.state)
 
     mean, own, state = jax.device_get(jax.jit(jax.vmap(worker, axis_name="data"))(tensors))
     return Got({path: x[0] for path, x in mean.items()}, own, state)
@@ -59,7 +69,7 @@ def means(tx: gc.Compressor, x: np.ndarray, states: Any) -> np.ndarray:
     exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"))
 
     def step(state):
-        worker = lambda x: exchange({"w": (x,)}, state).mean["w"]  # noqa: E731
+        worker = lambda x: exchange([whole({"w": x})], state).mean["w"]  # noqa: E731
         return jax.vmap(worker, axis_name="data")(x)[0]
 
     return np.asarray(jax.jit(jax.vmap(step))(states), np.float64)
@@ -75,7 +85,7 @@ def declared(tx: gc.Compressor, shapes: Any, workers: int) -> int:
     def bits(leaves):
         tensors = {path: leaves[path] for path in the.compressed}
         riders = [leaves[path] for path in the.dense]
-        got = exchange({path: (x,) for path, x in tensors.items()}, first_state(tx, tensors), riders)
+        got = exchange([whole(tensors, riders)], first_state(tx, tensors))
         told.append(got.bits)
         return bit_pair(got.bits)
 

@@ -11,6 +11,7 @@ from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.rounds import Exchange
 from tests import problem, trees
 from tests.contexts import map_state, run
+from tests.exchanges import whole
 
 LOW, HIGH = 0, 1
 # Norms at the checks, and what they decide: changes by 0.4, 1.14, 0 and 1; then there is none to compare with.
@@ -174,7 +175,8 @@ def test_each_step_is_the_codecs_own_at_its_level(low, high):
         exchange = Exchange(codec, low.settings.aggregate, Wire("data"), feedback=True)
 
         def worker(gradients, residual):
-            return exchange({path: (x + residual[path],) for path, x in gradients.items()}, before.codec.codec).mean
+            owed = {path: x + residual[path] for path, x in gradients.items()}
+            return exchange([whole(owed)], before.codec.codec).mean
 
         return jax.vmap(worker, axis_name="data")(gradients, before.residual.value)
 

@@ -18,14 +18,14 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax.coder import Coding
-from gradcomp_jax.compressor import _marked, _unmarked, compressor
+from gradcomp_jax.compressor import _unmarked, compressor
 from gradcomp_jax.contract import Codec, Result, Say, dense, total
 from gradcomp_jax.exchange.plan import Settings, flatten, plan
 from gradcomp_jax.exchange.rounds import Exchange
 from gradcomp_jax.exchange.ways import APART
 from tests import contexts, trees
 from tests.contexts import CONTEXTS, every_context, run
-from tests.exchanges import first_state
+from tests.exchanges import first_state, marked, whole
 from tests.recorder import Recorder, sent
 from tests.table import BY_ID, EACH, ROWS
 
@@ -597,9 +597,9 @@ def recorded(tx):
 
     def worker(tensors, riders, state):
         wire = Recorder("data")
-        got = exchange._replace(wire=wire)({path: (x,) for path, x in tensors.items()}, _unmarked(state), riders)
+        got = exchange._replace(wire=wire)([whole(tensors, riders)], _unmarked(state, tx.settings))
         own = {path: dense(x) for path, x in got.own.items()}
-        return (got.mean, own, got.rode, _marked(got.state, tx.settings)), wire.given
+        return (got.mean, own, got.rode[0], marked(tx, got.state)), wire.given
 
     return worker
 
@@ -609,7 +609,7 @@ def exchanges(id):
     """Some steps of a codec alone, on TWO."""
     tx = TX[id]
     grads, riders = trees.noise(TWO, 1, (STEPS, WORKERS)), trees.noise((RIDING,), 2, (STEPS, WORKERS))
-    state = jax.device_get(jax.jit(lambda x: _marked(first_state(tx, x), tx.settings))(trees.zeros(TWO)))
+    state = jax.device_get(jax.jit(lambda x: marked(tx, first_state(tx, x)))(trees.zeros(TWO)))
     axes = contexts.map_state(lambda _: 0, lambda _: None, state)
     state = contexts.map_state(lambda x: np.broadcast_to(x, (WORKERS, *x.shape)), lambda x: x, state)
     step = jax.jit(jax.vmap(recorded(tx), (0, 0, axes), ((0, 0, 0, axes), 0), axis_name="data"))
@@ -627,7 +627,7 @@ def given_on(id, name):
     tx, tree = TX[id], trees.zeros(NETWORKS[name]())
     leaves, the = flatten(tree)[0], plan(tx.codec, tx.settings, tree)
     tensors, riders = {path: leaves[path] for path in the.compressed}, [leaves[path] for path in the.dense]
-    state = jax.eval_shape(lambda: _marked(first_state(tx, tensors), tx.settings))
+    state = jax.eval_shape(lambda: marked(tx, first_state(tx, tensors)))
     # Each worker has gradients of its own: what all share, vmap would not batch, and jax's all_to_all then miscounts.
     axes = contexts.map_state(lambda _: 0, lambda _: None, state)
     of_four = lambda x: jax.ShapeDtypeStruct((WORKERS, *x.shape), x.dtype)  # noqa: E731

@@ -36,9 +36,22 @@ class WireBits(NamedTuple):
     total: int
 
 
-def no_bits() -> WireCount:
-    """The count before the first step."""
-    return WireCount(jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32))
+class Links(NamedTuple):
+    """Bits by link, of `across`.
+
+    Attributes:
+      between: that one chip sent to other slices or nodes.
+      inside: that it sent to others of its own.
+    """
+
+    between: WireCount
+    inside: WireCount
+
+
+def no_bits(inside: bool = False) -> Any:
+    """The count before the first step; with `inside` by link."""
+    none = lambda: WireCount(jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32))  # noqa: E731
+    return Links(none(), none()) if inside else none()
 
 
 Bits = int | jax.Array
@@ -72,8 +85,10 @@ def total_bits(pairs: jax.Array) -> jax.Array:
     return jnp.stack([jnp.sum(high, dtype=jnp.uint32) + carry, total])
 
 
-def add_bits(count: WireCount, bits: Bits) -> WireCount:
-    """`count` after a step that sent `bits`."""
+def add_bits(count: Any, bits: Bits, inside: Bits = 0) -> Any:
+    """`count` after a step that sent `bits`, and `inside` over the fast link."""
+    if isinstance(count, Links):
+        return Links(add_bits(count.between, bits), add_bits(count.inside, inside))
     last = bit_pair(bits)
     return WireCount(last, bit_pair(sum_bits(count.total, last)))
 
@@ -110,7 +125,7 @@ def _of_all(x: Any) -> Any:
     return multihost_utils.process_allgather(x, tiled=True) if shared else jax.device_get(x)
 
 
-def wire_bits(opt_state: Any) -> WireBits:
+def wire_bits(opt_state: Any, link: str = "between") -> WireBits:
     """Bits that one worker sent, by the ring laws of `gradcomp_jax.exchange.collectives`.
 
     Skipped steps count: their gradients were not finite, but they travelled. The loss, auxiliary outputs and batch
@@ -121,25 +136,27 @@ def wire_bits(opt_state: Any) -> WireBits:
     Args:
       opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
         the local form, the global one, or one replicated for pmap.
+      link: of `across`, whose bits: those that one chip sent "between" the slices or nodes, or "inside" its own. Of
+        other codecs all is between, and nothing inside.
 
     Returns:
       `(last, total)`, Python ints.
 
     Raises:
-      ValueError: `opt_state` holds no codec's state.
+      ValueError: `opt_state` holds no codec's state, or there is no such link.
     """
+    if link not in Links._fields:
+        raise ValueError(f"link={link!r} must be 'between' or 'inside'")
     last = total = 0
-    counts = [x for x in jax.tree.leaves(opt_state, is_leaf=_is_count) if _is_count(x)]
+    is_count = lambda x: isinstance(x, WireCount | Links)  # noqa: E731
+    counts = [x for x in jax.tree.leaves(opt_state, is_leaf=is_count) if is_count(x)]
     if not counts:
         raise ValueError(f"opt_state holds no codec's state, so no bits were counted: got {type(opt_state).__name__}")
-    for count in counts:
+    by_link = [x if isinstance(x, Links) else Links(x, no_bits()) for x in counts]
+    for count in (getattr(x, link) for x in by_link):
         last += _join(count.last)
         total += _join(count.total)
     return WireBits(last, total)
-
-
-def _is_count(x: Any) -> bool:
-    return isinstance(x, WireCount)
 
 
 def _join(pair: jax.Array) -> int:

@@ -11,6 +11,8 @@ operands handed to the collective, so that nothing can be declared as less than 
 | `gather` (all-gather) | (n - 1) p |
 | `scatter` (all-to-all) | (n - 1) / n p |
 | `around_ring` (n - 1 permutes) | (n - 1) p |
+| `sum_shards` (reduce-scatter) | (n - 1) / n p |
+| `join_shards` (all-gather) | (n - 1) p |
 
 All of it works unchanged under `vmap(axis_name=...)`, `pmap` and `shard_map`, with `check_vma` on or off.
 """
@@ -195,9 +197,11 @@ class Wire:
 
     Attributes:
       axis: the mesh axis, or axes, of the workers.
+      fast: that of the chips of a worker, a slice or node, each of which sees a shard; None: a worker is one device.
     """
 
     axis: AxisName
+    fast: AxisName | None = None
 
     @property
     def workers(self) -> int:
@@ -208,6 +212,22 @@ class Wire:
     def index(self) -> jax.Array:
         """This worker's index, int32."""
         return lax.axis_index(self.axis)
+
+    @property
+    def inside(self) -> "Wire":
+        """The link between the chips of a worker."""
+        assert self.fast is not None
+        return dataclasses.replace(self, axis=self.fast, fast=None)
+
+    @property
+    def shards(self) -> int:
+        """How many chips a worker has."""
+        return 1 if self.fast is None else workers(self.fast)
+
+    def own_key(self, key: jax.Array) -> jax.Array:
+        """A random key that no other worker or chip has."""
+        key = jax.random.fold_in(key, self.index)
+        return key if self.fast is None else jax.random.fold_in(key, self.inside.index)
 
     def total(self, tree: T) -> tuple[T, int]:
         """All-reduces every leaf to its sum. Integers wrap: their type must hold the sum."""
@@ -270,6 +290,19 @@ class Wire:
         fails, bits = self.largest(1 - flag.astype(jnp.int32))
         return fails == 0, bits
 
+    def widest(self, number: jax.Array) -> jax.Array:
+        """The largest of a worker's chips, so that all choose the same branch."""
+        return number if self.fast is None else self.inside.largest(number)[0]
+
+    def sum_shards(self, x: jax.Array, axis: int = 0) -> tuple[jax.Array, int]:
+        """This worker's part along an axis of the sum of `x`, by a reduce-scatter."""
+        n = self.workers
+        return self._sum_scatter(x, axis), (n - 1) * _size_bits(x) // n
+
+    def join_shards(self, x: jax.Array, axis: int = 0) -> tuple[jax.Array, int]:
+        """The inverse, but for the sum: all workers' parts side by side along an axis, the same on all."""
+        return self._join(x, axis), (self.workers - 1) * _size_bits(x)
+
     def from_first(self, x: jax.Array) -> tuple[jax.Array, int]:
         """The first worker's array, on all; by an all-reduce."""
         return self.total(jnp.where(self.index == 0, x, jnp.zeros_like(x)))
@@ -307,7 +340,7 @@ class Wire:
             padding = [(0, 0)] * (received.ndim - 1) + [(0, buffer.shape[-1] - size)]
             return jnp.pad(received, padding), bit_pair(bits)
 
-        smallest = jnp.sum(jnp.array(sizes, jnp.int32) < length, dtype=jnp.int32)
+        smallest = jnp.sum(jnp.array(sizes, jnp.int32) < self.widest(length), dtype=jnp.int32)
         return self.switch(smallest, [functools.partial(send, size) for size in sizes])
 
     # What follows is jax's own, in one place each: a recorder takes these over.
@@ -329,6 +362,13 @@ class Wire:
     def _all_gather(self, x: jax.Array) -> jax.Array:
         # vmap knows no `to`; what it gathers is the same everywhere by itself.
         return lax.all_gather(x, self.axis, to="invarying" if tracked(self.axis) else "varying")
+
+    def _sum_scatter(self, x: jax.Array, axis: int) -> jax.Array:
+        return lax.psum_scatter(x, self.axis, scatter_dimension=axis, tiled=True)
+
+    def _join(self, x: jax.Array, axis: int) -> jax.Array:
+        to = "invarying" if tracked(self.axis) else "varying"
+        return lax.all_gather(x, self.axis, axis=axis, tiled=True, to=to)
 
     def _all_to_all(self, x: jax.Array) -> jax.Array:
         return lax.all_to_all(x, self.axis, 0, 0)

@@ -2,8 +2,10 @@
 
 import collections
 import logging
+import math
+import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,8 @@ import numpy as np
 from gradcomp_jax.arguments import shown
 from gradcomp_jax.coder import Coder, Switched
 from gradcomp_jax.contract import AxisName, Codec, Predicate, Uncompressed
+from gradcomp_jax.cuts import Cut, Shard, rows
+from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.shards import Group, grouped
 from gradcomp_jax.notes import logger, note, summary
 from gradcomp_jax.views import HALVES, dtype_of, wide
@@ -32,6 +36,9 @@ class Settings(NamedTuple):
       allow_dense: whether none may be.
       aggregate: the way codes, or numbers, travel; None leaves it to the plan.
       dense_dtype: the type of 16 bits in which what is not compressed travels; None: float32 or wider.
+      buckets: how many, or the bucket of a path; None leaves it to the plan.
+      fast: of `across`, the axis of the chips of a worker; None: a worker is one device.
+      inside: of `across`, whether gradients come whole from each chip, and are summed into shards; or which do.
     """
 
     axis_name: AxisName
@@ -41,6 +48,18 @@ class Settings(NamedTuple):
     allow_dense: bool
     aggregate: str | None = None
     dense_dtype: Any = None
+    buckets: int | Callable[[str], int] | None = None
+    fast: AxisName | None = None
+    inside: bool | Predicate = True
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All axes along which gradients differ."""
+        return (*axis_names(self.axis_name), *(axis_names(self.fast) if self.fast else ()))
+
+    def comes_whole(self, path: str, leaf: Any) -> bool:
+        """Whether a leaf's gradients come whole from each chip."""
+        return self.inside if isinstance(self.inside, bool) else bool(self.inside(path, leaf))
 
 
 class Plan(NamedTuple):
@@ -49,12 +68,20 @@ class Plan(NamedTuple):
     Attributes:
       treedef: its structure.
       leaves: their paths, in order.
-      compressed: paths of those that the codec compresses.
+      compressed: those that the codec compresses, by path: as it sees them, whole or a shard.
+      kept: the same of those of which there is a state, which are these, and those of which only shards do not shrink.
+      cuts: of `across`, how each leaf is cut.
+      shards: paths of those that come in shards.
+      buckets: the paths of each bucket, in the order in which these are sent.
     """
 
     treedef: Any
     leaves: tuple[str, ...]
-    compressed: tuple[str, ...]
+    compressed: dict[str, Any]
+    kept: dict[str, Any]
+    cuts: dict[str, Cut]
+    shards: frozenset[str]
+    buckets: tuple[tuple[str, ...], ...]
 
     @property
     def dense(self) -> tuple[str, ...]:
@@ -80,19 +107,38 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
     return by_path, treedef
 
 
-def plan(codec: Codec, settings: Settings, tree: Any) -> Plan:
+def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
     """Which leaves of a tree are compressed.
+
+    Whether a leaf is to be compressed is asked of the whole leaf, and whether it shrinks, of a shard too.
+
+    Args:
+      codec: the codec.
+      settings: its settings.
+      tree: gradients, or their shapes.
+      shards: how many chips a worker has.
 
     Raises:
       TypeError: a leaf is not of real floating type.
       ValueError: none would be compressed, and that is not allowed; or what the codec refuses.
     """
     leaves, treedef = flatten(tree)
-    compressed = []
+    compressed, kept, cuts, arriving = {}, {}, {}, set()
     for path, leaf in leaves.items():
         _require_real(codec.name, path, leaf)
-        if not _why_dense(codec, settings, path, leaf):
-            compressed.append(path)
+        full, seen, cuts[path] = leaf, leaf, rows(leaf)
+        if settings.fast is not None and not settings.comes_whole(path, leaf):
+            full, cuts[path] = _of_which_shards(codec, path, leaf, shards)
+            seen = Shard(leaf.shape, leaf.dtype, full, shards)
+            arriving.add(path)
+        if _why_dense(codec, settings, path, full):
+            continue
+        if settings.fast is not None and path not in arriving:
+            cuts[path] = codec.cut(path, leaf)
+            seen = Shard(cuts[path].shape(shards), leaf.dtype, leaf, shards)
+        kept[path] = seen
+        if seen is full or codec.shrinks(path, seen, _bytes(settings, rows(full).shape(shards), leaf.dtype)):
+            compressed[path] = seen
     if leaves and not compressed and not settings.allow_dense:
         path, leaf = max(leaves.items(), key=lambda item: item[1].size)
         raise ValueError(
@@ -102,7 +148,53 @@ def plan(codec: Codec, settings: Settings, tree: Any) -> Plan:
             f"{leaf.shape}); lower min_size, change compress= or the codec's settings, or pass "
             "allow_dense=True to mean it"
         )
-    return Plan(treedef, tuple(leaves), tuple(compressed))
+    buckets = in_buckets({path: leaf.size for path, leaf in leaves.items()}, settings.buckets)
+    return Plan(treedef, tuple(leaves), compressed, kept, cuts, frozenset(arriving), buckets)
+
+
+def _of_which_shards(codec: Codec, path: str, leaf: Any, shards: int) -> tuple[Any, Cut]:
+    """The whole of a leaf that comes in shards, and how it is cut."""
+    if not leaf.shape:
+        raise ValueError(
+            f"gradient leaf {path!r} is a scalar, which is no shard: say by across(..., inside=) that it comes whole"
+        )
+    axis = codec.arrives(path, leaf)
+    shape = tuple(size * shards if i == axis else size for i, size in enumerate(leaf.shape))
+    return jax.ShapeDtypeStruct(shape, leaf.dtype), Cut(shape, axis)
+
+
+def in_buckets(sizes: dict[str, int], buckets: int | Callable[[str], int] | None) -> tuple[tuple[str, ...], ...]:
+    """Paths in buckets, in the order in which these are sent.
+
+    Args:
+      sizes: of the leaves, by path.
+      buckets: how many, of about one size, in the order in which a backward pass finishes them, which is taken to be
+        the reverse of the paths' natural order ("layer_10" after "layer_9"); or the bucket of a path, of which lower
+        ones are sent first; None: one.
+    """
+    if callable(buckets):
+        number = {path: buckets(path) for path in sizes}
+        for path, found in number.items():
+            if isinstance(found, bool) or not isinstance(found, int | np.integer):
+                raise ValueError(f"buckets= returned {shown(found)} for leaf {path!r}, it must return a whole number")
+    else:
+        number = _even(sizes, buckets or 1)
+    used = sorted(set(number.values()))
+    return tuple(tuple(path for path in sizes if number[path] == one) for one in used) or ((),)
+
+
+def _even(sizes: dict[str, int], buckets: int) -> dict[str, int]:
+    """Runs of about one size of the paths in the reverse of their natural order."""
+
+    def natural(path: str) -> list[Any]:
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path)]  # of which each second is digits
+
+    number: dict[str, int] = {}
+    total, before = max(1, sum(sizes.values())), 0.0
+    for path in sorted(sizes, key=natural, reverse=True):
+        number[path] = min(buckets - 1, math.floor(buckets * (before + sizes[path] / 2) / total))
+        before += sizes[path]
+    return number
 
 
 def _why_dense(codec: Codec, settings: Settings, path: str, leaf: Any) -> str:
@@ -114,8 +206,12 @@ def _why_dense(codec: Codec, settings: Settings, path: str, leaf: Any) -> str:
         return "left out by compress=" if settings.compress else "left out by the codec's rule for its shape"
     if leaf.size < settings.min_size:
         return f"fewer elements than min_size={settings.min_size}"
-    uncompressed = leaf.size * (settings.dense_dtype or wide(leaf.dtype)).itemsize
-    return "" if codec.shrinks(path, leaf, uncompressed) else "would not shrink"
+    return "" if codec.shrinks(path, leaf, _bytes(settings, leaf.shape, leaf.dtype)) else "would not shrink"
+
+
+def _bytes(settings: Settings, shape: tuple[int, ...], dtype: Any) -> int:
+    """What an array of this shape takes uncompressed."""
+    return math.prod(shape) * (settings.dense_dtype or wide(dtype)).itemsize
 
 
 def tell(codec: Codec, settings: Settings, the: Plan, leaves: dict[str, Any]) -> None:

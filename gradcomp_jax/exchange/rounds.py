@@ -14,33 +14,59 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax import random
-from gradcomp_jax.contract import Ask, Codec, Context, First, Heard, OverShards, Result, Say, Together
-from gradcomp_jax.exchange import codes, plan, ways
-from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits
+from gradcomp_jax.coder import CodeLength
+from gradcomp_jax.contract import Ask, Codec, Context, First, Heard, Mine, OverShards, Result, Say, Together, bare
+from gradcomp_jax.exchange import codes, inside, plan, ways
+from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits, total_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different
 from gradcomp_jax.views import HALVES, always, halved, wide, widen
 
 Terms = dict[str, tuple[jax.Array, ...]]
 
 
+class Bucket(NamedTuple):
+    """What is exchanged together.
+
+    Attributes:
+      terms: by path, what is to be averaged: the sum of these.
+      riders: arrays that travel along.
+      checked: how many of the first riders must be finite.
+      whole: by path, the shapes of the leaves, of which the terms may be shards.
+    """
+
+    terms: Terms
+    riders: Sequence[jax.Array]
+    checked: int
+    whole: dict[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, terms: Terms, riders: Sequence[jax.Array] = (), checked: int | None = None) -> "Bucket":
+        """Of whole leaves, all of whose riders must be finite unless it is said how many."""
+        checked = len(riders) if checked is None else checked
+        return cls(terms, riders, checked, {path: d[0].shape for path, d in terms.items()})
+
+
 class Exchanged(NamedTuple):
     """What an exchange gave.
 
     Attributes:
-      mean: by path, what every worker will apply, identical on all; zeros if not `ok`.
+      mean: by path, what every worker will apply, identical on all; zeros if not `ok`, where there is one bucket and
+        no fast axis.
       own: by path, what this worker added to the mean, times the number of workers; arrays or `Sparse`.
       state: the codec's next state; as it was if not `ok`.
-      rode: the means of the riders; of no meaning if not `ok`.
-      ok: bool, whether all that arrived was finite, the same on all workers.
+      rode: the means of the riders of each bucket; of no meaning if not `ok`.
+      ok: bool, whether all that arrived was finite, the same on all workers and their chips.
       bits: that this worker sent; the same number on all workers.
+      inside: that this chip sent to others of its worker.
     """
 
     mean: dict[str, jax.Array]
     own: dict[str, Any]
     state: Any
-    rode: list[jax.Array]
+    rode: list[list[jax.Array]]
     ok: jax.Array
     bits: Bits
+    inside: Bits
 
 
 class _Tally(NamedTuple):
@@ -50,12 +76,14 @@ class _Tally(NamedTuple):
       rounds: how many there were.
       ok: bool, whether all that arrived was finite; None before anything did.
       bits: sent by this worker.
+      inside: sent by this chip to others of its worker.
       coder: the coder's state.
     """
 
     rounds: int
     ok: Any
     bits: Bits
+    inside: Bits
     coder: Any
 
 
@@ -65,9 +93,10 @@ class _Done(NamedTuple):
     mean: dict[str, jax.Array]
     own: dict[str, Any]
     news: dict[str, dict[str, Any]]
-    rode: list[jax.Array]
+    rode: list[Any]
     ok: jax.Array
     bits: Bits
+    inside: Bits
     coder: Any
 
 
@@ -80,7 +109,6 @@ class Exchange(NamedTuple):
       wire: the link.
       feedback: whether what is left out comes back.
       want_own: whether to tell `own`.
-      checked: how many of the first riders must be finite; None: all.
       fresh: as `Context.fresh`.
       dense: a type of 16 bits, in which whole gradients that are not compressed travel; None: as they are.
     """
@@ -90,55 +118,91 @@ class Exchange(NamedTuple):
     wire: Wire
     feedback: bool = False
     want_own: bool = True
-    checked: int | None = None
     fresh: bool = False
     dense: Any = None
 
-    def __call__(
-        self, terms: Terms, state: Any, riders: Sequence[jax.Array] = (), learning_rate: Any = None
-    ) -> Exchanged:
+    def __call__(self, buckets: Sequence[Bucket], state: Any, learning_rate: Any = None) -> Exchanged:
         """Averages tensors by the codec, and riders exactly.
 
         Args:
-          terms: by path, what is to be averaged: the sum of these.
+          buckets: what is to be averaged, of which each bucket has its own messages.
           state: the codec's state.
-          riders: arrays that travel along.
           learning_rate: for codecs that ask.
         """
-        codec, whole = self.codec, Context(self.codec.step(state), 0, self.feedback, self.fresh, None, learning_rate)
+        codec, wire = self.codec, self.wire
+        terms = {path: d for bucket in buckets for path, d in bucket.terms.items()}
+        told = Context(codec.step(state), 0, self.feedback, self.fresh, None, learning_rate, wire.shards)
+        told = told._replace(shard=wire.inside.index if wire.fast is not None else None)
         strengths = codec.strengths(state, learning_rate)
-        contexts = {path: whole._replace(salt=plan.salt(path), strength=strengths.get(path)) for path in terms}
-        run = functools.partial(self._run, terms, state, contexts, riders)
-        if codec.phases == 1 or not terms:
-            done = run(0)
-        else:
-            done = self.wire.switch(codec.phase(state), [functools.partial(run, i) for i in range(codec.phases)])
+        contexts = {
+            path: told._replace(salt=plan.salt(path), strength=strengths.get(path), whole=bucket.whole[path])
+            for bucket in buckets
+            for path in bucket.terms
+        }
+        done = self._all(buckets, state, contexts)
         if not terms:
-            return Exchanged({}, {}, state, done.rode, done.ok, done.bits)
+            return Exchanged({}, {}, state, done.rode, done.ok, done.bits, done.inside)
         absorbed = {
             path: codec.absorb(codec.leaf(state, path), d, done.mean[path], done.ok, contexts[path])
             for path, d in terms.items()
         }
         after = codec.merge(codec.merge(codec.with_coder_state(state, done.coder), done.news), absorbed)
-        renewed, bits = self._refresh(state, after, done)
+        renewed, bits, sent = self._refresh(state, after, done)
         # Known only once it has read the old ones, so that these can be overwritten where they lie.
         ok = done.ok & always(bits)
         adopted = {path: codec.adopt(codec.leaf(state, path), done.mean[path], ok) for path in terms}
-        after = codec.tick(state, codec.merge(after, renewed), whole)
+        after = codec.tick(state, codec.merge(after, renewed), told)
         after = jax.tree.map(lambda new, old: jnp.where(done.ok, new, old), after, state)
         after = codec.merge(codec.merge(after, absorbed), adopted)  # which are selected already
-        return Exchanged(done.mean, done.own, after, done.rode, done.ok, sum_bits(done.bits, bits))
+        bits, sent = sum_bits(done.bits, bits), sum_bits(done.inside, sent)
+        return Exchanged(done.mean, done.own, after, done.rode, done.ok, bits, sent)
 
-    def _run(self, terms: Terms, state: Any, contexts: dict[str, Context], riders: Any, phase: int) -> _Done:
-        """The talks of all leaves in one kind of step, from the first round to the last."""
-        codec = self.codec
+    def _all(self, buckets: Sequence[Bucket], state: Any, contexts: dict[str, Context]) -> _Done:
+        """All buckets, each as soon as its gradients are there; and one flag for all of them."""
+        codec, coder = self.codec, self.codec.coder_state(state)
+        dones: list[_Done] = []
+        for bucket in buckets:
+            # Of the coder's state each bucket draws from where the one before stopped.
+            state = codec.with_coder_state(state, coder)
+            if dones:
+                terms, riders = after((bucket.terms, bucket.riders), dones[-1].ok)
+                bucket = bucket._replace(terms=terms, riders=riders)
+            run = functools.partial(self._run, bucket, state, contexts)
+            if codec.phases == 1 or not bucket.terms:
+                done = run(0)
+            else:
+                done = self.wire.switch(codec.phase(state), [functools.partial(run, i) for i in range(codec.phases)])
+            coder = done.coder
+            dones.append(done)
+        ok, sent = ways.agreed([done.ok for done in dones]) if len(dones) > 1 else dones[0].ok, 0
+        if self.wire.fast is not None:
+            ok, sent = self.wire.inside.all_(ok)
+        bits, passed = dones[0].bits, sum_bits(dones[0].inside, sent)
+        for done in dones[1:]:
+            bits, passed = sum_bits(bits, done.bits), sum_bits(passed, done.inside)
+        by_path = lambda name: {path: x for done in dones for path, x in getattr(done, name).items()}  # noqa: E731
+        return _Done(
+            by_path("mean"),
+            by_path("own"),
+            by_path("news"),
+            [done.rode for done in dones],
+            ok,
+            bits,
+            passed,
+            _of_all([done.coder for done in dones]),
+        )
+
+    def _run(self, bucket: Bucket, state: Any, contexts: dict[str, Context], phase: int) -> _Done:
+        """The talks of all leaves of a bucket in one kind of step, from the first round to the last."""
+        codec, (terms, riders, checked, _) = self.codec, bucket
         talks = {path: codec.talk(phase, d, codec.leaf(state, path), contexts[path]) for path, d in terms.items()}
         results: dict[str, Result] = {}
         early: set[str] = set()  # leaves that ended before the last flag was known
         asked, rode = _advance(talks, dict.fromkeys(talks), results), list(riders)
-        tally = _Tally(0, None, 0, codec.coder_state(state))
+        tally = _Tally(0, None, 0, 0, codec.coder_state(state))
         while asked or (rode and not tally.rounds):
-            answers, came, tally = self._round(asked, [] if tally.rounds else rode, contexts, tally)
+            sending = ([], 0) if tally.rounds else (rode, checked)
+            answers, came, tally = self._round(asked, *sending, contexts, tally)
             rode = came or rode
             asked = _advance(talks, answers, results)
             early |= results.keys() if asked else set()
@@ -148,12 +212,12 @@ class Exchange(NamedTuple):
             if known_different(mean[path], self.wire.axis):
                 raise TypeError(f"codec {codec.name!r} made the mean of leaf {path!r} of more than what was heard")
         own = {path: results[path].own for path in terms} if self.want_own else {}
-        bits = tally.bits if codec.phases == 1 else bit_pair(tally.bits)
+        bits, sent = (x if codec.phases == 1 else bit_pair(x) for x in (tally.bits, tally.inside))
         news = {path: results[path].news for path in terms}
-        return _Done({path: mean[path] for path in terms}, own, news, rode, ok, bits, tally.coder)
+        return _Done({path: mean[path] for path in terms}, own, news, rode, ok, bits, sent, tally.coder)
 
     def _round(
-        self, asked: dict[str, Any], riders: list[jax.Array], contexts: dict[str, Context], tally: _Tally
+        self, asked: dict[str, Any], riders: list[jax.Array], checked: int, contexts: dict[str, Context], tally: _Tally
     ) -> tuple[dict[str, Any], list[jax.Array], _Tally]:
         """Answers what the leaves ask, in one message."""
         answers: dict[tuple[str, int], Any] = {}
@@ -161,29 +225,38 @@ class Exchange(NamedTuple):
         for function in dict.fromkeys(ask.function for ask in together.values()):
             mine = [key for key, ask in together.items() if ask.function is function]
             answers |= zip(mine, function([together[key].x for key in mine]), strict=True)
-        answers |= {key: ask.x for key, ask in _each(asked) if isinstance(ask, OverShards)}
+        got, sent = inside.over_shards({k: ask for k, ask in _each(asked) if isinstance(ask, OverShards)}, self.wire)
+        answers |= got
         says = {key: ask for key, ask in _each(asked) if isinstance(ask, Say)}
-        firsts = {key: ask.x for key, ask in _each(asked) if isinstance(ask, First)}
+        firsts = {key: ask for key, ask in _each(asked) if isinstance(ask, First)}
         rode: list[jax.Array] = []
         if says or firsts or not asked:  # else nothing is sent in this turn
-            heard, rode, tally = self._mean(says, riders, contexts, tally)
-            answers |= heard
+            parts, cutting = inside.in_parts(says, self.wire, tally.ok)
+            heard, rode, tally = self._mean(parts, riders, checked, contexts, tally)
+            heard, joining = inside.of_parts(heard, says, self.wire)
+            answers, sent = answers | heard, sent + cutting + joining
         if firsts:
-            got, bits = _from_first(firsts, self.wire)
-            answers, tally = answers | got, tally._replace(bits=sum_bits(tally.bits, bits))
+            get = functools.partial(_from_first, wire=self.wire)
+            got, bits, joining = inside.from_first_shard(firsts, get, self.wire)
+            answers, tally, sent = answers | got, tally._replace(bits=sum_bits(tally.bits, bits)), sent + joining
+        tally = tally._replace(inside=sum_bits(tally.inside, sent))
         assert answers.keys() == {key for key, _ in _each(asked)}, "an ask was left without an answer"
         return _gathered(asked, answers), rode, tally
 
     def _mean(
-        self, says: dict[Any, Say], riders: list[jax.Array], contexts: dict[str, Context], tally: _Tally
+        self,
+        says: dict[Any, Say],
+        riders: list[jax.Array],
+        checked: int,
+        contexts: dict[str, Context],
+        tally: _Tally,
     ) -> tuple[dict[Any, Heard], list[jax.Array], _Tally]:
         """The means of all that is said: exact numbers and codes, each kind in one message if they cannot share one."""
         coder = self.codec.coder
         coded = {key: say for key, say in says.items() if coder is not None and not say.exact}
         exact = {key: self._narrowed(say) for key, say in says.items() if key not in coded}
-        count, ride = len(riders), None
+        ride = None
         heard: dict[Any, Heard] = {}
-        checked = count if self.checked is None else min(count, self.checked)
         if coded and not coder.shares_scale:
             riding = sum(x.size * x.dtype.itemsize for x in (*riders, *(say.x for say in exact.values())))
             xs = [(path, say.x) for (path, _), say in coded.items()]
@@ -232,31 +305,41 @@ class Exchange(NamedTuple):
         coder = self.codec.coder.under(self.feedback)
         key = random.step_key(0, 0)
         if coder.draws:
-            key = jax.random.fold_in(random.step_key(coder.seed, tally.coder.step), self.wire.index)
+            key = self.wire.own_key(random.step_key(coder.seed, tally.coder.step))
         if route is None:
             return codes.shared(says, coder, self.aggregate or "psum", self.wire, key, tally.ok)
         return codes.coded(says, coder, route.way, riders, self.wire, key, strengths, before=tally.ok, checked=checked)
 
-    def _refresh(self, state: Any, after: Any, done: _Done) -> tuple[dict[str, dict[str, Any]], Bits]:
-        """What `Codec.refresh` renews of each leaf, where it is due."""
+    def _refresh(self, state: Any, after: Any, done: _Done) -> tuple[dict[str, dict[str, Any]], Bits, Bits]:
+        """What `Codec.refresh` renews of each leaf, where it is due; what it sent, to other workers and inside."""
         codec, due = self.codec, self.codec.due(state)
         if due is None:
-            return {}, 0
+            return {}, 0, 0
         leaves = {path: (codec.leaf(state, path), codec.leaf(after, path)) for path in done.mean}
+        get = functools.partial(_from_first, wire=self.wire)
 
-        def renew() -> tuple[dict[str, Any], jax.Array]:
+        def renew() -> tuple[dict[str, Any], jax.Array, jax.Array]:
             talks = {path: codec.refresh(*leaves[path], done.mean[path]) for path in leaves}
             news: dict[str, Any] = {}
-            asked, sent = _advance(talks, dict.fromkeys(talks), news), bit_pair(0)
+            asked, sent = _advance(talks, dict.fromkeys(talks), news), [bit_pair(0), bit_pair(0)]
             while asked:
-                got, bits = _from_first({key: ask.x for key, ask in _each(asked)}, self.wire)
-                asked, sent = _advance(talks, _gathered(asked, got), news), bit_pair(sum_bits(sent, bits))
-            return {path: news[path] for path in leaves}, sent
+                got, bits, passed = inside.from_first_shard(dict(_each(asked)), get, self.wire)
+                sent = [bit_pair(sum_bits(x, y)) for x, y in zip(sent, (bits, passed), strict=True)]
+                asked = _advance(talks, _gathered(asked, got), news)
+            return {path: news[path] for path in leaves}, sent[0], sent[1]
 
-        def keep() -> tuple[dict[str, Any], jax.Array]:
-            return {path: codec.kept(after) for path, (_, after) in leaves.items()}, bit_pair(0)
+        def keep() -> tuple[dict[str, Any], jax.Array, jax.Array]:
+            return {path: codec.kept(after) for path, (_, after) in leaves.items()}, bit_pair(0), bit_pair(0)
 
         return self.wire.switch(due.astype(jnp.int32), [keep, renew])
+
+
+def _of_all(states: list[Any]) -> Any:
+    """A coder's state after several buckets, of each of which this is the state after it: lengths add up."""
+    if len(states) == 1 or not hasattr(states[-1], "length"):
+        return states[-1]
+    length = total_bits(jnp.stack([bare(state.length).last for state in states]))
+    return states[-1]._replace(length=Mine(CodeLength(length)))
 
 
 def _advance(
@@ -286,8 +369,8 @@ def _gathered(asked: dict[str, Any], answers: dict[tuple[str, int], Any]) -> dic
     return by_leaf
 
 
-def _from_first(asked: dict[Any, Any], wire: Wire) -> tuple[dict[Any, Any], Bits]:
-    """The first worker's trees, on all; one buffer a type."""
+def _from_first(asked: Any, wire: Wire) -> tuple[Any, Bits]:
+    """The first worker's tree, on all; one buffer a type."""
     leaves, treedef = jax.tree.flatten(asked)
     got, sent = list(leaves), 0
     for dtype in dict.fromkeys(x.dtype for x in leaves):

@@ -1,0 +1,164 @@
+"""The way inside a slice or node: its chips sum tensors into shards, and join what became of these.
+
+    gradients of each chip -- sum_into_shards --> shards -- an exchange between slices --> means -- join --> whole means
+
+Each chip then has a part of the work, and sends a part of the payload over the slow link.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gradcomp_jax.contract import First, Heard, OverShards, Say
+from gradcomp_jax.cuts import Cut
+from gradcomp_jax.exchange.collectives import Wire, after
+from gradcomp_jax.exchange.ways import APART
+from gradcomp_jax.views import split
+
+
+def sum_into_shards(xs: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[list[jax.Array], int]:
+    """This chip's shards of the sums of some tensors over the chips of a slice.
+
+    Large ones are messages of their own, which need no copy; the others share one for each type.
+
+    Args:
+      xs: the tensors.
+      cuts: how each is cut.
+      wire: the link between slices, which knows that inside.
+
+    Returns:
+      The shards, and the bits that this chip sent.
+    """
+    n, inside = wire.shards, wire.inside
+    laid = [cut.lay(x, n) for x, cut in zip(xs, cuts, strict=True)]
+    placed = [cut.among(n) for cut in cuts]
+    shards: list[Any] = [None] * len(xs)
+    sent = 0
+    for places in _grouped(laid):
+        if len(places) == 1:
+            (i,) = places
+            shards[i], bits = inside.sum_shards(laid[i], placed[i].axis)
+        else:
+            parts = [cuts[i].split(xs[i], n) for i in places]
+            sums, bits = inside.sum_shards(jnp.concatenate([x.reshape(n, -1) for x in parts], axis=1))
+            mine = split(sums[0], [x[0].size for x in parts])
+            for i, x, part in zip(places, mine, parts, strict=True):
+                shards[i] = x.reshape(part.shape[1:])
+        sent += bits
+    return shards, sent
+
+
+def join(shards: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[list[jax.Array], int]:
+    """The inverse, but for the sum: the tensors of which all chips have a shard, in the shapes in which they were cut.
+
+    Args:
+      shards: this chip's.
+      cuts: how each tensor was cut.
+      wire: the link between slices, which knows that inside.
+
+    Returns:
+      The tensors, the same on all chips, and the bits that this chip sent.
+    """
+    n, inside = wire.shards, wire.inside
+    xs: list[Any] = [None] * len(shards)
+    sent = 0
+    for places in _grouped(shards):
+        if len(places) == 1:
+            (i,) = places
+            x, bits = inside.join_shards(shards[i], cuts[i].among(n).axis)
+            xs[i] = cuts[i].unlay(x, n)
+        else:
+            flat, bits = inside.gather(jnp.concatenate([shards[i].reshape(-1) for i in places]))
+            pieces = split(flat, [shards[i].size for i in places])
+            for i, piece in zip(places, pieces, strict=True):
+                xs[i] = cuts[i].join(piece.reshape(n, *shards[i].shape))
+        sent += bits
+    return xs, sent
+
+
+def _grouped(xs: Sequence[jax.Array]) -> list[list[int]]:
+    """The places of those that share a message."""
+    groups: dict[Any, list[int]] = {}
+    for place, x in enumerate(xs):
+        large = x.size * x.dtype.itemsize > APART
+        groups.setdefault(place if large else str(x.dtype), []).append(place)
+    return list(groups.values())
+
+
+def over_shards(asked: dict[Any, OverShards], wire: Wire) -> tuple[dict[Any, jax.Array], int]:
+    """Sums and maxima over the chips of a slice, one message for each kind and type."""
+    if wire.fast is None or not asked:
+        return {key: ask.x for key, ask in asked.items()}, 0
+    groups: dict[Any, list[Any]] = {}
+    for key, ask in asked.items():
+        groups.setdefault((ask.largest, str(ask.x.dtype)), []).append(key)
+    answers, sent = {}, 0
+    for (largest, _), keys in groups.items():
+        flat = jnp.concatenate([asked[key].x.reshape(-1) for key in keys])
+        got, bits = wire.inside.largest(flat) if largest else wire.inside.total(flat)
+        sent += bits
+        for key, x in zip(keys, split(got, [asked[key].x.size for key in keys]), strict=True):
+            answers[key] = x.reshape(asked[key].x.shape)
+    return answers, sent
+
+
+def _last(x: jax.Array) -> Cut:
+    """The cut of what is partial: along the last axis, so that what leads in each row still does."""
+    return Cut(x.shape, x.ndim - 1)
+
+
+def in_parts(says: dict[Any, Say], wire: Wire, before: Any) -> tuple[dict[Any, Say], int]:
+    """What is said, where of partial sums this chip says its part of the sum."""
+    partial = {key: say for key, say in says.items() if say.partial and wire.fast is not None}
+    if not partial:
+        return says, 0
+    waiting = after([say.x for say in partial.values()], before)
+    cuts = [_last(x) for x in waiting]
+    parts, bits = sum_into_shards(waiting, cuts, wire)
+    said = dict(says)
+    for (key, say), part in zip(partial.items(), parts, strict=True):
+        row = say.x.shape[-1]
+        fronts = None if say.fronts is None else tuple(front // row * part.shape[-1] for front in say.fronts)
+        said[key] = say._replace(x=part, fronts=fronts)
+    return said, bits
+
+
+def of_parts(heard: dict[Any, Heard], says: dict[Any, Say], wire: Wire) -> tuple[dict[Any, Heard], int]:
+    """What is heard, of partial sums whole: `in_parts` taken back; says: as they were before that."""
+    partial = [key for key, say in says.items() if say.partial and wire.fast is not None]
+    if not partial:
+        return heard, 0
+    cuts = [_last(says[key].x) for key in partial for _ in range(2)]
+    whole, bits = join([x for key in partial for x in (heard[key].mean, heard[key].own)], cuts, wire)
+    pairs = zip(whole[::2], whole[1::2], strict=True)
+    return heard | {key: Heard(mean, own) for key, (mean, own) in zip(partial, pairs, strict=True)}, bits
+
+
+def from_first_shard(
+    asked: dict[Any, First], from_first: Callable[[Any], tuple[Any, Any]], wire: Wire
+) -> tuple[dict[Any, Any], Any, int]:
+    """The first worker's arrays, of those for which it is asked the first shard's, which go in parts between slices.
+
+    Args:
+      asked: what is asked.
+      from_first: what gets the first worker's trees.
+      wire: the link.
+
+    Returns:
+      The answers; the bits that this chip sent between slices, and inside.
+    """
+    shared = {key: ask.x for key, ask in asked.items() if ask.of_first_shard and wire.fast is not None}
+    own = {key: ask.x for key, ask in asked.items() if key not in shared}
+    if not shared:
+        answers, bits = from_first(own)
+        return answers, bits, 0
+    leaves, treedef = jax.tree.flatten(shared)
+    first = wire.inside.index == 0
+    cuts = [Cut((x.size,)) for x in leaves]
+    parts, sent = sum_into_shards([jnp.where(first, x, jnp.zeros_like(x)) for x in leaves], cuts, wire)
+    (answers, parts), bits = from_first((own, parts))
+    whole, joined = join(parts, cuts, wire)
+    whole = [x.reshape(like.shape) for x, like in zip(whole, leaves, strict=True)]
+    return answers | jax.tree.unflatten(treedef, whole), bits, sent + joined
