@@ -7,6 +7,7 @@
 
 from collections.abc import Callable
 
+from gradcomp_jax.across import across
 from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
 from gradcomp_jax.codecs.adaptive import AdaptiveState, adaptive
 from gradcomp_jax.codecs.cast import cast
@@ -80,6 +81,7 @@ __all__ = [
     "WireCount",
     "accordion",
     "accordion_log",
+    "across",
     "adaptive",
     "average",
     "cast",

@@ -376,9 +376,9 @@ class Codec(abc.ABC):
         del state
         return None
 
-    def refresh(self, before: Any, after: Any, mean: jax.Array) -> Generator[First, Any, dict[str, Any]]:
+    def refresh(self, before: Any, after: Any, mean: jax.Array, ctx: Context) -> Generator[First, Any, dict[str, Any]]:
         """Rarely: fields of a leaf's state, from those before and after the step; it may ask for the first worker's."""
-        del before, after, mean
+        del before, after, mean, ctx
         yield from ()
         return {}
 

@@ -54,7 +54,8 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
     """
     if not isinstance(tx, Compressor):
         raise ValueError(f"tx={tx!r} must be a codec, as in optax.chain(delayed(onebit()), optax.sgd(0.1))")
-    axis_name = tx.settings.axis_name
+    axes = tx.settings.axes
+    axis_name = tx.settings.axis_name if tx.settings.fast is None else axes
 
     def init_fn(params: Any) -> DelayedState:
         return DelayedState(tx.init(params), PerWorker(jax.tree.map(jnp.zeros_like, params), axis_name, "pending"))

@@ -16,12 +16,13 @@ from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.sharding import (
     PerWorker,
+    alone,
     in_automatic_axes,
     is_per_worker,
     place,
-    regrouped,
     require_state,
     shard_batch,
+    whole_of,
 )
 from gradcomp_jax.step import simulate, train_step
 from gradcomp_jax.views import widen
@@ -106,7 +107,7 @@ def _flush(
             "residuals are left after flush: a transformation around the codec takes no extra arguments, by which "
             "flush reaches it; make that one an optax.GradientTransformationExtraArgs that passes them on"
         )
-    owed = jax.jit(_mean_owed)(residuals)
+    owed = jax.jit(_mean_owed)(residuals, params)
     if learning_rate is not None:
         return _moved(params, owed, learning_rate), _kept(opt_state, before, lambda x: not _of_codec(x))
     if _any_nonzero(owed) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
@@ -143,12 +144,13 @@ def _any_nonzero(tree: Any) -> bool:
     return any(jax.device_get([jnp.any(x) for x in jax.tree.leaves(tree)]))
 
 
-def _mean_owed(residuals: list[PerWorker]) -> dict[str, jax.Array]:
+def _mean_owed(residuals: list[PerWorker], params: Any) -> dict[str, jax.Array]:
     """By path, the mean over the workers of all that is owed."""
     owed: dict[str, jax.Array] = {}
+    like = flatten(params)[0]
     for x in residuals:
-        for path, rows in flatten(x.value)[0].items():
-            mean = jnp.mean(rows, axis=0)
+        for path, rows in zip(flatten(x.value)[0], whole_of(x), strict=True):
+            mean = jnp.mean(rows, axis=0).reshape(like[path].shape)
             owed[path] = owed[path] + mean.astype(owed[path].dtype) if path in owed else mean
     return owed
 
@@ -227,7 +229,7 @@ def _response(
       size: what is owed in this step, as a share of what really is.
       point: where schedules are, from 0, their begin, to 1, now.
     """
-    owed = _mean_owed(_owed(opt_state))
+    owed = _mean_owed(_owed(opt_state), params)
     updates = functools.partial(_updates, tx, axes, params, _earlier(opt_state, point))
     steps = flatten(jax.tree.map(jnp.subtract, updates(jnp.float32(0)), updates(size)))[0]
     along = [jnp.sum(x * steps[path].astype(x.dtype)).astype(jnp.float32) for path, x in owed.items()]
@@ -256,7 +258,8 @@ def _as_of_one_worker(opt_state: Any, size: Any) -> Any:
         if not is_per_worker(x):
             return x
         share = size if x.role in ("owed", "pending") else jnp.float32(1)
-        return jax.tree.map(lambda rows: regrouped(rows, 1)[0] * share.astype(rows.dtype), x)
+        leaves, treedef = jax.tree.flatten(alone(x))
+        return jax.tree.unflatten(treedef, [rows * share.astype(rows.dtype) for rows in leaves])
 
     return jax.tree.map(one, opt_state, is_leaf=is_per_worker)
 

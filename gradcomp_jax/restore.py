@@ -1,5 +1,6 @@
 """Checkpoints that Orbax wrote, for whatever number of workers there is now."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -8,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from gradcomp_jax.sharding import automatic, is_per_worker, place, resize_workers, specs_of
+from gradcomp_jax.cuts import Cut
+from gradcomp_jax.sharding import PerWorker, automatic, is_per_worker, place, resize_workers, specs_of
 
 
 def restore(
@@ -65,6 +67,20 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
+@dataclasses.dataclass(frozen=True)
+class _Lies:
+    """How many leading axes an array has for workers and their chips, and how the whole is cut, if it is of shards."""
+
+    lead: int
+    cut: Cut | None
+
+
+def _lies(x: PerWorker) -> PerWorker:
+    leaves, treedef = jax.tree.flatten(x)
+    cuts = [None] * len(leaves) if x.shards is None else x.shards.cuts
+    return jax.tree.unflatten(treedef, [_Lies(len(x.leading), cut) for cut in cuts])
+
+
 def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> Any:
     """What Orbax is to read: `like`, with as many workers as were saved; those of another number on the host."""
     mine = _by_path(like)
@@ -75,14 +91,17 @@ def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> A
             f"the checkpoint {what} leaf {differing[0]!r}: make like with the tx, {hint}and the parameters that the "
             "checkpoint was made with"
         )
-    workers = set(_by_path(jax.tree.map(lambda x: x if is_per_worker(x) else None, like, is_leaf=is_per_worker)))
+    marked = jax.tree.map(lambda x: _lies(x) if is_per_worker(x) else None, like, is_leaf=is_per_worker)
+    workers = _by_path(marked)
 
     def target(path: Any, x: Any, spec: Any) -> Any:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if not hasattr(x, "dtype") or jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
-        shape, differs = saved[name], name in workers
-        if shape[differs:] != x.shape[differs:]:
+        shape, lies = saved[name], workers.get(name, _Lies(0, None))
+        lead, cut = lies.lead, lies.cut
+        expected = x.shape[lead:] if cut is None else cut.shape(shape[lead - 1])
+        if shape[lead:] != expected:
             raise ValueError(f"leaf {name!r} of the checkpoint has the shape {shape}, like has {x.shape}")
         if isinstance(mesh, int) or shape != x.shape:
             return np.zeros(shape, jnp.dtype(x.dtype))

@@ -357,11 +357,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
                 "the leaves of opt_state that differ between workers do not begin with one axis of workers, they have "
                 f"{sorted(rows)}: pass the global form, as init and the steps return it"
             )
-        if x.shards is None:
-            return jax.tree.map(lambda old: regrouped(old, *new), x)
-        leaves, treedef = jax.tree.flatten(x)
-        moved = [cut_anew(old, cut, new) for old, cut in zip(leaves, x.shards.cuts, strict=True)]
-        return jax.tree.unflatten(treedef, moved)
+        return _resized(x, new)
 
     def resize(opt_state):
         return _map_per_worker(resized, opt_state, lambda x: x)
@@ -383,6 +379,21 @@ def regrouped(old: jax.Array, new: int) -> jax.Array:
     grouped = old.reshape(groups, -1, *old.shape[1:])
     kept = jnp.mean(grouped, axis=1) if jnp.issubdtype(old.dtype, jnp.inexact) else grouped[:, 0]
     return jnp.broadcast_to(kept, (new, *old.shape[1:]))
+
+
+def _resized(x: PerWorker, new: tuple[int, ...]) -> PerWorker:
+    """The global form of what differs between workers, for so many."""
+    if x.shards is None:
+        return jax.tree.map(lambda old: regrouped(old, *new), x)
+    leaves, treedef = jax.tree.flatten(x)
+    moved = [cut_anew(old, cut, new) for old, cut in zip(leaves, x.shards.cuts, strict=True)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def alone(x: PerWorker) -> PerWorker:
+    """The local form for a single worker, of a single chip, of the global form of several."""
+    ones = (1,) * len(x.leading)
+    return jax.tree.map(lambda leaf: leaf[(0,) * len(ones)], _resized(x, ones))
 
 
 def cut_anew(old: jax.Array, cut: Cut | None, new: tuple[int, ...]) -> jax.Array:

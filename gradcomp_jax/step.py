@@ -282,7 +282,7 @@ def _update_beside(
     axes = tuple(sizes)
     states = compressor_states(opt_state)
     # Of several codecs each would send it; one on a part of the axes would not reach all workers.
-    rides = len(states) == 1 and collectives.axis_names(states[0].residual.axis) == axes
+    rides = len(states) == 1 and set(collectives.axis_names(states[0].residual.axis)) == set(axes)
     extra = {"beside": riders, "fresh": fresh} if rides else {}
     updates, state = update_of(tx, sizes, grads, opt_state, params, riders[0], **extra)
     arrived = [x for x in jax.tree.leaves(state, is_leaf=_is_delivered) if _is_delivered(x)]

@@ -23,6 +23,7 @@ anew on each switch (`reset_on_switch=True`). Their top-k reducer sums where the
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -38,6 +39,7 @@ from gradcomp_jax.contract import (
     Context,
     First,
     Mine,
+    OverShards,
     Say,
     Strength,
     Talk,
@@ -45,9 +47,10 @@ from gradcomp_jax.contract import (
     bare,
     require_whole,
 )
+from gradcomp_jax.cuts import Cut
 from gradcomp_jax.feedback import as_given
 from gradcomp_jax.sharding import PerWorker
-from gradcomp_jax.views import l2_norm
+from gradcomp_jax.views import inverse_power, l2_norm
 
 LOW, HIGH = 0, 1
 NORM_SOURCES = ("mean", "first_worker")
@@ -117,6 +120,18 @@ class Accordion(Codec):
 
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         return self.inner.shrinks(path, leaf, uncompressed)  # which judges by the stronger one
+
+    def cut(self, path: str, leaf: Any) -> Cut:
+        return self.inner.cut(path, leaf)
+
+    def arrives(self, path: str, leaf: Any) -> int:
+        return self.inner.arrives(path, leaf)
+
+    def of_shards(self, state: AccordionState, f: Callable[[Any, str], Any]) -> AccordionState:
+        return state._replace(codec=self.inner.of_shards(state.codec, f))
+
+    def shard_cut(self, name: str, path: str, leaf: Any) -> Cut | None:
+        return self.inner.shard_cut(name, path, leaf)
 
     def view(self, path: str, leaf: Any) -> str:
         return self.inner.view(path, leaf)
@@ -196,6 +211,10 @@ class Accordion(Codec):
             lambda: jnp.minimum(l2_norm(sums.reshape(1, -1))[0, 0], MOST),
             lambda: 0 * sums.reshape(-1)[0],
         )
+        if ctx.shards > 1:  # the norm of the leaf, whose squares may leave their type's range
+            largest = yield OverShards(norm, largest=True)
+            down = inverse_power(largest)
+            norm = jnp.minimum(jnp.sqrt((yield OverShards((norm * down) ** 2))) / down, MOST)
         ask = First(norm) if self.norm_source == "first_worker" else Say(norm, exact=True)
         result, heard = yield from alongside(self.inner.talk(phase, d, inner, ctx), ask)
         agreed = heard if self.norm_source == "first_worker" else heard.mean
@@ -213,8 +232,8 @@ class Accordion(Codec):
     def due(self, state: AccordionState) -> jax.Array | None:
         return self.inner.due(state.codec)
 
-    def refresh(self, before: Any, after: Any, mean: jax.Array) -> Any:
-        news = yield from self.inner.refresh(before.codec, after.codec, mean)
+    def refresh(self, before: Any, after: Any, mean: jax.Array, ctx: Context) -> Any:
+        news = yield from self.inner.refresh(before.codec, after.codec, mean, ctx)
         return {"codec": news}
 
     def kept(self, leaf: Any) -> dict[str, Any]:

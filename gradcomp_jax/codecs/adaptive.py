@@ -33,6 +33,7 @@ from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength
+from gradcomp_jax.cuts import Cut, rows
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import columns, from_columns, max_norm, sum_of
@@ -184,6 +185,9 @@ class Adaptive(Coding):
     coders: tuple[Columns, ...]
 
     name: ClassVar[str] = "adaptive"
+
+    def cut(self, path: str, leaf: Any) -> Cut:
+        return Cut(leaf.shape, leaf.ndim - 1) if leaf.ndim > 1 else rows(leaf)
 
     @property
     def coder(self) -> Coder:

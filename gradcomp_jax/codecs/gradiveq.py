@@ -27,6 +27,7 @@ then lose nearly all. `select="holdout"` measures the loss on samples that the b
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -51,6 +52,7 @@ from gradcomp_jax.contract import (
     require_whole,
     total,
 )
+from gradcomp_jax.cuts import Cut, whole
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import buckets, from_buckets, inverse_power, wide
@@ -263,13 +265,21 @@ class GradiVeQ(Codec):
         return leaf.ndim >= 4
 
     def layout(self, path: str, leaf: Any) -> Layout:
-        """How a leaf is cut, and the d of each strength: those of `ratios`, or rising ones."""
-        length = min(leaf.size, self.k or slice_length(leaf.shape, self.k_max))
-        slices = -(-leaf.size // length)
+        """How a leaf is cut, and the d of each strength; a shard has slices of the leaf's length."""
+        full = whole(leaf)
+        length = min(full.size, self.k or slice_length(full.shape, self.k_max))
+        slices = -(-full.size // length)
         groups = -(-slices // min(slices, self.reuse or slices))
+        widths = self.widths(path, length)
+        if full is leaf:
+            return Layout(length, slices, groups, widths)
+        mine = -(-leaf.size // length)
+        return Layout(length, mine, 1 if groups == 1 else -(-mine // -(-slices // groups)), widths)
+
+    def widths(self, path: str, length: int) -> tuple[int, ...]:
+        """The d of each strength: those of `ratios`, or rising ones."""
         if self.select != "ratio":
-            chosen = {max(1, min(length // r, self.fitted - 1)) for r in RATIOS}
-            return Layout(length, slices, groups, tuple(sorted(chosen)))
+            return tuple(sorted({max(1, min(length // r, self.fitted - 1)) for r in RATIOS}))
         widths = tuple(max(1, int(length / ratio)) for ratio in self.ratios)
         for ratio, d in zip(self.ratios, widths, strict=True):
             if d > self.train_steps - 1:
@@ -278,26 +288,44 @@ class GradiVeQ(Codec):
                     f"train_steps={self.train_steps} samples span {self.train_steps - 1} only: use "
                     f"train_steps={d + 1} or more, a larger ratio, or a smaller k or k_max"
                 )
-        return Layout(length, slices, groups, widths)
+        return widths
+
+    def cut(self, path: str, leaf: Any) -> Cut:
+        of = self.layout(path, leaf)
+        return Cut((leaf.size,), 0, of.k if of.groups == 1 else of.k * of.reuse)
+
+    def of_shards(self, state: GradiVeQState, f: Callable[[Any, str], Any]) -> GradiVeQState:
+        return state._replace(**{name: f(getattr(state, name), name) for name in self.by_leaf if getattr(state, name)})
+
+    def shard_cut(self, name: str, path: str, leaf: Any) -> Cut | None:
+        of = self.layout(path, leaf)
+        apart = of.groups > 1
+        cuts = {
+            "mu": Cut((of.slices, of.k), 0, of.reuse if apart else 1),
+            "projected": Cut((of.slices, max(of.widths)), 0, of.reuse if apart else 1),
+            "basis": Cut((of.groups, of.k, max(of.widths))) if apart else None,
+            "samples": Cut((self.train_steps, of.groups, of.k), 1) if apart else None,
+        }
+        return cuts.get(name)
 
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         if not leaf.size:
             return False
-        cut = self.layout(path, leaf)
-        return (cut.slices * min(cut.widths) + 1) * wide(leaf.dtype).itemsize < uncompressed
+        of = self.layout(path, leaf)
+        return (of.slices * min(of.widths) + 1) * wide(leaf.dtype).itemsize < uncompressed
 
     def view(self, path: str, leaf: Any) -> str:
-        cut = self.layout(path, leaf)
-        return f"{cut.slices} slices of K={cut.k}, by {' or '.join(map(str, cut.widths))} numbers each"
+        of = self.layout(path, leaf)
+        return f"{of.slices} slices of K={of.k}, by {' or '.join(map(str, of.widths))} numbers each"
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
-        cut = self.layout(path, leaf)
+        of = self.layout(path, leaf)
         zeros = functools.partial(jnp.zeros, dtype=leaf.dtype)
         return {
-            "samples": zeros((self.train_steps, cut.groups, cut.k)),
-            "mu": zeros((cut.slices, cut.k)),
-            "basis": zeros((cut.groups, cut.k, max(cut.widths))),
-            "projected": zeros((cut.slices, max(cut.widths))),
+            "samples": zeros((self.train_steps, of.groups, of.k)),
+            "mu": zeros((of.slices, of.k)),
+            "basis": zeros((of.groups, of.k, max(of.widths))),
+            "projected": zeros((of.slices, max(of.widths))),
             "loss": zeros(()),
             **({"rung": jnp.int32(0)} if self.select != "ratio" else {}),
         }
@@ -327,7 +355,7 @@ class GradiVeQ(Codec):
         """A step in the compressed space."""
         rows = buckets(x, leaf.mu.shape[-1])
         c = project(rows, leaf.basis)
-        widths = self.layout("", x).widths
+        widths = self.widths("", rows.shape[-1])
         used = None if ctx.strength is None else jnp.array(widths, jnp.int32)[ctx.strength]
         # Columns lead, so that those of a narrower basis are in front.
         fronts = None if used is None else tuple(len(rows) * d for d in widths)
@@ -341,7 +369,8 @@ class GradiVeQ(Codec):
 
     def on_rungs(self, x: jax.Array, leaf: Any) -> Talk:
         """A step in which the leaf sends as many columns as were found to do, or itself."""
-        widths, rows = self.layout("", x).widths, buckets(x, leaf.mu.shape[-1])
+        rows = buckets(x, leaf.mu.shape[-1])
+        widths = self.widths("", rows.shape[-1])
         c, whole = project(rows, leaf.basis), leaf.rung == len(widths)
         used = jnp.array([*widths, 0], jnp.int32)[leaf.rung]
         loss = jnp.where(whole, 0, relative_loss(rows, c, leaf, used))
@@ -382,10 +411,12 @@ class GradiVeQ(Codec):
     def due(self, state: GradiVeQState) -> jax.Array:
         return state.position == self.train_steps - 1
 
-    def refresh(self, before: Any, after: Any, mean: jax.Array) -> Any:
-        basis, rung = self.fit(after.samples, self.layout("", mean).widths)
+    def refresh(self, before: Any, after: Any, mean: jax.Array, ctx: Context) -> Any:
+        basis, rung = self.fit(after.samples, self.widths("", after.samples.shape[-1]))
+        shared = self.layout("", jax.ShapeDtypeStruct(ctx.whole, mean.dtype)).groups == 1
         # As one type, for one message.
-        basis, rung = yield First((basis, () if self.select == "ratio" else rung.astype(basis.dtype)))
+        fitted = basis, () if self.select == "ratio" else rung.astype(basis.dtype)
+        basis, rung = yield First(fitted, of_first_shard=shared)
         # Of the last row and the mean before it: with the next mu as an operand a copy of that would be made.
         rows = buckets(mean, before.mu.shape[-1])
         _, row = self.row(before.position)

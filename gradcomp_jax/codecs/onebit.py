@@ -30,6 +30,7 @@ from gradcomp_jax.arguments import factory, is_whole, shown
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Context, Mine, Predicate, Result, Say, Talk, total
+from gradcomp_jax.cuts import Cut, rows
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import column_sums, columns, from_columns
@@ -141,6 +142,10 @@ class OneBit(Coding):
             )
         count = leaf.shape[axis] if leaf.ndim > 1 else 1
         return leaf.size > 0 and leaf.ndim > 0 and leaf.size >= SHORTEST * count
+
+    def cut(self, path: str, leaf: Any) -> Cut:
+        axis = self.bits.axis
+        return Cut(leaf.shape, axis % leaf.ndim) if leaf.ndim > 1 else rows(leaf)
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         return {"second": jnp.zeros(leaf.shape, leaf.dtype)} if self.second_residual else {}

@@ -50,6 +50,7 @@ from gradcomp_jax.contract import (
     require_whole,
     total,
 )
+from gradcomp_jax.cuts import Cut, shards_of, whole
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import scattered, step_key
@@ -132,7 +133,8 @@ class PowerSGD(Codec):
         return dataclasses.replace(self, ranks=ranks)
 
     def matrix(self, path: str, leaf: Any) -> tuple[int, int, int]:
-        """Layers, n and m of a leaf."""
+        """Layers, n and m of a leaf, of a shard those of the leaf."""
+        leaf = whole(leaf)
         stacked = self.stacked is not None and bool(self.stacked(path, leaf))
         inner = leaf.shape[stacked:]
         rows = best_split(inner) if self.split is None else self.split(path, leaf)
@@ -143,11 +145,17 @@ class PowerSGD(Codec):
         return leaf.shape[0] if stacked else 1, math.prod(inner[:rows]), math.prod(inner[rows:])
 
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
-        if leaf.ndim < 2 + (self.stacked is not None and bool(self.stacked(path, leaf))):
+        if whole(leaf).ndim < 2 + (self.stacked is not None and bool(self.stacked(path, whole(leaf)))):
             return False
-        layers, n, m = self.matrix(path, leaf)
-        sent = min(n, m, self.ranks[-1]) * (n + m)
+        (layers, n, m), shards = self.matrix(path, leaf), shards_of(leaf)
+        sent = min(n, m, self.ranks[-1]) * (-(-n // shards) - (-m // shards))
         return self.min_rate * sent * layers * wide(leaf.dtype).itemsize < uncompressed
+
+    def cut(self, path: str, leaf: Any) -> Cut:
+        return Cut(self.matrix(path, leaf), 1)
+
+    def arrives(self, path: str, leaf: Any) -> int:
+        return int(self.stacked is not None and bool(self.stacked(path, leaf)))
 
     def view(self, path: str, leaf: Any) -> str:
         layers, n, m = self.matrix(path, leaf)

@@ -15,6 +15,7 @@ together, which correlated gradients resent.
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ from gradcomp_jax.contract import (
     require_whole,
     total,
 )
+from gradcomp_jax.cuts import shards_of, whole
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import distinct, key_of, step_key
@@ -74,7 +76,7 @@ class Draw(NamedTuple):
     """What indices are wanted.
 
     Attributes:
-      key: the step's.
+      key: the step's, of a shard its own.
       salt: the leaf's own number.
       n: of how many.
       k: how many.
@@ -143,27 +145,29 @@ class Subset(Codec):
         """The codec of these fractions or ranks."""
         return dataclasses.replace(self, amounts=amounts)
 
-    def counts(self, leaf: Any) -> tuple[int, ...]:
-        """How many values of a leaf are sent, at each strength."""
+    def counts(self, size: int, shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
+        """How many values are sent, at each strength, of so many elements of a leaf of this shape, or of its shard."""
         if not self.ranked:
-            return tuple(share(leaf.size, amount) for amount in self.amounts)
-        sides = leaf.size // leaf.shape[-1] + leaf.shape[-1] if leaf.ndim > 1 else leaf.size + 1
-        return tuple(min(int(amount) * sides, leaf.size) for amount in self.amounts)
+            return tuple(share(size, amount) for amount in self.amounts)
+        sides = math.prod(shape[:-1]) + shape[-1] if len(shape) > 1 else math.prod(shape) + 1
+        return tuple(min(-(-int(amount) * sides // shards), size) for amount in self.amounts)
 
     def default(self, path: str, leaf: Any) -> bool:
         return True
 
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
         require_indexable(self.name, path, leaf)
-        return leaf.size > 0 and self.counts(leaf)[-1] * wide(leaf.dtype).itemsize < uncompressed
+        counts = self.counts(leaf.size, whole(leaf).shape, shards_of(leaf))
+        return leaf.size > 0 and counts[-1] * wide(leaf.dtype).itemsize < uncompressed
 
     def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
         zero = jnp.int32(0)
         return QuantizedSubsetState(zero, self.numbers.start()) if self.numbers else SubsetState(zero)
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
-        counts, n = self.counts(d[0]), d[0].size
-        key = step_key(self.seed, ctx.step)
+        n = d[0].size
+        counts, key = self.counts(n, ctx.whole, ctx.shards), step_key(self.seed, ctx.step)
+        key = key if ctx.shard is None else jax.random.fold_in(key, ctx.shard)
         indices = yield Together(self.draw, Draw(key, ctx.salt, n, max(counts)))
         values = functools.reduce(jnp.add, [jnp.take(x, indices, mode="clip") for x in d])
         # Zero, unless something is not finite; the values alone might not show it.

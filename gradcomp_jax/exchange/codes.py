@@ -149,8 +149,8 @@ def send(
     def shorter() -> tuple[Any, Bits]:
         return _carry(payload, riding, collective, consume, lambda data: _unpacked([unpack(data)]))
 
-    too_long = wire.widest(1 - agreed_to.astype(jnp.int32))
-    result, bits = wire.switch(too_long, [_paired(shorter), _paired(plain)])
+    fit = 1 - wire.widest(1 - agreed_to.astype(jnp.int32))
+    result, bits = wire.switch(fit, [_paired(plain), _paired(shorter)])
     return result, sum_bits(bits, asking), total_bits(length) if lead else length
 
 

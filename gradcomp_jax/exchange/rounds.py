@@ -18,7 +18,7 @@ from gradcomp_jax.coder import CodeLength
 from gradcomp_jax.contract import Ask, Codec, Context, First, Heard, Mine, OverShards, Result, Say, Together, bare
 from gradcomp_jax.exchange import codes, inside, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits, total_bits
-from gradcomp_jax.exchange.collectives import Wire, after, known_different
+from gradcomp_jax.exchange.collectives import Wire, after, known_different, vary_as
 from gradcomp_jax.views import HALVES, always, halved, wide, widen
 
 Terms = dict[str, tuple[jax.Array, ...]]
@@ -147,7 +147,7 @@ class Exchange(NamedTuple):
             for path, d in terms.items()
         }
         after = codec.merge(codec.merge(codec.with_coder_state(state, done.coder), done.news), absorbed)
-        renewed, bits, sent = self._refresh(state, after, done)
+        renewed, bits, sent = self._refresh(state, after, done, contexts)
         # Known only once it has read the old ones, so that these can be overwritten where they lie.
         ok = done.ok & always(bits)
         adopted = {path: codec.adopt(codec.leaf(state, path), done.mean[path], ok) for path in terms}
@@ -310,26 +310,31 @@ class Exchange(NamedTuple):
             return codes.shared(says, coder, self.aggregate or "psum", self.wire, key, tally.ok)
         return codes.coded(says, coder, route.way, riders, self.wire, key, strengths, before=tally.ok, checked=checked)
 
-    def _refresh(self, state: Any, after: Any, done: _Done) -> tuple[dict[str, dict[str, Any]], Bits, Bits]:
+    def _refresh(
+        self, state: Any, after: Any, done: _Done, contexts: dict[str, Context]
+    ) -> tuple[dict[str, dict[str, Any]], Bits, Bits]:
         """What `Codec.refresh` renews of each leaf, where it is due; what it sent, to other workers and inside."""
         codec, due = self.codec, self.codec.due(state)
         if due is None:
             return {}, 0, 0
         leaves = {path: (codec.leaf(state, path), codec.leaf(after, path)) for path in done.mean}
         get = functools.partial(_from_first, wire=self.wire)
+        old = lambda: {path: codec.kept(after) for path, (_, after) in leaves.items()}  # noqa: E731
 
         def renew() -> tuple[dict[str, Any], jax.Array, jax.Array]:
-            talks = {path: codec.refresh(*leaves[path], done.mean[path]) for path in leaves}
+            talks = {path: codec.refresh(*leaves[path], done.mean[path], contexts[path]) for path in leaves}
             news: dict[str, Any] = {}
             asked, sent = _advance(talks, dict.fromkeys(talks), news), [bit_pair(0), bit_pair(0)]
             while asked:
                 got, bits, passed = inside.from_first_shard(dict(_each(asked)), get, self.wire)
                 sent = [bit_pair(sum_bits(x, y)) for x, y in zip(sent, (bits, passed), strict=True)]
                 asked = _advance(talks, _gathered(asked, got), news)
-            return {path: news[path] for path in leaves}, sent[0], sent[1]
+            # What is the first shard's is the same on all chips, and what it renews may differ.
+            fields = {path: jax.tree.map(vary_as, news[path], kept) for path, kept in old().items()}
+            return fields, sent[0], sent[1]
 
         def keep() -> tuple[dict[str, Any], jax.Array, jax.Array]:
-            return {path: codec.kept(after) for path, (_, after) in leaves.items()}, bit_pair(0), bit_pair(0)
+            return old(), bit_pair(0), bit_pair(0)
 
         return self.wire.switch(due.astype(jnp.int32), [keep, renew])
 
