@@ -132,6 +132,11 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
           whose range it is cut off): leaves that are sent dense, whose rounding is not fed back, and the gradients of
           a codec's own uncompressed steps, of which error feedback keeps it. None is float32, or float64 for such. CPUs
           sum bfloat16 in float32, which then travels and counts.
+        buckets: in how many parts, of about one size, the exchange goes, each with messages of its own, which can be on
+          their way while a backward pass computes the gradients of the next: in the reverse of the paths' natural
+          order, in which that is taken to finish them. Or (path) -> the number of a leaf's part, of which lower ones go
+          first. What is finite is decided for all parts at once. Codecs that draw at random draw other numbers. By
+          default 1 on CPUs, whose collectives do not overlap; elsewhere up to 4, of 16 MiB of gradients or more.
 
     Returns:
       A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and must run where
@@ -151,6 +156,8 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
       `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
     """
     require_whole("min_size", settings.min_size, 0)
+    if settings.buckets is not None and not callable(settings.buckets):
+        require_whole("buckets", settings.buckets, 1)
     settings = settings._replace(dense_dtype=half(settings.dense_dtype))
     return Compressor(_Init(codec, settings), _Update(codec, settings))
 

@@ -38,6 +38,10 @@ Predicate = Callable[[str, Any], bool]
 """(path, leaf with shape and dtype) -> bool."""
 
 
+Bucketing = int | Callable[[str], int] | None
+"""How many, or the bucket of a path; None leaves it to the plan."""
+
+
 class Say(NamedTuple):
     """Numbers of which a codec wants the mean over the workers.
 

@@ -32,7 +32,7 @@ from jax.typing import DTypeLike
 from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength
+from gradcomp_jax.contract import AxisName, Bucketing, Mine, Predicate, Strength
 from gradcomp_jax.cuts import Cut, rows
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
@@ -220,6 +220,7 @@ def adaptive(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """Adaptive quantisation (Dryden et al., MLHPC 2016), not linear.
 
@@ -244,6 +245,8 @@ def adaptive(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -264,5 +267,6 @@ def adaptive(
     codec = Adaptive((Columns(proportion, threshold_scope, sample, capacity, seed),))
     require_aggregate("adaptive", codec.coder, aggregate)
     return compressor(
-        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
+        codec,
+        Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype, buckets),
     )

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Codec, Context, Predicate, Result, Say, Talk, total
+from gradcomp_jax.contract import AxisName, Bucketing, Codec, Context, Predicate, Result, Say, Talk, total
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import HALVES, dtype_of, halved, on_cpus, sum_of
@@ -118,6 +118,7 @@ def cast(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """Gradients rounded to 16 or 8 bits, not linear.
 
@@ -141,6 +142,8 @@ def cast(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -160,4 +163,6 @@ def cast(
     require_aggregate("cast", coder, aggregate)
     kept = feedback(found not in HALVES if error_feedback is None else error_feedback)
     codec = Cast(coder, None if aggregate is None else aggregate == "psum")
-    return compressor(codec, Settings(axis_name, kept, min_size, compress, allow_dense, aggregate, dense_dtype))
+    return compressor(
+        codec, Settings(axis_name, kept, min_size, compress, allow_dense, aggregate, dense_dtype, buckets)
+    )

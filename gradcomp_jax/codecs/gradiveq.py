@@ -40,6 +40,7 @@ from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
 from gradcomp_jax.contract import (
     AxisName,
+    Bucketing,
     Codec,
     Context,
     First,
@@ -473,6 +474,7 @@ def gradiveq(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """GradiVeQ (Yu et al., NeurIPS 2018), linear, by one all-reduce in the compressed space.
 
@@ -515,6 +517,8 @@ def gradiveq(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense, and all leaves in dense steps, travel, "bfloat16" or
         "float16"; by default float32 or wider. Rounding is fed back where there are residuals.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -553,4 +557,4 @@ def gradiveq(
     cycle = train_steps, compress_steps, warmup_steps
     settling = int(kept is not None and kept.owes)
     codec = GradiVeQ(k, (ratio,), *cycle, k_max, reuse, select, max_loss, settling, numbers, quantize_coefficients)
-    return compressor(codec, Settings(axis_name, kept, min_size, compress, allow_dense, way, dense_dtype))
+    return compressor(codec, Settings(axis_name, kept, min_size, compress, allow_dense, way, dense_dtype, buckets))

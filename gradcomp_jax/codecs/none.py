@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 
 from gradcomp_jax.arguments import factory
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Predicate, Uncompressed
+from gradcomp_jax.contract import AxisName, Bucketing, Predicate, Uncompressed
 from gradcomp_jax.exchange import ways
 from gradcomp_jax.exchange.collectives import Wire, require_local
 from gradcomp_jax.exchange.plan import Settings, flatten, require_aggregate
@@ -27,6 +27,7 @@ def none(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """All-reduces every gradient as it is: the dense baseline, with its bits counted.
 
@@ -43,6 +44,8 @@ def none(
       allow_dense: without effect: all is dense.
       dense_dtype: the type in which gradients travel and are summed, "bfloat16" or "float16" (beyond whose range they
         are cut off); by default float32 or wider. CPUs sum bfloat16 in float32, which then travels and counts.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor` whose updates are the mean gradients.
@@ -54,7 +57,8 @@ def none(
     del seed, allow_dense
     require_aggregate("none", None, aggregate)
     return compressor(
-        Uncompressed(), Settings(axis_name, feedback(error_feedback), min_size, compress, True, aggregate, dense_dtype)
+        Uncompressed(),
+        Settings(axis_name, feedback(error_feedback), min_size, compress, True, aggregate, dense_dtype, buckets),
     )
 
 

@@ -29,7 +29,7 @@ from jax.typing import DTypeLike
 from gradcomp_jax.arguments import factory, is_whole, shown
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Context, Mine, Predicate, Result, Say, Talk, total
+from gradcomp_jax.contract import AxisName, Bucketing, Context, Mine, Predicate, Result, Say, Talk, total
 from gradcomp_jax.cuts import Cut, rows
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
@@ -175,6 +175,7 @@ def onebit(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """1-bit SGD (Seide et al., Interspeech 2014), not linear.
 
@@ -195,6 +196,8 @@ def onebit(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -220,5 +223,7 @@ def onebit(
         )
     aggregate = "shuffle" if second_residual else aggregate
 
-    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
+    settings = Settings(
+        axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype, buckets
+    )
     return compressor(OneBit(Bits(threshold, axis), second_residual), settings)

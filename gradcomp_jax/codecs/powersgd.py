@@ -37,6 +37,7 @@ from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
 from gradcomp_jax.contract import (
     AxisName,
+    Bucketing,
     Codec,
     Context,
     Predicate,
@@ -317,6 +318,7 @@ def powersgd(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """PowerSGD (Vogels et al., NeurIPS 2019, Algorithm 1), linear, by two all-reduces.
 
@@ -345,6 +347,8 @@ def powersgd(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -366,5 +370,5 @@ def powersgd(
     numbers, way = quantizing("powersgd", quantizer, aggregate, axis_name)
     codec = PowerSGD((rank,), min_rate, stacked, split, numbers, seed, refresh)
     return compressor(
-        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype)
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype, buckets)
     )

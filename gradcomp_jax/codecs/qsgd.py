@@ -35,7 +35,7 @@ from jax.typing import DTypeLike
 from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Compact, Message, Part, Switched, no_length
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Mine, Predicate, Strength, require_whole
+from gradcomp_jax.contract import AxisName, Bucketing, Mine, Predicate, Strength, require_whole
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.random import uniform23
@@ -270,6 +270,7 @@ def qsgd(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """QSGD (Alistarh et al., NeurIPS 2017, section 3), unbiased, not linear.
 
@@ -298,6 +299,8 @@ def qsgd(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -335,7 +338,8 @@ def qsgd(
     switchable = levels is None and not shared_scale and room is None
     codec = QSGD((dataclasses.replace(coder, room=room),), switchable)
     return compressor(
-        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
+        codec,
+        Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype, buckets),
     )
 
 

@@ -27,6 +27,7 @@ from gradcomp_jax.coder import Coder
 from gradcomp_jax.compressor import Compressor, compressor, quantizing
 from gradcomp_jax.contract import (
     AxisName,
+    Bucketing,
     Codec,
     Context,
     Predicate,
@@ -219,6 +220,7 @@ def randomk(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """Random K (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
 
@@ -238,6 +240,8 @@ def randomk(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -252,7 +256,7 @@ def randomk(
     """
     codec, way = _codec("randomk", scattered, fraction, rank, aggregate, quantizer, axis_name, seed)
     return compressor(
-        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype)
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype, buckets)
     )
 
 
@@ -270,6 +274,7 @@ def randomblock(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """Random Block (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
 
@@ -289,6 +294,8 @@ def randomblock(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -303,5 +310,5 @@ def randomblock(
     """
     codec, way = _codec("randomblock", block, fraction, rank, aggregate, quantizer, axis_name, seed)
     return compressor(
-        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype)
+        codec, Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, way, dense_dtype, buckets)
     )

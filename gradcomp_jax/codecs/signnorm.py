@@ -25,7 +25,7 @@ from jax.typing import DTypeLike
 from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Predicate
+from gradcomp_jax.contract import AxisName, Bucketing, Predicate
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import l1_norm
@@ -93,6 +93,7 @@ def signnorm(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """Sign+Norm (Table 4 of PowerSGD), or signSGD with majority vote; not linear.
 
@@ -110,6 +111,8 @@ def signnorm(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -130,5 +133,5 @@ def signnorm(
         )
 
     kept = feedback(not majority if error_feedback is None else error_feedback)
-    settings = Settings(axis_name, kept, min_size, compress, allow_dense, aggregate, dense_dtype)
+    settings = Settings(axis_name, kept, min_size, compress, allow_dense, aggregate, dense_dtype, buckets)
     return compressor(SignNorm(Signs(majority)), settings)

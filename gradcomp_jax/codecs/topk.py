@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from gradcomp_jax.arguments import factory
 from gradcomp_jax.coder import Coder, Coding, Message, Part, Switched
 from gradcomp_jax.compressor import Compressor, compressor
-from gradcomp_jax.contract import AxisName, Predicate, Sparse, Strength, require_fraction
+from gradcomp_jax.contract import AxisName, Bucketing, Predicate, Sparse, Strength, require_fraction
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.select import SMALL, largest
@@ -113,6 +113,7 @@ def topk(
     compress: Predicate | None = None,
     allow_dense: bool = False,
     dense_dtype: DTypeLike | None = None,
+    buckets: Bucketing = None,
 ) -> Compressor:
     """Top K (Table 4 of PowerSGD), not linear.
 
@@ -131,6 +132,8 @@ def topk(
       allow_dense: accept a tree of which no leaf is compressed.
       dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
         wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -146,5 +149,7 @@ def topk(
     require_fraction(fraction)
     require_aggregate("topk", Largest(fraction), aggregate)
 
-    settings = Settings(axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype)
+    settings = Settings(
+        axis_name, feedback(error_feedback), min_size, compress, allow_dense, aggregate, dense_dtype, buckets
+    )
     return compressor(TopK((fraction,)), settings)

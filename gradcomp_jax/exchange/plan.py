@@ -5,7 +5,7 @@ import logging
 import math
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +14,17 @@ import numpy as np
 
 from gradcomp_jax.arguments import shown
 from gradcomp_jax.coder import Coder, Switched
-from gradcomp_jax.contract import AxisName, Codec, Predicate, Uncompressed
+from gradcomp_jax.contract import AxisName, Bucketing, Codec, Predicate, Uncompressed
 from gradcomp_jax.cuts import Cut, Shard, rows
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.shards import Group, grouped
 from gradcomp_jax.notes import logger, note, summary
-from gradcomp_jax.views import HALVES, dtype_of, wide
+from gradcomp_jax.views import HALVES, dtype_of, on_cpus, wide
 
 # By how much riders may lengthen a gather; else they take an all-reduce of their own.
 RIDE = 0.01
+# Bytes of gradients in a bucket, and how many buckets there are, where collectives overlap with computations.
+BUCKET, MOST_BUCKETS = 2**24, 4
 
 
 class Settings(NamedTuple):
@@ -48,7 +50,7 @@ class Settings(NamedTuple):
     allow_dense: bool
     aggregate: str | None = None
     dense_dtype: Any = None
-    buckets: int | Callable[[str], int] | None = None
+    buckets: Bucketing = None
     fast: AxisName | None = None
     inside: bool | Predicate = True
 
@@ -148,7 +150,8 @@ def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
             f"{leaf.shape}); lower min_size, change compress= or the codec's settings, or pass "
             "allow_dense=True to mean it"
         )
-    buckets = in_buckets({path: leaf.size for path, leaf in leaves.items()}, settings.buckets)
+    sizes = {path: leaf.size for path, leaf in leaves.items()}
+    buckets = in_buckets(sizes, default_buckets(leaves) if settings.buckets is None else settings.buckets)
     return Plan(treedef, tuple(leaves), compressed, kept, cuts, frozenset(arriving), buckets)
 
 
@@ -163,14 +166,19 @@ def _of_which_shards(codec: Codec, path: str, leaf: Any, shards: int) -> tuple[A
     return jax.ShapeDtypeStruct(shape, leaf.dtype), Cut(shape, axis)
 
 
-def in_buckets(sizes: dict[str, int], buckets: int | Callable[[str], int] | None) -> tuple[tuple[str, ...], ...]:
+def default_buckets(leaves: dict[str, Any]) -> int:
+    """In how many buckets leaves go if it is not said."""
+    return 1 if on_cpus() else max(1, min(MOST_BUCKETS, sum(_size(x) for x in leaves.values()) // BUCKET))
+
+
+def in_buckets(sizes: dict[str, int], buckets: Bucketing) -> tuple[tuple[str, ...], ...]:
     """Paths in buckets, in the order in which these are sent.
 
     Args:
       sizes: of the leaves, by path.
       buckets: how many, of about one size, in the order in which a backward pass finishes them, which is taken to be
         the reverse of the paths' natural order ("layer_10" after "layer_9"); or the bucket of a path, of which lower
-        ones are sent first; None: one.
+        ones are sent first.
     """
     if callable(buckets):
         number = {path: buckets(path) for path in sizes}
@@ -178,7 +186,7 @@ def in_buckets(sizes: dict[str, int], buckets: int | Callable[[str], int] | None
             if isinstance(found, bool) or not isinstance(found, int | np.integer):
                 raise ValueError(f"buckets= returned {shown(found)} for leaf {path!r}, it must return a whole number")
     else:
-        number = _even(sizes, buckets or 1)
+        number = _even(sizes, 1 if buckets is None else buckets)
     used = sorted(set(number.values()))
     return tuple(tuple(path for path in sizes if number[path] == one) for one in used) or ((),)
 
@@ -207,6 +215,10 @@ def _why_dense(codec: Codec, settings: Settings, path: str, leaf: Any) -> str:
     if leaf.size < settings.min_size:
         return f"fewer elements than min_size={settings.min_size}"
     return "" if codec.shrinks(path, leaf, _bytes(settings, leaf.shape, leaf.dtype)) else "would not shrink"
+
+
+def _size(leaf: Any) -> int:
+    return leaf.size * wide(leaf.dtype).itemsize
 
 
 def _bytes(settings: Settings, shape: tuple[int, ...], dtype: Any) -> int:
