@@ -29,6 +29,7 @@ from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
+from gradcomp_jax.options import compiler_options
 from gradcomp_jax.restore import restore
 from gradcomp_jax.sharding import (
     PerWorker,
@@ -87,6 +88,7 @@ __all__ = [
     "cast",
     "code_bits",
     "collective_bytes",
+    "compiler_options",
     "delayed",
     "ef_momentum",
     "flush",

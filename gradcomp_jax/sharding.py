@@ -101,19 +101,26 @@ def specs_of(state: Any) -> Any:
     return _map_per_worker(lambda x: jax.tree.map(lambda _: P(*x.leading), x), state, lambda _: P())
 
 
-def state_specs(tx: optax.GradientTransformation, params: Any) -> Any:
+def state_specs(tx: optax.GradientTransformation, params: Any, param_specs: Any = None) -> Any:
     """How the global form of the optimiser's state is sharded.
 
     Args:
       tx: the optimiser, with or without codecs.
-      params: the parameters, or their shapes.
+      params: the parameters, or their shapes; where they are sharded, whole.
+      param_specs: how the parameters are sharded over the chips of a worker, a tree of `PartitionSpec`s like them;
+        None: they are the same on all.
 
     Returns:
       A tree like `tx.init(params)` with a `PartitionSpec` for each array: over the workers' axis for what
-      differs between them, replicated otherwise. It serves as in_specs and out_specs of shard_map.
+      differs between them, as the parameters for copies of these, replicated otherwise. It serves as in_specs and
+      out_specs of shard_map.
     """
     require_transformation(tx)
-    return specs_of(jax.eval_shape(tx.init, params))
+    state = jax.eval_shape(tx.init, params)
+    if param_specs is None:
+        return specs_of(state)
+    as_param = lambda x, spec: specs_of(x) if is_per_worker(x) else spec  # noqa: E731
+    return optax.tree_map_params(tx, as_param, state, param_specs, transform_non_params=specs_of, is_leaf=is_per_worker)
 
 
 def local_state(state: Any) -> Any:
@@ -189,13 +196,14 @@ def _typed(tree: Any, types: dict[str, AxisType]) -> Any:
     return jax.tree.map(typed, tree)
 
 
-def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any:
+def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int, param_specs: Any = None) -> Any:
     """The optimiser's first state in its global form, for `train_step`, `simulate` or your own shard_map.
 
     Args:
       tx: the optimiser, with or without codecs.
       params: the parameters.
       mesh: the mesh of the step; or, for `simulate`, the number of workers.
+      param_specs: as in `state_specs`, of parameters that are sharded over the chips of a worker.
 
     Returns:
       Like `tx.init(params)`, with a leading axis for the workers on what differs between them, sharded
@@ -219,10 +227,20 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int) -> Any
     if isinstance(mesh, int):
         return in_automatic_axes(mesh, jax.jit(global_init))(params)
     mesh = automatic(mesh)
+    if param_specs is not None:
+        return in_automatic_axes(mesh, functools.partial(_init_in_shards, tx, mesh, param_specs))(params)
     jax.eval_shape(global_init, params)  # refuses a wrong axis before a sharding is made of it
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
     made = jax.jit(global_init, out_shardings=shardings)
     return in_automatic_axes(mesh, lambda params: made(place(params, mesh)))(params)
+
+
+def _init_in_shards(tx: optax.GradientTransformation, mesh: Mesh, param_specs: Any, params: Any) -> Any:
+    """`init`, where each chip sees its shard of the parameters."""
+    params = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, param_specs)
+    specs = state_specs(tx, params, param_specs)
+    made = lambda params: global_state(tx.init(params))  # noqa: E731
+    return jax.jit(jax.shard_map(made, mesh=mesh, in_specs=(param_specs,), out_specs=specs, check_vma=False))(params)
 
 
 def _with_axes(mesh: Mesh | int, f: Callable[[Any], Any]) -> Callable[[Any], Any]:

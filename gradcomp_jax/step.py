@@ -89,6 +89,7 @@ def train_step(
     reduce_aux: Any = None,
     donate: bool = False,
     check_vma: bool = True,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Step:
     """A jitted data-parallel step in which each worker's own gradient reaches `tx`.
 
@@ -120,6 +121,8 @@ def train_step(
       check_vma: let shard_map check what differs between workers. A model that cannot be given such types is traced
         without; gradients stay local then too, and tx, which is traced by itself first, is still checked. So it is with
         check_vma=False from the start.
+      compiler_options: XLA's, as for `jax.jit`; those of `compiler_options(platform)` let the parts of an exchange
+        overlap with the backward pass.
 
     Returns:
       `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
@@ -167,7 +170,10 @@ def train_step(
             )
         return sharded(params, opt_state, rest, False)
 
-    return _Jitted(jax.jit(step, donate_argnums=_donated(donate, has_state)), mesh, loss=2 + has_state)
+    donated = _donated(donate, has_state)
+    options = None if compiler_options is None else dict(compiler_options)
+    jitted = jax.jit(step, donate_argnums=donated, compiler_options=options)
+    return _Jitted(jitted, mesh, loss=2 + has_state)
 
 
 def _on_global_state(worker: Step, mesh: Mesh) -> Step:

@@ -192,6 +192,14 @@ def relative_loss(rows: jax.Array, c: jax.Array, leaf: Any, used: jax.Array | No
     return jnp.where(some, relative, 0)
 
 
+def of_leaf(x: jax.Array, ctx: Context) -> jax.Array:
+    """A shard, with zeros beyond the leaf's end: what a last slice that is not full decodes to there is no loss."""
+    if ctx.shard is None or x.size * ctx.shards == math.prod(ctx.whole):
+        return x
+    left = math.prod(ctx.whole) - ctx.shard * x.size
+    return jnp.where(jnp.arange(x.size, dtype=jnp.int32).reshape(x.shape) < left, x, 0)
+
+
 def averaged(mean: jax.Array, sample: jax.Array, row: jax.Array) -> jax.Array:
     """The mean of row + 1 samples, from that of the first row."""
     weight = 1 / (row + 1).astype(mean.dtype)
@@ -349,7 +357,7 @@ class GradiVeQ(Codec):
             heard = yield Say(total(d), exact=phase == DENSE, apart=True, growth=4.0 * leaf.mu.shape[-1])
             return Result(heard.mean, heard.own, {"loss": leaf.loss})
         if self.select != "ratio":
-            return (yield from self.on_rungs(total(d), leaf))
+            return (yield from self.on_rungs(total(d), leaf, ctx))
         return (yield from self.compressed(total(d), leaf, ctx))
 
     def compressed(self, x: jax.Array, leaf: Any, ctx: Context) -> Talk:
@@ -366,9 +374,10 @@ class GradiVeQ(Codec):
         def decode(c: jax.Array) -> jax.Array:
             return from_buckets(restore(c.T, leaf.basis, leaf.projected, leaf.mu, used), x.shape)
 
-        return Result(decode(heard.mean), decode(heard.own), {"loss": loss.mean}, affine=True)
+        own = of_leaf(decode(heard.own), ctx)
+        return Result(decode(heard.mean), own, {"loss": loss.mean}, affine=True)
 
-    def on_rungs(self, x: jax.Array, leaf: Any) -> Talk:
+    def on_rungs(self, x: jax.Array, leaf: Any, ctx: Context) -> Talk:
         """A step in which the leaf sends as many columns as were found to do, or itself."""
         rows = buckets(x, leaf.mu.shape[-1])
         widths = self.widths("", rows.shape[-1])
@@ -386,7 +395,8 @@ class GradiVeQ(Codec):
             decoded = restore(c, leaf.basis, leaf.projected, leaf.mu, used)
             return jnp.where(whole, sent.reshape(x.shape), from_buckets(decoded, x.shape))
 
-        return Result(decode(heard.mean), decode(heard.own), {"loss": losses.mean}, affine=True)
+        own = of_leaf(decode(heard.own), ctx)
+        return Result(decode(heard.mean), own, {"loss": losses.mean}, affine=True)
 
     def row(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Whether a step is one of training, and the row of its sample."""
