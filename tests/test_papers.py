@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
-from gradcomp_jax.codecs.powersgd import best_split, orthonormalize
+from gradcomp_jax.codecs.powersgd import best_split
+from gradcomp_jax.orthonormal import orthonormalize
 from tests import trees
 from tests.contexts import run
 from tests.exchanges import declared

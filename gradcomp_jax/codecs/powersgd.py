@@ -15,11 +15,12 @@ ride along. With a quantiser the factors travel through that instead of the sum;
 
 Where sources differ: the residual is taken from the worker's own approximation, as Algorithm 2 is printed
 (the authors' first code subtracts the mean's, and then the residuals of single workers grow like sqrt(t)).
-P is orthonormalised by QR, and columns of P that are zero are drawn at random first: otherwise a gradient
-that is exactly zero once, as behind a layer initialised to zero, leaves Q at zero for ever, or tied to rows
-that may never be used. Even so Q may stay in a subspace that holds less than it could: Xie, Chen, Yuan, "From PowerSGD
-to PowerSGD+", 2025, arXiv 2509.11254, have a case in which training does not converge for that, and renew Q by an SVD
-every so often; `refresh` draws it anew, which costs nothing, and one step of subspace iteration follows as ever.
+P is orthonormalised by QR, or on GPUs and TPUs by Cholesky QR (`orthonormal.py`), and columns of P that are zero are
+drawn at random first: otherwise a gradient that is exactly zero once, as behind a layer initialised to zero, leaves Q
+at zero for ever, or tied to rows that may never be used. Even so Q may stay in a subspace that holds less than it
+could: Xie, Chen, Yuan, "From PowerSGD to PowerSGD+", 2025, arXiv 2509.11254, have a case in which training does not
+converge for that, and renew Q by an SVD every so often; `refresh` draws it anew, which costs nothing, and one step of
+subspace iteration follows as ever.
 """
 
 import dataclasses
@@ -40,6 +41,7 @@ from gradcomp_jax.contract import (
     Bucketing,
     Codec,
     Context,
+    OverShards,
     Predicate,
     Result,
     Say,
@@ -54,8 +56,9 @@ from gradcomp_jax.contract import (
 from gradcomp_jax.cuts import Cut, shards_of, whole
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.orthonormal import orthonormal
 from gradcomp_jax.random import scattered, step_key
-from gradcomp_jax.views import inverse_power, known_late, on_cpus, others_are_automatic, wide
+from gradcomp_jax.views import einsum, inverse_power, known_late, on_cpus, others_are_automatic, wide
 
 # Up to this rank P Q^T is a sum of r outer products, which costs less than storing the product.
 WRITTEN_OUT = 8
@@ -81,20 +84,9 @@ def tamed(rows: jax.Array) -> jax.Array:
     """`rows` [..., r, n], each matrix divided by the power of two below its largest magnitude; zeros stay.
 
     What is orthonormalised does not depend on such factors, but products of Q, which is as large as gradients are, with
-    gradients leave the range of their type, and so do squares of P.
+    gradients leave the range of their type.
     """
     return rows * inverse_power(jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True))
-
-
-def orthonormalize(p: jax.Array) -> jax.Array:
-    """An orthonormal basis of the rows of P^T [layers, r, n] (of the columns of P), of the same shape.
-
-    Rows of zeros get a basis vector too, so that nothing here divides by zero.
-    """
-    if len(p) == 1:
-        return jnp.linalg.qr(p[0].T)[0].T[None]
-    # One matrix after another: a batched QR on emulated devices can deadlock in XLA's thread pool.
-    return jax.lax.map(lambda rows: jnp.linalg.qr(rows.T)[0].T, p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,18 +178,21 @@ class PowerSGD(Codec):
         order = computed(d[0].shape, layers, m) if ctx.fresh and not sharded else ()
         first, *more = (total(d),) if sharded else d
         terms = [Matrix.of(first, layers, m, order), *(Matrix.of(x, layers, m) for x in more)]
-        n, q = terms[0].x.shape[1], leaf.q
+        rows, q = terms[0].x.shape[1], leaf.q  # of a leaf in shards those of one
+        n = rows * ctx.shards
         salt = yield Together(salts, (ctx.salt, ctx.step))
         if self.every is not None:
             due = (ctx.step > 0) & (ctx.step % self.every == 0)
             q = jnp.where(due, scattered(q.shape, q.dtype, self.seed, salt, ctx.step), q)
 
         p = yield self.say(added([x.times(tamed(q)) for x in terms]).swapaxes(1, 2), n, m)
-        p = revive(p.mean.reshape(r, layers, n).swapaxes(0, 1), self.seed, salt, ctx.step + 1)
-        p = orthonormalize(tamed(p))
+        p = p.mean.reshape(r, layers, rows).swapaxes(0, 1)
+        largest = yield OverShards(jnp.max(jnp.abs(p), axis=-1, keepdims=True), largest=True)
+        p = yield from orthonormal(*revive(p, largest, self.seed, salt, ctx.step + 1), ctx.shards)
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
-        heard = yield self.say(added([x.down(p) for x in terms]), n, m)
+        down = yield OverShards(added([x.down(p) for x in terms]))
+        heard = yield self.say(down, n, m)
         mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (heard.mean, heard.own))
         # Parameters and momentum both take the mean, and would each add it up anew; what is owed is added up once.
         applied = einsum("lrn,lrm->lnm", p, mean).reshape(d[0].shape)
@@ -219,13 +214,6 @@ def added(products: list[jax.Array]) -> jax.Array:
 def salts(asked: list[tuple[int, jax.Array]]) -> list[jax.Array]:
     """The leaves' own numbers, such that what takes them compiles once for leaves of one shape; asked with the step."""
     return known_late([salt for salt, _ in asked], asked[0][1])
-
-
-def einsum(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """A product of matrices."""
-    # HIGHEST: with the shorter products that are the default on TPUs and GPUs, own and mean would part. The large ones
-    # have few columns, and take as long as it takes to read the gradient.
-    return jnp.einsum(subscripts, a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 class Matrix(NamedTuple):
@@ -288,10 +276,10 @@ def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return functools.reduce(jnp.add, [p[:, i].reshape(rows) * q[:, i].reshape(columns) for i in range(r)])
 
 
-def revive(p: jax.Array, *seeds: Any) -> jax.Array:
-    """P^T [layers, r, n] with random rows where it has rows of zeros."""
-    dead = jnp.max(jnp.abs(p), axis=-1, keepdims=True) < jnp.finfo(p.dtype).tiny
-    return jnp.where(dead, scattered(p.shape, p.dtype, *seeds), p)
+def revive(p: jax.Array, largest: jax.Array, *seeds: Any) -> tuple[jax.Array, jax.Array]:
+    """P^T [layers, r, n] with random rows where it has rows of zeros, and what bounds the rows, as `largest` did."""
+    dead = largest < jnp.finfo(p.dtype).tiny
+    return jnp.where(dead, scattered(p.shape, p.dtype, *seeds), p), jnp.where(dead, 1, largest)
 
 
 def best_split(shape: tuple[int, ...]) -> int:
