@@ -58,7 +58,7 @@ from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.orthonormal import orthonormal
 from gradcomp_jax.random import scattered, step_key
-from gradcomp_jax.views import einsum, inverse_power, known_late, on_cpus, others_are_automatic, wide
+from gradcomp_jax.views import einsum, filled, inverse_power, known_late, on_cpus, others_are_automatic, wide
 
 # Up to this rank P Q^T is a sum of r outer products, which costs less than storing the product.
 WRITTEN_OUT = 8
@@ -145,7 +145,8 @@ class PowerSGD(Codec):
         return self.min_rate * sent * layers * wide(leaf.dtype).itemsize < uncompressed
 
     def cut(self, path: str, leaf: Any) -> Cut:
-        return Cut(self.matrix(path, leaf), 1)
+        layers, n, m = self.matrix(path, leaf)
+        return Cut((n, m)) if layers == 1 else Cut((layers, n, m), 1)
 
     def arrives(self, path: str, leaf: Any) -> int:
         return int(self.stacked is not None and bool(self.stacked(path, leaf)))
@@ -179,30 +180,29 @@ class PowerSGD(Codec):
         first, *more = (total(d),) if sharded else d
         terms = [Matrix.of(first, layers, m, order), *(Matrix.of(x, layers, m) for x in more)]
         rows, q = terms[0].x.shape[1], leaf.q  # of a leaf in shards those of one
-        n = rows * ctx.shards
         salt = yield Together(salts, (ctx.salt, ctx.step))
         if self.every is not None:
             due = (ctx.step > 0) & (ctx.step % self.every == 0)
             q = jnp.where(due, scattered(q.shape, q.dtype, self.seed, salt, ctx.step), q)
 
-        p = yield self.say(added([x.times(tamed(q)) for x in terms]).swapaxes(1, 2), n, m)
+        p = yield self.say(added([x.times(tamed(q)) for x in terms]).swapaxes(1, 2))
         p = p.mean.reshape(r, layers, rows).swapaxes(0, 1)
         largest = yield OverShards(jnp.max(jnp.abs(p), axis=-1, keepdims=True), largest=True)
-        p = yield from orthonormal(*revive(p, largest, self.seed, salt, ctx.step + 1), ctx.shards)
+        drawn = scattered((layers, r, math.prod(ctx.whole) // (layers * m)), p.dtype, self.seed, salt, ctx.step + 1)
+        p = yield from orthonormal(*revive(p, largest, own_rows(drawn, rows, ctx)), ctx.shards)
         # The thin factor stays [r, n]: rewritten as a product with D^T this can cost ten times as much.
         p = jax.lax.optimization_barrier(p)
-        down = yield OverShards(added([x.down(p) for x in terms]))
-        heard = yield self.say(down, n, m)
+        heard = yield self.say(added([x.down(p) for x in terms]), partial=True)
         mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (heard.mean, heard.own))
         # Parameters and momentum both take the mean, and would each add it up anew; what is owed is added up once.
         applied = einsum("lrn,lrm->lnm", p, mean).reshape(d[0].shape)
         return Result(applied, outer(p, own, d[0].shape), {"q": mean})
 
-    def say(self, factor: jax.Array, n: int, m: int) -> Say:
+    def say(self, factor: jax.Array, partial: bool = False) -> Say:
         """What is asked of a factor [layers, r, ...]: its columns in front of its layers, so that those in use lead."""
         layers, r, length = factor.shape
-        counts = tuple(min(n, m, rank) * layers * length for rank in self.ranks)
-        return Say(factor.swapaxes(0, 1), counts if len(counts) > 1 else None, growth=r)
+        counts = tuple(min(r, rank) * layers * length for rank in self.ranks)
+        return Say(factor.swapaxes(0, 1), counts if len(counts) > 1 else None, growth=r, partial=partial)
 
 
 def added(products: list[jax.Array]) -> jax.Array:
@@ -276,10 +276,17 @@ def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return functools.reduce(jnp.add, [p[:, i].reshape(rows) * q[:, i].reshape(columns) for i in range(r)])
 
 
-def revive(p: jax.Array, largest: jax.Array, *seeds: Any) -> tuple[jax.Array, jax.Array]:
-    """P^T [layers, r, n] with random rows where it has rows of zeros, and what bounds the rows, as `largest` did."""
+def revive(p: jax.Array, largest: jax.Array, drawn: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """P^T [layers, r, n] with what is drawn where it has rows of zeros, and what bounds the rows, as `largest` did."""
     dead = largest < jnp.finfo(p.dtype).tiny
-    return jnp.where(dead, scattered(p.shape, p.dtype, *seeds), p), jnp.where(dead, 1, largest)
+    return jnp.where(dead, drawn, p), jnp.where(dead, 1, largest)
+
+
+def own_rows(drawn: jax.Array, rows: int, ctx: Context) -> jax.Array:
+    """Of numbers for all rows of a matrix, [layers, r, n], those for the rows of a shard; none for what fills it up."""
+    if ctx.shard is None:
+        return drawn
+    return jax.lax.dynamic_slice_in_dim(filled(drawn, rows * ctx.shards), ctx.shard * rows, rows, axis=2)
 
 
 def best_split(shape: tuple[int, ...]) -> int:

@@ -130,10 +130,12 @@ def of_parts(heard: dict[Any, Heard], says: dict[Any, Say], wire: Wire) -> tuple
     partial = [key for key, say in says.items() if say.partial and wire.fast is not None]
     if not partial:
         return heard, 0
-    cuts = [_last(says[key].x) for key in partial for _ in range(2)]
-    whole, bits = join([x for key in partial for x in (heard[key].mean, heard[key].own)], cuts, wire)
-    pairs = zip(whole[::2], whole[1::2], strict=True)
-    return heard | {key: Heard(mean, own) for key, (mean, own) in zip(partial, pairs, strict=True)}, bits
+    cuts = [_last(says[key].x) for key in partial]
+    # Apart, as in one buffer the types would take means to differ between workers too.
+    means, bits = join([heard[key].mean for key in partial], cuts, wire)
+    owns, more = join(after([heard[key].own for key in partial], means), cuts, wire)
+    pairs = zip(means, owns, strict=True)
+    return heard | {key: Heard(*pair) for key, pair in zip(partial, pairs, strict=True)}, bits + more
 
 
 def from_first_shard(
