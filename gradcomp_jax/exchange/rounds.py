@@ -341,9 +341,10 @@ class Exchange(NamedTuple):
 
 def _of_all(states: list[Any]) -> Any:
     """A coder's state after several buckets, of each of which this is the state after it: lengths add up."""
-    if len(states) == 1 or not hasattr(states[-1], "length"):
+    lengths = [bare(getattr(state, "length", ())) for state in states]
+    if len(states) == 1 or not all(isinstance(length, CodeLength) for length in lengths):
         return states[-1]
-    length = total_bits(jnp.stack([bare(state.length).last for state in states]))
+    length = total_bits(jnp.stack([length.last for length in lengths]))
     return states[-1]._replace(length=Mine(CodeLength(length)))
 
 
