@@ -13,7 +13,7 @@ from jax import lax
 from gradcomp_jax.coder import Coder, Message
 from gradcomp_jax.contract import Heard, Say, Sparse, dense
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits, total_bits
-from gradcomp_jax.exchange.collectives import Wire, of_ring
+from gradcomp_jax.exchange.collectives import Wire, of_ring, vary_as
 from gradcomp_jax.exchange.shards import (
     Group,
     add,
@@ -308,7 +308,8 @@ def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int
                 sums.append([add(group, total[0], one, jnp.int32(0), 1 / n)])
         return sums
 
-    zeros = [[jnp.zeros(y.shape, y.dtype) for y in group.ys] for group in groups]
+    like = jax.tree.leaves(of(0))[0]  # of the type that what is added has
+    zeros = [[vary_as(jnp.zeros(y.shape, y.dtype), like) for y in group.ys] for group in groups]
     return functools.reduce(lambda t, w: added(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, added, zeros)
 
 
@@ -372,7 +373,7 @@ def _mean_of_shards(groups: list[Group], received: list[Message], n: int, me: ja
         each = zip(groups, totals, received, strict=True)
         return [add(group, total, row(message, worker), me, 1 / n) for group, total, message in each]
 
-    zero = 0 * me.astype(jnp.float32)  # of a type that differs between the workers, as what is added does
+    zero = vary_as(jnp.float32(0), jax.tree.leaves(received)[0])  # of the type that what is added has
     return lax.fori_loop(0, n, added, [jnp.broadcast_to(zero, group.shape) for group in groups])
 
 
