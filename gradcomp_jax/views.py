@@ -201,6 +201,11 @@ def l2_norm(v: jax.Array) -> jax.Array:
 
 def add_window(y: jax.Array, window: jax.Array, start: jax.Array) -> jax.Array:
     """`y` [..., length] plus `window` [..., w] from place `start` of the last axis on, of which any may lie outside."""
+    length, wide = y.shape[-1], window.shape[-1]
+    if not on_cpus():  # whose gathers may be slow, but not their slices
+        padded = jnp.pad(window, [(0, 0)] * (window.ndim - 1) + [(length, length)])
+        at = jnp.clip(length - start, 0, length + wide)
+        return y + lax.dynamic_slice_in_dim(padded, at, length, axis=-1)
     # By places, which fuses into what takes it; those before the window are not from its end.
     places = lax.iota(jnp.uint32, y.shape[-1]) - start.astype(jnp.uint32)
     last = window.shape[-1] - 1

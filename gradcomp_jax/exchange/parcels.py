@@ -96,12 +96,12 @@ def unpack(
         dense = [path for path in paths if path not in the.compressed]
         got = {path: mean[path] for path in paths if path in mean} | dict(zip(dense, rode[place], strict=False))
         more = rode[place][len(dense) :]
+        # Of shards before they are joined: what is joined before all is known to be finite would have to be kept.
+        got = {path: x if selected and path in mean else jnp.where(ok, x, 0) for path, x in got.items()}
         if wire.fast is not None:
             got, more, bits = _joined(the, got, more, _beside(the, beside, place), wire)
             sent += bits
-        for path, x in got.items():
-            x = x if selected and path in mean else jnp.where(ok, x, 0)
-            means[path] = x.reshape(leaves[path].shape)
+        means |= {path: x.reshape(leaves[path].shape) for path, x in got.items()}
     return means, more, sent
 
 
