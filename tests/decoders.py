@@ -209,6 +209,19 @@ def alone(recorded, count, aggregate, place=-1, first=False):
     return recorded, riders
 
 
+def terms_a_word(bound, workers):
+    """How many fields of a word of 32 bits hold the sum of the workers' numbers 0..2 bound."""
+    return max(each for each in range(1, 33) if 2 * bound * workers < 2 ** (32 // each))
+
+
+def sums_of_words(words, count, bound, workers):
+    """The sums of whole numbers within -bound..bound, from the sum of the workers' words."""
+    each = terms_a_word(bound, workers)
+    size = -(-count // each)
+    fields = [words[:size] >> np.uint32(32 // each * i) & np.uint32(2 ** (32 // each) - 1) for i in range(each)]
+    return np.concatenate(fields)[:count].astype(int) - bound * workers
+
+
 def reduced(recorded, aggregate="psum"):
     """The mean that each all-reduce gave, flat; of a ring, whose parts are filled up, with more at its end."""
     if aggregate == "ring":  # what passed, then what each worker ended with: part w + 1 of the sum

@@ -16,8 +16,8 @@ some worker, all send the packed form in that step. The codes of different
 workers cannot be added, so they are gathered and decoded, as in the paper's Algorithm 1, or exchanged in two stages.
 
 With `shared_scale` the workers first agree on the largest |v| of each bucket, which becomes the scale of all; their
-integers can then be added, and travel as integers of the narrowest type that holds the sum (the idea of THC, Li et al.,
-NSDI 2024, arXiv 2302.08545). Still unbiased, of the variance of the worker with the largest gradient.
+integers can then be added, and travel in fields that hold the sum, several to a word of 32 bits (the idea of THC, Li et
+al., NSDI 2024, arXiv 2302.08545). Still unbiased, of the variance of the worker with the largest gradient.
 
 The paper keeps no residual. Under error feedback an unbiased quantiser of large variance diverges; what is
 sent is then scaled by 1 / (1 + omega), which makes it a contraction. (With a shared scale, which is at most the 2-norm
@@ -91,11 +91,6 @@ def expected_elias(d: int, s: int) -> float:
 def length_width(d: int, bits: int) -> int:
     """Bits in which the length of a bucket's Elias code travels: it may be as long as the packed code."""
     return (d * bits).bit_length()
-
-
-def sum_type(levels: int, workers: int) -> Any:
-    """The narrowest integer type that holds the sum of `workers` integers within -levels..levels."""
-    return next(t for t in (jnp.int8, jnp.int16, jnp.int32) if levels * workers <= jnp.iinfo(t).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,15 +202,15 @@ class SharedBuckets(Buckets):
     shares_scale: ClassVar[bool] = True
 
     def size(self, shape: tuple[int, ...]) -> int:
-        return -(-shape[0] // self.d) * (self.d + 4)  # integers of a byte, for few workers
+        return -(-shape[0] // self.d) * (self.d + 4)  # a byte each, as for few workers
 
     def scale(self, y: jax.Array) -> jax.Array:
         """|v| of each bucket of a flat tensor, [rows, 1]."""
         return NORMS[self.norm](self.rows(y))
 
-    def quantize_by(self, y: jax.Array, scale: jax.Array, key: jax.Array, workers: int) -> jax.Array:
-        """Its integers by these scales [rows, d], of a type that holds the sum of so many workers'."""
-        return quantize(self.rows(y), scale, self.s, key).astype(sum_type(self.s, workers))
+    def quantize_by(self, y: jax.Array, scale: jax.Array, key: jax.Array) -> jax.Array:
+        """Its integers by these scales, int8 [rows, d], within -s..s."""
+        return quantize(self.rows(y), scale, self.s, key).astype(jnp.int8)
 
     def of_integers(self, integers: jax.Array, scale: jax.Array, workers: int) -> jax.Array:
         """What integers [rows, d] stand for, flat. A scale is at most the 2-norm of all workers' buckets together."""
@@ -287,8 +282,9 @@ def qsgd(
       code: "packed", or "elias", whose true length `code_bits` tells; by default "elias" for norm="l2" where it is
         shorter, in its buffer, for normal values (and the tree is not too large for it).
       capacity: of the buffer for Elias' code, in bits an element; by default 1.25 times what normal values take.
-      shared_scale: all workers use one scale for a bucket, and sum their integers: 8 bits an element up to
-        127 / s workers, 16 up to 32767 / s, 32 beyond.
+      shared_scale: all workers use one scale for a bucket, and sum their integers. As many fields of a word of 32 bits
+        as hold 2 s n for n workers carry one each: at 4 bits 6 for 2 workers, 5 for 4, 4 up to 18, 3 up to 73, 2 up to
+        4681, 1 beyond.
       aggregate: "gather", "shuffle" or "ring"; by default the one of the first two that sends less, which is
         "gather" for two workers. With shared_scale "psum" (default) or "ring".
       axis_name: the mesh axis, or axes, of the workers.

@@ -31,7 +31,7 @@ from gradcomp_jax.exchange.shards import (
 )
 from gradcomp_jax.exchange.ways import Sent, agreed, parts_of, within
 from gradcomp_jax.views import add_window, halved, pack_front, unpack_front, widen
-from gradcomp_jax.wire.packing import pack_arrays, unpack_arrays
+from gradcomp_jax.wire.packing import pack_arrays, pack_terms, unpack_arrays, unpack_sum
 
 
 class Riders(NamedTuple):
@@ -445,13 +445,11 @@ def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array
     ends = [start // coder.unit for start in group.starts()]
     keys = [group.key(place, 0) for place in range(len(ys))]
     each = list(zip(ys, ends, ends[1:], keys, strict=False))
-    mine = [coder.quantize_by(y, scales[a:b], k, n) for y, a, b, k in each]
+    mine = [coder.quantize_by(y, scales[a:b], k) for y, a, b, k in each]
     flat = jnp.concatenate(mine)
-    if way == "ring":
-        sums, bits = wire.ring_total(flat.reshape(-1))
-        sums = sums.reshape(flat.shape)
-    else:
-        sums, bits = wire.total(flat)
+    words = pack_terms(flat.reshape(-1), coder.s, n)
+    words, bits = wire.ring_total(words) if way == "ring" else wire.total(words)
+    sums = unpack_sum(words, flat.size, coder.s, n).reshape(flat.shape)
     heard = []
     for say, y, own, (_, a, b, _) in zip(says, ys, mine, each, strict=True):
         values = [coder.of_integers(x, scales[a:b], n)[: y.shape[-1]] for x in (sums[a:b], own)]

@@ -99,6 +99,39 @@ def _parts(width: int) -> list[tuple[int, int]]:
     return parts
 
 
+def terms_a_word(bound: int, terms: int) -> int:
+    """How many numbers within -bound..bound share a word of `pack_terms`."""
+    return max(1, 32 // (2 * bound * terms).bit_length())
+
+
+def pack_terms(x: jax.Array, bound: int, terms: int) -> jax.Array:
+    """Whole numbers within -bound..bound in words whose sum over so many terms holds the sum of each, uint32 [words].
+
+    Each is made positive by `bound`, and has a field of a word, as wide as the sum, so that none runs over into the
+    next. A sum of narrow integers would not do: compilers for GPUs widen those of 16 bits to 32, and add up no others.
+
+    Args:
+      x: integers [k], int8 or wider.
+      bound: of their magnitude.
+      terms: how many are added up; bound * terms is below 2^31.
+    """
+    each = terms_a_word(bound, terms)
+    slices = jnp.pad(x, (0, -x.size % each)).reshape(each, -1).astype(jnp.int32) + bound
+    return jnp.sum(slices.astype(jnp.uint32) << _fields(each), axis=0, dtype=jnp.uint32)
+
+
+def unpack_sum(words: jax.Array, k: int, bound: int, terms: int) -> jax.Array:
+    """The sums, int32 [k], from the sum of words that `pack_terms` made of k numbers."""
+    each = terms_a_word(bound, terms)
+    mask = jnp.uint32(2 ** (32 // each) - 1)
+    return (words[None] >> _fields(each) & mask).astype(jnp.int32).reshape(-1)[:k] - bound * terms
+
+
+def _fields(each: int) -> jax.Array:
+    """Where so many fields of a word begin, [each, 1]."""
+    return jnp.arange(each, dtype=jnp.uint32)[:, None] * (32 // each)
+
+
 def to_bytes(x: jax.Array) -> jax.Array:
     """The bytes of `x`, flat uint8 [x.size * itemsize]."""
     return jax.lax.bitcast_convert_type(x, jnp.uint8).reshape(-1)
