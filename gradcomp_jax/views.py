@@ -87,10 +87,15 @@ def others_are_automatic() -> bool:
     return not mesh.empty and AxisType.Auto in mesh.axis_types
 
 
-def on_cpus() -> bool:
-    """Whether what is traced here is for CPUs: by the mesh here, or where there is none by jax's default."""
+def platform() -> str:
+    """For what is traced here, "cpu", "gpu" or "tpu": by the mesh here, or where there is none by jax's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return (jax.default_backend() if device is None else device.platform) == "cpu"
+    return jax.default_backend() if device is None else device.platform
+
+
+def on_cpus() -> bool:
+    """Whether what is traced here is for CPUs."""
+    return platform() == "cpu"
 
 
 def always(results: Any) -> jax.Array:

@@ -10,8 +10,19 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax import views
+from gradcomp_jax.exchange import collectives
 from gradcomp_jax.random import distinct, step_key, threefry2x32, uniform23
-from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_fields, to_bytes, unpack, unpack_fields
+from gradcomp_jax.wire.packing import (
+    fields_bytes,
+    from_bytes,
+    pack,
+    pack_fields,
+    pack_terms,
+    to_bytes,
+    unpack,
+    unpack_fields,
+    unpack_sum,
+)
 from tests.contexts import every_context
 
 
@@ -65,6 +76,40 @@ def test_parts_of_a_field_follow_each_other_lowest_bits_first():
 def test_fields_refuse_other_widths(width):
     with pytest.raises(ValueError, match=f"width={width} must be"):
         pack_fields(jnp.zeros(3, jnp.uint32), width)
+
+
+@pytest.mark.parametrize(
+    ("bound", "terms", "words"), [(1, 1, 5), (1, 2, 8), (7, 2, 12), (7, 18, 18), (7, 19, 24), (127, 258, 36)]
+)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_sums_of_several_numbers_in_a_word(bound, terms, words, extreme):
+    """Exact, also where all are of the largest magnitude, of either sign."""
+    x = np.random.default_rng(terms).integers(-bound, bound + 1, (terms, 71))
+    if extreme:
+        x[:] = np.where(np.arange(71) % 2, bound, -bound)
+    total = sum(pack_terms(jnp.asarray(row, jnp.int8), bound, terms) for row in x)
+    assert (total.dtype, total.size) == (jnp.uint32, words)
+    np.testing.assert_array_equal(unpack_sum(total, 71, bound, terms), x.sum(0))
+
+
+def test_a_number_has_a_word_where_no_two_fit():
+    words = pack_terms(jnp.asarray([127, -127], jnp.int8), 127, 40_000) * jnp.uint32(40_000)
+    np.testing.assert_array_equal(unpack_sum(words, 2, 127, 40_000), [127 * 40_000, -127 * 40_000])
+
+
+@pytest.mark.parametrize(("platform", "sent"), [("cpu", 1500), ("gpu", 1500), ("tpu", 2048)])
+def test_a_gather_fills_whole_tiles_on_tpus(platform, sent, monkeypatch):
+    monkeypatch.setattr(collectives, "platform", lambda: platform)
+    told = []
+
+    def worker(x):
+        got, bits = collectives.Wire("data").gather(x)
+        told.append(bits)
+        return got
+
+    x = np.random.default_rng(0).integers(0, 256, (3, 1500), np.uint8)
+    np.testing.assert_array_equal(jax.vmap(worker, axis_name="data")(x)[1], x)
+    assert told == [2 * 8 * sent]
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16, np.int32])

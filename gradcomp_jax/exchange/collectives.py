@@ -30,9 +30,13 @@ from jax import lax
 
 from gradcomp_jax.contract import AlreadyReducedError, AxisName
 from gradcomp_jax.exchange.bits import Bits, bit_pair
-from gradcomp_jax.views import always
+from gradcomp_jax.views import always, filled, platform
 
 T = TypeVar("T")
+
+# On TPUs vectors lie in tiles of so many. A gather of one that fills no whole number of them becomes an all-reduce of
+# the gathered one, which sends twice as much, or puts each byte into a word of its own.
+TILE = 1024
 
 # What `front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
 FRONT_STEP = 1.25
@@ -273,8 +277,9 @@ class Wire:
         return message, outputs, (n - 1) * _size_bits(message)
 
     def gather(self, x: jax.Array) -> tuple[jax.Array, int]:
-        """All-gathers `x` [...] into [n, ...], the same on all workers."""
-        return self._all_gather(x), (self.workers - 1) * _size_bits(x)
+        """All-gathers a vector `x` [k] into [n, k], the same on all workers."""
+        sent = filled(x, -(-x.size // TILE) * TILE) if platform() == "tpu" else x
+        return self._all_gather(sent)[:, : x.size], (self.workers - 1) * _size_bits(sent)
 
     def scatter(self, x: jax.Array) -> tuple[jax.Array, int]:
         """Sends row j of `x` [n, ...] to worker j: gives what all sent to this one, [n, ...] by sender."""
