@@ -13,7 +13,7 @@ from jax import lax
 from gradcomp_jax.coder import Coder, Message
 from gradcomp_jax.contract import Heard, Say, Sparse, dense
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits, total_bits
-from gradcomp_jax.exchange.collectives import Wire, of_ring
+from gradcomp_jax.exchange.collectives import Wire, of_ring, vary_as
 from gradcomp_jax.exchange.shards import (
     Group,
     add,
@@ -372,8 +372,9 @@ def _mean_of_shards(groups: list[Group], received: list[Message], n: int, me: ja
         each = zip(groups, totals, received, strict=True)
         return [add(group, total, row(message, worker), me, 1 / n) for group, total, message in each]
 
-    zero = 0 * me.astype(jnp.float32)  # of a type that differs between the workers, as what is added does
-    return lax.fori_loop(0, n, added, [jnp.broadcast_to(zero, group.shape) for group in groups])
+    each = zip(groups, received, strict=True)
+    zeros = [vary_as(jnp.zeros(group.shape, jnp.float32), jax.tree.leaves(message)[0]) for group, message in each]
+    return lax.fori_loop(0, n, added, zeros)
 
 
 def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:

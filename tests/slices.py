@@ -1,0 +1,107 @@
+"""Runs a codec `across` slices in a shard_map of one's own, and joins what their chips keep."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import gradcomp_jax as gc
+from gradcomp_jax.exchange.plan import flatten
+from gradcomp_jax.sharding import specs_of
+from tests.contexts import Run, is_spec
+
+SLICES, CHIPS = 2, 4
+
+
+class Seen(NamedTuple):
+    """What a run returns, as numpy arrays.
+
+    Attributes:
+      updates: [steps, slices, chips, ...].
+      states: each chip's local state, [steps, slices, chips, ...], after each step.
+      last: the global state to go on from.
+    """
+
+    updates: Any
+    states: Any
+    last: Any
+
+
+def mesh_of(slices: int = SLICES, chips: int = CHIPS) -> Any:
+    """A mesh of slices, and chips in each."""
+    return gc.make_mesh({"node": slices, "local": chips})
+
+
+def run(tx: gc.Compressor, grads: Any, check_vma: bool = True, state: Any = None) -> Seen:
+    """Runs `tx` over gradients [steps, slices, chips, ...]; `state` is a global one to start from."""
+    steps, slices, chips = jax.tree.leaves(grads)[0].shape[:3]
+    params, treedef = shapes_of(jax.tree.map(lambda x: x[0, 0, 0], grads))
+    step = program(tx, params, treedef, slices, chips, check_vma)
+    state = first_state(tx, params, treedef, slices, chips) if state is None else state
+    history = []
+    for t in range(steps):
+        *seen, state = step(jax.tree.map(lambda x, t=t: x[t], grads), state)
+        history.append(jax.device_get(seen))
+    return Seen(*jax.tree.map(lambda *leaves: np.stack(leaves), *history), state)
+
+
+def shapes_of(tree: Any) -> tuple[Any, Any]:
+    """The shapes and types of a tree's leaves, and its structure: what programs are looked up by."""
+    leaves, treedef = jax.tree.flatten(tree)
+    return tuple((np.shape(x), jnp.dtype(x.dtype)) for x in leaves), treedef
+
+
+def _params(shapes: Any, treedef: Any) -> Any:
+    return jax.tree.unflatten(treedef, [np.zeros(*leaf) for leaf in shapes])
+
+
+@functools.cache
+def first_state(tx: gc.Compressor, shapes: Any, treedef: Any, slices: int = SLICES, chips: int = CHIPS) -> Any:
+    """The global state before the first step."""
+    return jax.device_get(gc.init(tx, _params(shapes, treedef), mesh_of(slices, chips)))
+
+
+@functools.cache
+def program(tx: gc.Compressor, shapes: Any, treedef: Any, slices: int, chips: int, check_vma: bool) -> Any:
+    """The compiled step of `run`."""
+    mesh, state = mesh_of(slices, chips), first_state(tx, shapes, treedef, slices, chips)
+
+    def step(grads, state):
+        updates, after = tx.update(jax.tree.map(lambda x: x[0, 0], grads), gc.local_state(state))
+        return *jax.tree.map(lambda x: x[None, None], (updates, after)), gc.global_state(after)
+
+    each, specs = P("node", "local"), specs_of(state)
+    sharded = jax.shard_map(
+        step, mesh=mesh, in_specs=(each, specs), out_specs=(each, each, specs), check_vma=check_vma
+    )
+    lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (each, specs), is_leaf=is_spec)
+    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slices, chips, *x.shape), x.dtype), _params(shapes, treedef))
+    return jax.jit(sharded, in_shardings=lies).lower(grads, state).compile()
+
+
+def of_slices(tx: gc.Compressor, seen: Seen, grads: Any) -> Run:
+    """A run as of workers that are whole slices: their chips' shards joined."""
+    shapes = {path: x.shape[3:] for path, x in flatten(grads)[0].items()}
+    first = jax.tree.map(lambda x: x[:, :, 0], seen.states)
+    states = first._replace(residual=joined(seen.states.residual, shapes))
+    feedback = tx.settings.error_feedback
+    if feedback is not None and not feedback.owes:
+        mean = joined(seen.states.codec.mean, shapes).value
+        states = states._replace(codec=states.codec._replace(mean=mean))
+    return Run(jax.tree.map(lambda x: x[:, :, 0], seen.updates), states)
+
+
+def joined(marked: gc.PerWorker, shapes: dict[str, tuple[int, ...]]) -> gc.PerWorker:
+    """What is of shards, by path [steps, slices, chips, ...], as that of the leaves, [steps, slices, ...]."""
+    whole = {}
+    for path, cut in zip(sorted(marked.value), marked.shards.cuts, strict=True):
+        x = marked.value[path]
+        cut = cut.among(x.shape[2])
+        x = np.concatenate(np.moveaxis(x, 2, 0), axis=2 + cut.axis)
+        x = np.take(x, range(cut.view[cut.axis]), axis=2 + cut.axis)
+        whole[path] = x.reshape(*x.shape[:2], *shapes[path])
+    return marked._replace(value=whole)
