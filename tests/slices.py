@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from gradcomp_jax.exchange.plan import flatten
-from gradcomp_jax.sharding import specs_of
+from gradcomp_jax.sharding import is_per_worker, specs_of
 from tests.contexts import Run, is_spec
 
 SLICES, CHIPS = 2, 4
@@ -38,48 +38,63 @@ def mesh_of(slices: int = SLICES, chips: int = CHIPS) -> Any:
 
 def run(tx: gc.Compressor, grads: Any, check_vma: bool = True, state: Any = None) -> Seen:
     """Runs `tx` over gradients [steps, slices, chips, ...]; `state` is a global one to start from."""
-    steps, slices, chips = jax.tree.leaves(grads)[0].shape[:3]
-    params, treedef = shapes_of(jax.tree.map(lambda x: x[0, 0, 0], grads))
-    step = program(tx, params, treedef, slices, chips, check_vma)
-    state = first_state(tx, params, treedef, slices, chips) if state is None else state
+    step = program_of(tx, grads, check_vma)
+    state = first_state(tx, *key_of(grads)) if state is None else state
     history = []
-    for t in range(steps):
-        *seen, state = step(jax.tree.map(lambda x, t=t: x[t], grads), state)
-        history.append(jax.device_get(seen))
+    for t in range(jax.tree.leaves(grads)[0].shape[0]):
+        updates, state = step(jax.tree.map(lambda x, t=t: x[t], grads), state)
+        history.append((jax.device_get(updates), of_chips(state, *jax.tree.leaves(grads)[0].shape[1:3])))
     return Seen(*jax.tree.map(lambda *leaves: np.stack(leaves), *history), state)
 
 
-def shapes_of(tree: Any) -> tuple[Any, Any]:
-    """The shapes and types of a tree's leaves, and its structure: what programs are looked up by."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return tuple((np.shape(x), jnp.dtype(x.dtype)) for x in leaves), treedef
+def of_chips(state: Any, *lead: int) -> Any:
+    """What each chip has of a global state, [slices, chips, ...]; of what is the same on all its own copy."""
+
+    def local(marked: Any) -> Any:
+        count = len(marked.leading) if is_per_worker(marked) else 0
+
+        def leaf(x: jax.Array) -> np.ndarray:
+            rows = [np.asarray(shard.data) for shard in sorted(x.addressable_shards, key=lambda s: s.device.id)]
+            return np.stack(rows).reshape(*lead, *x.shape[count:])
+
+        return jax.tree.map(leaf, marked)
+
+    return jax.tree.map(local, state, is_leaf=is_per_worker)
 
 
-def _params(shapes: Any, treedef: Any) -> Any:
-    return jax.tree.unflatten(treedef, [np.zeros(*leaf) for leaf in shapes])
+def key_of(grads: Any) -> tuple[Any, ...]:
+    """What programs are looked up by: shapes and types of leaves, the tree's structure, slices and chips."""
+    leaves, treedef = jax.tree.flatten(grads)
+    return tuple((x.shape[3:], jnp.dtype(x.dtype)) for x in leaves), treedef, *leaves[0].shape[1:3]
+
+
+def _params(leaves: Any, treedef: Any) -> Any:
+    return jax.tree.unflatten(treedef, [np.zeros(*leaf) for leaf in leaves])
 
 
 @functools.cache
-def first_state(tx: gc.Compressor, shapes: Any, treedef: Any, slices: int = SLICES, chips: int = CHIPS) -> Any:
+def first_state(tx: gc.Compressor, leaves: Any, treedef: Any, slices: int, chips: int) -> Any:
     """The global state before the first step."""
-    return jax.device_get(gc.init(tx, _params(shapes, treedef), mesh_of(slices, chips)))
+    return jax.device_get(gc.init(tx, _params(leaves, treedef), mesh_of(slices, chips)))
+
+
+def program_of(tx: gc.Compressor, grads: Any, check_vma: bool = True) -> jax.stages.Compiled:
+    """The compiled step of `run`."""
+    return _program(tx, *key_of(grads), check_vma)
 
 
 @functools.cache
-def program(tx: gc.Compressor, shapes: Any, treedef: Any, slices: int, chips: int, check_vma: bool) -> Any:
-    """The compiled step of `run`."""
-    mesh, state = mesh_of(slices, chips), first_state(tx, shapes, treedef, slices, chips)
+def _program(tx: gc.Compressor, leaves: Any, treedef: Any, slices: int, chips: int, check_vma: bool) -> Any:
+    mesh, state = mesh_of(slices, chips), first_state(tx, leaves, treedef, slices, chips)
 
     def step(grads, state):
         updates, after = tx.update(jax.tree.map(lambda x: x[0, 0], grads), gc.local_state(state))
-        return *jax.tree.map(lambda x: x[None, None], (updates, after)), gc.global_state(after)
+        return jax.tree.map(lambda x: x[None, None], updates), gc.global_state(after)
 
     each, specs = P("node", "local"), specs_of(state)
-    sharded = jax.shard_map(
-        step, mesh=mesh, in_specs=(each, specs), out_specs=(each, each, specs), check_vma=check_vma
-    )
+    sharded = jax.shard_map(step, mesh=mesh, in_specs=(each, specs), out_specs=(each, specs), check_vma=check_vma)
     lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), (each, specs), is_leaf=is_spec)
-    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slices, chips, *x.shape), x.dtype), _params(shapes, treedef))
+    grads = jax.tree.map(lambda x: jax.ShapeDtypeStruct((slices, chips, *x.shape), x.dtype), _params(leaves, treedef))
     return jax.jit(sharded, in_shardings=lies).lower(grads, state).compile()
 
 
