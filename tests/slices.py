@@ -98,6 +98,11 @@ def _program(tx: gc.Compressor, leaves: Any, treedef: Any, slices: int, chips: i
     return jax.jit(sharded, in_shardings=lies).lower(grads, state).compile()
 
 
+def at(tree: Any, step: int) -> Any:
+    """One step of many."""
+    return jax.tree.map(lambda x: x[step], tree)
+
+
 def of_slices(tx: gc.Compressor, seen: Seen, grads: Any) -> Run:
     """A run as of workers that are whole slices: their chips' shards joined."""
     shapes = {path: x.shape[3:] for path, x in flatten(grads)[0].items()}

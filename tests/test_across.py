@@ -10,7 +10,7 @@ import pytest
 
 import gradcomp_jax as gc
 from tests import contexts, slices, trees
-from tests.slices import CHIPS, SLICES
+from tests.slices import CHIPS, SLICES, at
 from tests.table import EACH, ROWS
 from tests.test_laws import assert_conserved, conserves, possible
 
@@ -34,10 +34,6 @@ def seen(id, check_vma=True):
 def means(grads):
     """Those of the slices, over their chips."""
     return jax.tree.map(lambda x: x.astype(np.float64).mean(2), grads)
-
-
-def at(tree, step):
-    return jax.tree.map(lambda x: x[step], tree)
 
 
 class TestLaws:
