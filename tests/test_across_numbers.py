@@ -162,7 +162,7 @@ class TestWholeMatrices:
         assert_as_whole(make, {path: x[:steps] for path, x in self.grads.items()})
 
     def test_accordion(self):
-        low, high = (gc.powersgd(rank, stacked=stacked, split=split) for rank in (3, 1))
+        low, high = (gc.powersgd(rank, stacked=stacked, split=split) for rank in (2, 1))
         assert_as_whole(functools.partial(gc.accordion, low, high, interval=2, window=1), self.grads)
 
     @pytest.mark.parametrize(
@@ -181,4 +181,4 @@ class TestWholeMatrices:
 
     @pytest.mark.parametrize("make", [gc.none, gc.onebit], ids=["none", "onebit"])
     def test_of_columns_and_sums(self, make):
-        assert_as_whole(functools.partial(make, compress=matrices), {p: self.grads[p] for p in ("conv", "odd", "bias")})
+        assert_as_whole(make, trees.noise({"tall": (5, 14, 18), "bias": (6,)}, 5, (STEPS, SLICES, CHIPS)))
