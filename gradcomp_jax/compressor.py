@@ -396,6 +396,11 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
             f"quantizer of codec {codec!r} has a transform, which goes before tensors of a codec of its own: give the "
             "qsgd without it"
         )
+    if quantizer.settings.fast is not None:
+        raise ValueError(
+            f"quantizer of codec {codec!r} is across slices: give across the whole, as in across({codec}(..., "
+            "quantizer=qsgd(4)))"
+        )
     if quantizer.settings.axis_name != axis_name:
         raise ValueError(
             f"quantizer=qsgd(axis_name={quantizer.settings.axis_name!r}) is on another axis than codec {codec!r}, "

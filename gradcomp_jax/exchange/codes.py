@@ -388,8 +388,10 @@ def _mean_of_shards(groups: list[Group], received: list[Message], n: int, me: ja
         each = zip(groups, totals, received, strict=True)
         return [add(group, total, row(message, worker), me, 1 / n) for group, total, message in each]
 
-    each = zip(groups, received, strict=True)
-    zeros = [vary_as(jnp.zeros(group.shape, jnp.float32), jax.tree.leaves(message)[0]) for group, message in each]
+    # Of types that differ as what is added does, which may be a part of a message alone.
+    like = [[me, *jax.tree.leaves(message)] for message in received]
+    zeros = [jnp.zeros(group.shape, jnp.float32) for group in groups]
+    zeros = [functools.reduce(vary_as, leaves, zero) for leaves, zero in zip(like, zeros, strict=True)]
     return lax.fori_loop(0, n, added, zeros)
 
 
