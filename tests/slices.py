@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
+from gradcomp_jax.compressor import compressor_states
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.sharding import is_per_worker, specs_of
 from tests.contexts import Run, is_spec
@@ -117,11 +118,21 @@ def of_slices(tx: gc.Compressor, seen: Seen, grads: Any) -> Run:
 
 def joined(marked: gc.PerWorker, shapes: dict[str, tuple[int, ...]]) -> gc.PerWorker:
     """What is of shards, by path [steps, slices, chips, ...], as that of the leaves, [steps, slices, ...]."""
-    whole = {}
+    wholes = {}
     for path, cut in zip(sorted(marked.value), marked.shards.cuts, strict=True):
         x = marked.value[path]
-        cut = cut.among(x.shape[2])
-        x = np.concatenate(np.moveaxis(x, 2, 0), axis=2 + cut.axis)
-        x = np.take(x, range(cut.view[cut.axis]), axis=2 + cut.axis)
-        whole[path] = x.reshape(*x.shape[:2], *shapes[path])
-    return marked._replace(value=whole)
+        rows = [whole(one, cut) for one in x.reshape(-1, *x.shape[2:])]
+        wholes[path] = np.stack(rows).reshape(*x.shape[:2], *shapes[path])
+    return marked._replace(value=wholes)
+
+
+def whole(shards: np.ndarray, cut: Any) -> np.ndarray:
+    """The whole, in the shape in which it is cut, of [chips, ...]."""
+    cut = cut.among(len(shards))
+    return np.take(np.concatenate(shards, axis=cut.axis), range(cut.view[cut.axis]), axis=cut.axis)
+
+
+def codec_state(state: Any) -> gc.CompressorState:
+    """The codec's state among those of a chain."""
+    (found,) = compressor_states(state)
+    return found

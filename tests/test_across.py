@@ -6,6 +6,7 @@ import itertools
 import chex
 import jax
 import numpy as np
+import optax
 import pytest
 
 import gradcomp_jax as gc
@@ -13,6 +14,7 @@ from tests import contexts, slices, trees
 from tests.slices import CHIPS, SLICES, at
 from tests.table import EACH, ROWS
 from tests.test_laws import assert_conserved, conserves, possible
+from tests.test_state import loss_of_gradients
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
@@ -94,3 +96,17 @@ class TestBits:
             alone, across = (gc.wire_bits(at(got.states, t)).last / 8 for got in (whole, shard))
             filled = PADDING.get(row.id, 0) * alone / CHIPS
             assert across <= 1.05 * alone / CHIPS + filled + 4
+
+
+class TestSteps:
+    @each_codec
+    def test_it_trains_as_by_hand(self, row):
+        """In each step parameters move by what the transformation gives in a shard_map of one's own."""
+        tx, mesh = optax.chain(TX[row.id], optax.sgd(1.0)), slices.mesh_of()
+        params = {**trees.zeros(TREE), "empty": ()}
+        step, state = gc.train_step(loss_of_gradients, tx, mesh), gc.init(tx, params, mesh)
+        for t in range(4):
+            batch = {path: x[t].reshape(SLICES * CHIPS, *x.shape[3:]) for path, x in GRADS.items()}
+            params, state, _ = step(params, state, {**batch, "empty": ()})
+        moved = jax.tree.map(lambda x: -x[:4, 0, 0].sum(0), seen(row.id).updates)
+        chex.assert_trees_all_close(jax.device_get(params), {**moved, "empty": ()}, atol=1e-4)
