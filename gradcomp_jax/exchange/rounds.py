@@ -168,7 +168,7 @@ class Exchange(NamedTuple):
         dones: list[_Done] = []
         for bucket in buckets:
             # Of the coder's state each bucket draws from where the one before stopped.
-            state = codec.with_coder_state(state, coder)
+            state = codec.with_coder_state(state, _without_length(coder) if len(buckets) > 1 else coder)
             if dones:
                 terms, riders = after((bucket.terms, bucket.riders), dones[-1].ok)
                 bucket = bucket._replace(terms=terms, riders=riders)
@@ -346,10 +346,21 @@ class Exchange(NamedTuple):
 
 def _of_all(states: list[Any]) -> Any:
     """A coder's state after several buckets, of each of which this is the state after it: lengths add up."""
-    if len(states) == 1 or not hasattr(states[-1], "length"):
+    if len(states) == 1 or not _tells_length(states[-1]):
         return states[-1]
     length = total_bits(jnp.stack([bare(state.length).last for state in states]))
     return states[-1]._replace(length=Mine(CodeLength(length)))
+
+
+def _without_length(state: Any) -> Any:
+    """A coder's state before one of several buckets, which may have nothing to encode."""
+    if not _tells_length(state):
+        return state
+    return state._replace(length=Mine(CodeLength(0 * bare(state.length).last)))  # of the same type
+
+
+def _tells_length(state: Any) -> bool:
+    return isinstance(bare(getattr(state, "length", None)), CodeLength)
 
 
 def _advance(
