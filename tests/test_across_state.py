@@ -71,6 +71,21 @@ class TestTraining:
         got, want = (trained(tx, slices.mesh_of(), 3, **more) for more in (kwargs, {}))
         chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(want))
 
+    def test_what_is_not_finite_on_one_chip_leaves_all_as_it_was(self):
+        tx = optax.chain(gc.across(gc.powersgd(2)), optax.sgd(1.0, momentum=0.9))
+        params, state = trained(tx, slices.mesh_of(), 1)
+        batch = {**GRADS, "bias": np.array(GRADS["bias"])}
+        batch["bias"][-1, 0] = np.nan  # of the last chip
+        after, kept, _ = gc.train_step(loss_of_gradients, tx, slices.mesh_of())(params, state, batch)
+        chex.assert_trees_all_equal(after, params)
+        counts = {"wire": None, "skipped": None}
+        chex.assert_trees_all_equal((kept[0]._replace(**counts), kept[1]), (state[0]._replace(**counts), state[1]))
+        assert gc.skipped(kept) == 1
+
+    def test_momentum_after_error_feedback(self):
+        tx = optax.chain(gc.across(gc.powersgd(2)), gc.ef_momentum(0.0), optax.scale_by_learning_rate(0.5))
+        assert_nothing_lost(*trained(tx, slices.mesh_of(), 2), 2)
+
     def test_delayed(self):
         tx = optax.chain(gc.delayed(gc.across(gc.topk(0.1))), optax.sgd(1.0))
         assert_nothing_lost(*trained(tx, slices.mesh_of(), 4), 3)
