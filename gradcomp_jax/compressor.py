@@ -219,20 +219,22 @@ class _Update(_Made):
         return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), more))
 
 
-def _shards(settings: Settings) -> int:
-    """How many chips a worker has, where the fast axis is bound; else 1."""
+def _shards(settings: Settings) -> int | None:
+    """How many chips a worker has; None where the fast axis is not bound."""
     try:
         return 1 if settings.fast is None else collectives.workers(settings.fast)
     except ValueError:
-        return 1
+        return None
 
 
 def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     if compressor_states(params):
         raise ValueError("params hold an optimiser's state: the order is step(params, opt_state, batch)")
-    the = plan(codec, settings, params, _shards(settings))
+    shards = _shards(settings)
+    the = plan(codec, settings, params, shards or 1)
     leaves, _ = flatten(params)
-    tell(codec, settings, the, leaves)
+    if shards is not None:  # else it is asked for types alone
+        tell(codec, settings, the, leaves)
     tensors = {path: _widened(seen) for path, seen in the.kept.items()}
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
     zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in tensors.items()}  # noqa: E731
