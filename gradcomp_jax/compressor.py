@@ -258,11 +258,11 @@ def _first_state(state: Any, settings: Settings, zeros: Callable[[], Any], the: 
 
 
 def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str) -> Any:
-    """What differs between the workers; of shards, between their chips too. Without a plan, a placeholder."""
-    if the is None:
-        return value
+    """What differs between the workers; of shards, between their chips too. Of these, without a plan, one leaf."""
     if settings.fast is None:
         return PerWorker(value, settings.axis_name, role)
+    if the is None:
+        return value if isinstance(value, PLACEHOLDER) else BY_PATH
     cuts = tuple(the.cuts.get(path) for path in sorted(value)) if isinstance(value, dict) else (None,)
     return PerWorker(value, settings.axes, role, Shards((settings.axis_name, settings.fast), cuts))
 

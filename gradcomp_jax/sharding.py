@@ -459,8 +459,9 @@ def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
             got = {np.shape(leaf)[: len(want)] for leaf in jax.tree.leaves(x)}
             if got and got != {want}:
                 along = x.axis if x.shards is None else x.leading
+                has = want[0] if len(want) == 1 else want
                 raise ValueError(
-                    f"opt_state is of {sorted(got)} workers along {along!r}, mesh={mesh} has {want}: pass "
+                    f"opt_state is of {sorted(got)} workers along {along!r}, mesh={mesh} has {has}: pass "
                     "the mesh of the step, or the state through resize_workers(opt_state, mesh) first, which keeps "
                     "what the residuals owe"
                 )
