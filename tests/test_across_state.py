@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import gradcomp_jax as gc
+from gradcomp_jax.sharding import is_per_worker
 from tests import problem, slices, trees
 from tests.test_state import loss_of_gradients
 
@@ -152,13 +153,14 @@ def state_of(id):
 
 
 def wholes(state):
-    """All that is of shards, by path, as of whole leaves: of a chip's part all, of the slices' the mean."""
+    """All numbers that are of shards, as of whole leaves: of a chip's part all, of the slices' the mean."""
     found = []
-    for x in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, gc.PerWorker)):
-        if isinstance(x, gc.PerWorker) and "CodeLength" not in str(x):  # of whole numbers, which are not averaged
+    for x in jax.tree.leaves(state, is_leaf=is_per_worker):
+        if is_per_worker(x):
             for old, cut in zip(jax.tree.leaves(x), x.shards.cuts, strict=True):
-                mean = np.asarray(old).mean(0) if len(x.leading) == 2 else np.asarray(old)
-                found.append(mean[0] if cut is None else slices.whole(mean, cut))
+                if jnp.issubdtype(old.dtype, jnp.inexact):
+                    mean = np.asarray(old).mean(0) if len(x.leading) == 2 else np.asarray(old)
+                    found.append(mean[0] if cut is None else slices.whole(mean, cut))
     return found
 
 
