@@ -1,11 +1,12 @@
 """Between slices or nodes: each of their chips compresses and sends its share."""
 
-from gradcomp_jax.arguments import shown
+from gradcomp_jax.arguments import factory, shown, takes
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate
 from gradcomp_jax.exchange.collectives import axis_names
 
 
+@factory
 def across(
     codec: Compressor, slow: AxisName = "node", fast: AxisName = "local", *, inside: bool | Predicate = True
 ) -> Compressor:
@@ -37,7 +38,8 @@ def across(
       A `Compressor`, in the place of the codec. Its state is of shards; `init` makes it for a mesh.
 
     Raises:
-      ValueError: codec is none, is on another axis, or is across slices already; or slow and fast are one axis.
+      ValueError: codec is none, is on another axis, or is across slices already; slow and fast share an axis; or inside
+        is none of these.
 
     >>> import optax
     >>> from gradcomp_jax import across, qsgd
@@ -52,4 +54,8 @@ def across(
         raise ValueError(f"axis_name={settings.axis_name!r} of the codec must be slow={slow!r}: leave it out there")
     if set(axis_names(slow)) & set(axis_names(fast)):
         raise ValueError(f"slow={slow!r} and fast={fast!r} must be different axes of the mesh")
+    if not isinstance(inside, bool) and not takes(inside, 2):
+        raise ValueError(
+            f"inside={shown(inside)} must be True, False, or a function of 2 arguments, (path, leaf) -> bool"
+        )
     return compressor(codec.codec, settings._replace(axis_name=slow, fast=fast, inside=inside))

@@ -121,8 +121,8 @@ def require_number(name: str, value: Any, described: str = "a number") -> None:
 def _require_kind(name: str, value: Any, annotation: Any) -> None:
     if name == "seed":
         require_seed(value)
-    if name == "axis_name":
-        _require_axis_name(value)
+    if name in ("axis_name", "slow", "fast"):
+        _require_axis_name(name, value)
     optional = isinstance(annotation, types.UnionType) and types.NoneType in typing.get_args(annotation)
     kinds = [kind for kind in typing.get_args(annotation) if kind is not types.NoneType] if optional else [annotation]
     if len(kinds) > 1 or (optional and value is None):
@@ -153,9 +153,9 @@ def takes(function: Any, count: int) -> bool:
     return True
 
 
-def _require_axis_name(axis_name: Any) -> None:
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+def _require_axis_name(setting: str, value: Any) -> None:
+    names = value if isinstance(value, tuple) else (value,)
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"axis_name={shown(axis_name)} must be the name of a mesh axis, such as 'data', or a tuple of names"
+            f"{setting}={shown(value)} must be the name of a mesh axis, such as 'data', or a tuple of names"
         )

@@ -219,20 +219,22 @@ class _Update(_Made):
         return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), more))
 
 
-def _shards(settings: Settings) -> int:
-    """How many chips a worker has, where the fast axis is bound; else 1."""
+def _shards(settings: Settings) -> int | None:
+    """How many chips a worker has; None where the fast axis is not bound."""
     try:
         return 1 if settings.fast is None else collectives.workers(settings.fast)
     except ValueError:
-        return 1
+        return None
 
 
 def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     if compressor_states(params):
         raise ValueError("params hold an optimiser's state: the order is step(params, opt_state, batch)")
-    the = plan(codec, settings, params, _shards(settings))
+    shards = _shards(settings)
+    the = plan(codec, settings, params, shards or 1)
     leaves, _ = flatten(params)
-    tell(codec, settings, the, leaves)
+    if shards is not None:  # else it is asked for types alone
+        tell(codec, settings, the, leaves)
     tensors = {path: _widened(seen) for path, seen in the.kept.items()}
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
     zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in tensors.items()}  # noqa: E731
@@ -256,11 +258,11 @@ def _first_state(state: Any, settings: Settings, zeros: Callable[[], Any], the: 
 
 
 def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str) -> Any:
-    """What differs between the workers; of shards, between their chips too. Without a plan, a placeholder."""
-    if the is None:
-        return value
+    """What differs between the workers; of shards, between their chips too. Of these, without a plan, one leaf."""
     if settings.fast is None:
         return PerWorker(value, settings.axis_name, role)
+    if the is None:
+        return value if isinstance(value, PLACEHOLDER) else BY_PATH
     cuts = tuple(the.cuts.get(path) for path in sorted(value)) if isinstance(value, dict) else (None,)
     return PerWorker(value, settings.axes, role, Shards((settings.axis_name, settings.fast), cuts))
 
@@ -395,6 +397,11 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
         raise ValueError(
             f"quantizer of codec {codec!r} has a transform, which goes before tensors of a codec of its own: give the "
             "qsgd without it"
+        )
+    if quantizer.settings.fast is not None:
+        raise ValueError(
+            f"quantizer of codec {codec!r} is across slices: give across the whole, as in across({codec}(..., "
+            "quantizer=qsgd(4)))"
         )
     if quantizer.settings.axis_name != axis_name:
         raise ValueError(

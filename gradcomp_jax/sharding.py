@@ -215,10 +215,10 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int, param_
     require_transformation(tx)
     require_arrays("params", params)
     mesh = require_mesh(mesh)
-    count = _count(mesh)
+    rows_of = _rows(mesh)
 
     def stack(x: PerWorker) -> PerWorker:
-        lead = tuple(map(count, x.leading))
+        lead = rows_of(x)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape)), x)
 
     def global_init(params):
@@ -365,10 +365,10 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     (6, 8, 8)
     """
     mesh = require_mesh(mesh)
-    count = _count(mesh)
+    rows_of = _rows(mesh)
 
     def resized(x: PerWorker) -> PerWorker:
-        new = tuple(map(count, x.leading))
+        new = rows_of(x)
         rows = {leaf.shape[: len(new)] for leaf in jax.tree.leaves(x)}
         if len(rows) > 1 or any(len(row) < len(new) for row in rows):
             raise ValueError(
@@ -452,15 +452,16 @@ def _movable(x: Any, mesh: Mesh | int) -> Any:
 
 def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
     """Raises ValueError for a state of another number of workers than the mesh has."""
-    count = _count(mesh)
+    rows_of = _rows(mesh)
     for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker):
         if is_per_worker(x):
-            want = tuple(map(count, x.leading))
+            want = rows_of(x)
             got = {np.shape(leaf)[: len(want)] for leaf in jax.tree.leaves(x)}
             if got and got != {want}:
                 along = x.axis if x.shards is None else x.leading
+                has = want[0] if len(want) == 1 else want
                 raise ValueError(
-                    f"opt_state is of {sorted(got)} workers along {along!r}, mesh={mesh} has {want}: pass "
+                    f"opt_state is of {sorted(got)} workers along {along!r}, mesh={mesh} has {has}: pass "
                     "the mesh of the step, or the state through resize_workers(opt_state, mesh) first, which keeps "
                     "what the residuals owe"
                 )
@@ -500,6 +501,33 @@ def require_state(tx: optax.GradientTransformation, params: Any, opt_state: Any,
 
 def _leaves(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _rows(mesh: Mesh | int) -> Callable[[PerWorker], tuple[int, ...]]:
+    """The sizes of the leading axes of the global form: how many workers, and of `across` how many chips."""
+    count = _count(mesh)
+
+    def rows_of(x: PerWorker) -> tuple[int, ...]:
+        if x.shards is not None:
+            _require_slices(x.leading, mesh)
+        return tuple(map(count, x.leading))
+
+    return rows_of
+
+
+def _require_slices(axes: tuple[AxisName, ...], mesh: Mesh | int) -> None:
+    """Raises ValueError for a mesh that has not the axes of a codec that is across slices."""
+    if isinstance(mesh, int):
+        raise ValueError(
+            f"mesh={mesh} is a number of workers, and the codec is across slices: give a mesh of slices and their "
+            "chips, such as make_mesh({'node': 2, 'local': 4}), and train by train_step; simulate has no slices"
+        )
+    names = [name for axis in axes for name in axis_names(axis)]
+    if missing := [name for name in names if name not in mesh.axis_names]:
+        raise ValueError(
+            f"the codec is across slices, and the mesh has no axis {missing[0]!r}, it has {mesh.axis_names}: name the "
+            "mesh's axes in across(codec, slow=, fast=)"
+        )
 
 
 def _count(mesh: Mesh | int) -> Callable[[AxisName], int]:

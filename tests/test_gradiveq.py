@@ -213,6 +213,14 @@ class TestGradiVeQ:
         expected = np.sum(error**2) / np.sum((grads["w"][-1, 0] / scale) ** 2)
         np.testing.assert_allclose(got.states.codec.loss["w"][-1, 0], expected, rtol=1e-4)
 
+    def test_a_large_mean_of_few_elements_stops_no_later_step(self):
+        """Next to which a gradient of the compressed steps is lost, up to a loss near the end of the range."""
+        tx = small_gradiveq(24, train_steps=6, compress_steps=4)
+        for power in np.arange(17, 21, 0.25):
+            grads = trees.noise({"w": (2, 24)}, 11, (8, 1))
+            grads["w"][2] = np.copysign(np.float32(10**power), grads["w"][2])
+            np.testing.assert_array_equal(run(tx, grads, "vmap").states.skipped, 0)
+
     def test_hlo_of_each_branch(self):
         """One all-reduce a branch: the gradient, or d floats a slice and a loss, with the dense leaves; or U."""
         collectives = two_worker_hlo(small_gradiveq(24, ratio=8), {"w": (10, 24), "b": (2,)})

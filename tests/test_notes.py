@@ -49,6 +49,14 @@ def test_leaves_that_ones_own_rule_leaves_out_or_that_do_not_shrink(told):
     ]
 
 
+def test_between_slices_a_leaf_may_shrink_whole_and_in_shards_not(told):
+    gc.init(
+        gc.across(gc.powersgd(2)), trees.zeros({"w": (64, 64), "small": (5, 5)}), gc.make_mesh({"node": 2, "local": 4})
+    )
+    (text,) = told.messages
+    assert text.splitlines()[2:] == ["  small: dense, its shards would not shrink"]
+
+
 def test_layers_that_are_stacked_and_slices(told):
     stacked = lambda path, leaf: True  # noqa: E731
     tx = gc.accordion(gc.powersgd(4, stacked=stacked), gc.powersgd(1, stacked=stacked), interval=10)

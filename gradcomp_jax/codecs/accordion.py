@@ -218,6 +218,8 @@ class Accordion(Codec):
         ask = First(norm) if self.norm_source == "first_worker" else Say(norm, exact=True)
         result, heard = yield from alongside(self.inner.talk(phase, d, inner, ctx), ask)
         agreed = heard if self.norm_source == "first_worker" else heard.mean
+        if ctx.shards > 1:  # the same on all chips, which types do not know of what travelled beside shards
+            agreed = yield OverShards(agreed, largest=True)
         return result._replace(news={"codec": result.news, "norm": agreed})
 
     def absorb(

@@ -63,6 +63,8 @@ DENSE, COMPRESSED, TRAINING = 0, 1, 2
 SELECT = ("ratio", "energy", "holdout")
 # K / d on the rungs from which "energy" and "holdout" choose.
 RATIOS = (32, 16, 8, 4)
+# Losses above this are not told apart.
+FAR = 2.0**64
 
 
 class GradiVeQState(NamedTuple):
@@ -187,8 +189,9 @@ def relative_loss(rows: jax.Array, c: jax.Array, leaf: Any, used: jax.Array | No
     inside = jnp.sum(kept((c - leaf.projected) * down, used) ** 2)
     lost = jnp.sum(((rows - leaf.mu) * down) ** 2)
     relative = jnp.maximum(lost - inside, 0) / jnp.where(some, jnp.sum((rows * down) ** 2), 1)
-    # Where mu is larger by far, or a gradient not finite, which its mean will show.
-    relative = jnp.where(jnp.isfinite(relative), relative, 1)
+    # Where mu is larger by far, or a gradient not finite, which its mean will show. A huge loss, of a few elements,
+    # would itself count as not finite beside what may grow, in all steps to come.
+    relative = jnp.where(relative <= FAR, relative, 1)
     return jnp.where(some, relative, 0)
 
 

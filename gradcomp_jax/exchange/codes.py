@@ -106,6 +106,22 @@ class Received(NamedTuple):
 Consume = Callable[[Received, jax.Array], Any]
 
 
+class Delivery(NamedTuple):
+    """What became of messages that were sent.
+
+    Attributes:
+      result: what was made of those that arrived.
+      bits: that this worker sent.
+      inside: that this chip sent to others of its worker.
+      length: the true length of its messages; None where it is not told.
+    """
+
+    result: Any
+    bits: Bits
+    inside: int
+    length: jax.Array | None
+
+
 def send(
     groups: list[Group],
     messages: list[Message],
@@ -113,7 +129,7 @@ def send(
     collective: Collective,
     consume: Consume,
     wire: Wire,
-) -> tuple[Any, Bits, jax.Array | None]:
+) -> Delivery:
     """Sends messages, and bytes of riders, as one buffer.
 
     Args:
@@ -123,14 +139,11 @@ def send(
       collective: what sends a buffer.
       consume: what to make of the messages and riders' bytes [n, b] that arrive.
       wire: the link.
-
-    Returns:
-      What `consume` made; the bits this worker sent; the true length of its messages, if that is told.
     """
     lead = riding.ndim - 1
     if groups[0].coder.fronts(groups[0].shape) is not None:
-        result, bits = _send_fronts(groups, messages, riding, collective, consume, wire)
-        return result, bits, lengths(groups, messages if lead else [row(m, None) for m in messages])
+        sent = _send_fronts(groups, messages, riding, collective, consume, wire)
+        return Delivery(*sent, lengths(groups, messages if lead else [row(m, None) for m in messages]))
     like = [row(message, 0) for message in messages] if lead else messages
     compact = groups[0].coder.compact(groups[0].each // groups[0].coder.unit)
 
@@ -140,7 +153,7 @@ def send(
         return _carry(pack_arrays(messages, lead), riding, collective, consume, arrived)
 
     if compact is None:
-        return *plain(), lengths(groups, messages if lead else [row(m, None) for m in messages])
+        return Delivery(*plain(), 0, lengths(groups, messages if lead else [row(m, None) for m in messages]))
     # One after another: a vmap of their loops would select all of what they make in each turn.
     pack, unpack = compact.pack, functools.partial(lax.map, compact.unpack)
     payload, fits, length = lax.map(pack, messages[0]) if lead else pack(messages[0])
@@ -149,9 +162,9 @@ def send(
     def shorter() -> tuple[Any, Bits]:
         return _carry(payload, riding, collective, consume, lambda data: _unpacked([unpack(data)]))
 
-    fit = 1 - wire.widest(1 - agreed_to.astype(jnp.int32))
-    result, bits = wire.switch(fit, [_paired(plain), _paired(shorter)])
-    return result, sum_bits(bits, asking), total_bits(length) if lead else length
+    unfit, inside = wire.widest(1 - agreed_to.astype(jnp.int32))
+    result, bits = wire.switch(1 - unfit, [_paired(plain), _paired(shorter)])
+    return Delivery(result, sum_bits(bits, asking), inside, total_bits(length) if lead else length)
 
 
 def _paired(branch: Callable[[], tuple[Any, Bits]]) -> Callable[[], tuple[Any, jax.Array]]:
@@ -187,7 +200,7 @@ def _send_fronts(
     collective: Collective,
     consume: Consume,
     wire: Wire,
-) -> tuple[Any, Bits]:
+) -> tuple[Any, Bits, int]:
     """As `send`, of messages of which only a front counts: one buffer, filled from its front."""
     fronts = [group.coder.fronts(group.shape) or () for group in groups]
     used = [jnp.array(f, jnp.int32)[group.strength] for f, group in zip(fronts, groups, strict=True)]
@@ -198,9 +211,9 @@ def _send_fronts(
     buffer = (jax.vmap(pack) if riding.ndim > 1 else pack)(*pieces)
     buffer = jnp.concatenate([riding, buffer], axis=-1) if beside else buffer
     length = functools.reduce(jnp.add, used) + beside
-    received, bits = wire.front(collective, buffer, length, least, most)
+    received, bits, inside = wire.front(collective, buffer, length, least, most)
     got = jax.vmap(lambda data: unpack_front(data, used, [max(f) for f in fronts]))(received[..., beside:])
-    return consume(_unpacked([{"data": x} for x in got]), received[..., :beside]), bits
+    return consume(_unpacked([{"data": x} for x in got]), received[..., :beside]), bits, inside
 
 
 def coded(
@@ -272,7 +285,7 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
         return [_voted(group, mean) for group, mean in zip(groups, means, strict=True)], exact, ok
 
     mine = [row(message, 0) for message in messages]
-    (means, exact, ok), bits, length = send(groups, mine, ride.pack()[0], wire.gather, consume, wire)
+    (means, exact, ok), bits, inside, length = send(groups, mine, ride.pack()[0], wire.gather, consume, wire)
     heard = []
     sent = jax.tree.map(lambda x: x[None], _as_sent(groups, mine, 0))
     for group, message, (voted, mean) in zip(groups, sent, means, strict=True):
@@ -280,7 +293,7 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
         if coder.votes:
             became = [dense(x) + (v - m) for x, v, m in zip(became, voted, mean, strict=True)]
         heard += [Heard(v, own) for v, own in zip(voted, became, strict=True)]
-    return Sent(heard, ride.restore(exact), ok, bits, length)
+    return Sent(heard, ride.restore(exact), ok, bits, length, inside)
 
 
 def _as_sent(groups: list[Group], messages: list[Message], lead: int) -> list[Message]:
@@ -339,12 +352,14 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
         means = [_hushed(g, decode_all(g, m), ok) for g, m in zip(groups, messages, strict=True)]
         return means, exact, ok
 
-    (exact, rode), first_bits, first_length = send(groups, messages, ride.pack(), wire.scatter, average, wire)
+    first = send(groups, messages, ride.pack(), wire.scatter, average, wire)
+    exact, rode = first.result
     if seconds[0] is not None:
         exact = [x + row(e, me) for x, e in zip(exact, owed, strict=True)]
     encoded = [encode_mean(g, x, me) for g, x in zip(groups, exact, strict=True)]
     again, lost = [message for message, _ in encoded], [change for _, change in encoded]
-    (means, rode, ok), bits, length = send(groups, again, ride.repack(rode), wire.gather, restore, wire)
+    then = send(groups, again, ride.repack(rode), wire.gather, restore, wire)
+    means, rode, ok = then.result
     heard = []
     sent = _as_sent(groups, messages, 1)
     for place, (group, message, mean) in enumerate(zip(groups, sent, means, strict=True)):
@@ -354,9 +369,10 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
             lost[place] = lost[place] + row(owed[place], me)
         for own, start, one in zip(owns(group, message), group.starts(), mean, strict=False):
             heard.append(Heard(one, _plus_window(own, n * lost[place], me * group.each - start), second))
-    if first_length is not None and length is not None:
-        length = bit_pair(sum_bits(first_length, length))
-    return Sent(heard, ride.restore(rode), ok, sum_bits(first_bits, bits), length)
+    length = then.length
+    if first.length is not None and length is not None:
+        length = bit_pair(sum_bits(first.length, length))
+    return Sent(heard, ride.restore(rode), ok, sum_bits(first.bits, then.bits), length, first.inside + then.inside)
 
 
 def _plus_window(own: Any, window: jax.Array, start: jax.Array) -> Any:
@@ -373,8 +389,11 @@ def _mean_of_shards(groups: list[Group], received: list[Message], n: int, me: ja
         each = zip(groups, totals, received, strict=True)
         return [add(group, total, row(message, worker), me, 1 / n) for group, total, message in each]
 
-    zero = vary_as(jnp.float32(0), jax.tree.leaves(received)[0])  # of the type that what is added has
-    return lax.fori_loop(0, n, added, [jnp.broadcast_to(zero, group.shape) for group in groups])
+    # Of types that differ as what is added does, which may be a part of a message alone.
+    like = [[me, *jax.tree.leaves(message)] for message in received]
+    zeros = [jnp.zeros(group.shape, jnp.float32) for group in groups]
+    zeros = [functools.reduce(vary_as, leaves, zero) for leaves, zero in zip(like, zeros, strict=True)]
+    return lax.fori_loop(0, n, added, zeros)
 
 
 def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:

@@ -295,9 +295,9 @@ class Wire:
         fails, bits = self.largest(1 - flag.astype(jnp.int32))
         return fails == 0, bits
 
-    def widest(self, number: jax.Array) -> jax.Array:
-        """The largest of a worker's chips, so that all choose the same branch."""
-        return number if self.fast is None else self.inside.largest(number)[0]
+    def widest(self, number: jax.Array) -> tuple[jax.Array, int]:
+        """The largest of a worker's chips, so that all choose the same branch; and the bits that a chip sent inside."""
+        return (number, 0) if self.fast is None else self.inside.largest(number)
 
     def sum_shards(self, x: jax.Array, axis: int = 0) -> tuple[jax.Array, int]:
         """This worker's part along an axis of the sum of `x`, by a reduce-scatter."""
@@ -319,7 +319,7 @@ class Wire:
         length: jax.Array,
         least: int,
         most: int,
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> tuple[jax.Array, jax.Array, int]:
         """Sends the first `length` elements of `buffer`'s last axis through a collective, and little more than those.
 
         Shapes are static, so one of some fixed sizes from `least` to `most` is sent, the smallest that holds them;
@@ -333,8 +333,8 @@ class Wire:
           most: the largest.
 
         Returns:
-          What the collective gave, its last axis as long as the buffer's, zero beyond what was sent; and the bits
-          this worker sent, as a pair.
+          What the collective gave, its last axis as long as the buffer's, zero beyond what was sent; the bits this
+          worker sent, as a pair; and those that a chip of it sent inside.
         """
         sizes = [least]
         while sizes[-1] < most:
@@ -345,8 +345,9 @@ class Wire:
             padding = [(0, 0)] * (received.ndim - 1) + [(0, buffer.shape[-1] - size)]
             return jnp.pad(received, padding), bit_pair(bits)
 
-        smallest = jnp.sum(jnp.array(sizes, jnp.int32) < self.widest(length), dtype=jnp.int32)
-        return self.switch(smallest, [functools.partial(send, size) for size in sizes])
+        longest, inside = self.widest(length)
+        smallest = jnp.sum(jnp.array(sizes, jnp.int32) < longest, dtype=jnp.int32)
+        return *self.switch(smallest, [functools.partial(send, size) for size in sizes]), inside
 
     # What follows is jax's own, in one place each: a recorder takes these over.
 

@@ -125,15 +125,22 @@ def in_parts(says: dict[Any, Say], wire: Wire, before: Any) -> tuple[dict[Any, S
     return said, bits
 
 
-def of_parts(heard: dict[Any, Heard], says: dict[Any, Say], wire: Wire) -> tuple[dict[Any, Heard], int]:
-    """What is heard, of partial sums whole: `in_parts` taken back; says: as they were before that."""
+def of_parts(heard: dict[Any, Heard], says: dict[Any, Say], wire: Wire, want_own: bool) -> tuple[dict[Any, Heard], int]:
+    """What is heard, of partial sums whole: `in_parts` taken back.
+
+    Args:
+      heard: the answers.
+      says: what was said, as it was before `in_parts`.
+      wire: the link.
+      want_own: whether `Heard.own` is of use; else it has no meaning, and is not sent.
+    """
     partial = [key for key, say in says.items() if say.partial and wire.fast is not None]
     if not partial:
         return heard, 0
     cuts = [_last(says[key].x) for key in partial]
     # Apart, as in one buffer the types would take means to differ between workers too.
     means, bits = join([heard[key].mean for key in partial], cuts, wire)
-    owns, more = join(after([heard[key].own for key in partial], means), cuts, wire)
+    owns, more = (means, 0) if not want_own else join(after([heard[key].own for key in partial], means), cuts, wire)
     pairs = zip(means, owns, strict=True)
     return heard | {key: Heard(*pair) for key, pair in zip(partial, pairs, strict=True)}, bits + more
 

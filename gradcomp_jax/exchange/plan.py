@@ -230,7 +230,8 @@ def tell(codec: Codec, settings: Settings, the: Plan, leaves: dict[str, Any]) ->
     """Logs which of the leaves are compressed, and as what, and why the others are not; at level INFO, once."""
     if leaves and logger.isEnabledFor(logging.INFO) and not isinstance(codec, Uncompressed):
         compressed = [(path, leaves[path], codec.view(path, leaves[path])) for path in the.compressed]
-        dense = [(path, leaves[path], _why_dense(codec, settings, path, leaves[path])) for path in the.dense]
+        why = {path: _why_dense(codec, settings, path, leaves[path]) for path in the.dense}
+        dense = [(path, leaves[path], why[path] or "its shards would not shrink") for path in the.dense]
         note(logging.INFO, summary(codec.name, compressed, dense))
 
 

@@ -86,6 +86,11 @@ class _Tally(NamedTuple):
     inside: Bits
     coder: Any
 
+    def after(self, sent: ways.Sent) -> "_Tally":
+        """With what was sent at once."""
+        bits, inside = sum_bits(self.bits, sent.bits), sum_bits(self.inside, sent.inside)
+        return self._replace(ok=sent.ok, bits=bits, inside=inside)
+
 
 class _Done(NamedTuple):
     """What the talks of one kind of step gave; small but for `mean` and `own`, as it may pass through a conditional."""
@@ -163,7 +168,7 @@ class Exchange(NamedTuple):
         dones: list[_Done] = []
         for bucket in buckets:
             # Of the coder's state each bucket draws from where the one before stopped.
-            state = codec.with_coder_state(state, coder)
+            state = codec.with_coder_state(state, _without_length(coder) if len(buckets) > 1 else coder)
             if dones:
                 terms, riders = after((bucket.terms, bucket.riders), dones[-1].ok)
                 bucket = bucket._replace(terms=terms, riders=riders)
@@ -233,7 +238,7 @@ class Exchange(NamedTuple):
         if says or firsts or not asked:  # else nothing is sent in this turn
             parts, cutting = inside.in_parts(says, self.wire, tally.ok)
             heard, rode, tally = self._mean(parts, riders, checked, contexts, tally)
-            heard, joining = inside.of_parts(heard, says, self.wire)
+            heard, joining = inside.of_parts(heard, says, self.wire, self.want_own)
             answers, sent = answers | heard, sent + cutting + joining
         if firsts:
             get = functools.partial(_from_first, wire=self.wire)
@@ -268,7 +273,7 @@ class Exchange(NamedTuple):
                 list(exact.values()), riders, self.wire, strengths, ring=ring, before=tally.ok, checked=checked
             )
             heard |= zip(exact, got.heard, strict=True)
-            riders, tally = got.rode, tally._replace(ok=got.ok, bits=sum_bits(tally.bits, got.bits))
+            riders, tally = got.rode, tally.after(got)
         if coded:
             beside = [*(say.x for say in exact.values()), *riders] if ride and ride.ride else []
             strengths = [contexts[path].strength for path, _ in coded]
@@ -280,7 +285,7 @@ class Exchange(NamedTuple):
                 riders = got.rode[len(exact) :]
                 heard |= {key: Heard(x, widen(exact[key].x)) for key, x in zip(exact, got.rode, strict=False)}
             renewed = coder.after(tally.coder, got.length)
-            tally = tally._replace(ok=got.ok, bits=sum_bits(tally.bits, got.bits), coder=renewed)
+            tally = tally.after(got)._replace(coder=renewed)
         for key in exact:
             dtype = wide(says[key].x.dtype)
             heard[key] = Heard(heard[key].mean.astype(dtype), heard[key].own.astype(dtype))
@@ -341,11 +346,21 @@ class Exchange(NamedTuple):
 
 def _of_all(states: list[Any]) -> Any:
     """A coder's state after several buckets, of each of which this is the state after it: lengths add up."""
-    lengths = [bare(getattr(state, "length", ())) for state in states]
-    if len(states) == 1 or not all(isinstance(length, CodeLength) for length in lengths):
+    if len(states) == 1 or not _tells_length(states[-1]):
         return states[-1]
-    length = total_bits(jnp.stack([length.last for length in lengths]))
+    length = total_bits(jnp.stack([bare(state.length).last for state in states]))
     return states[-1]._replace(length=Mine(CodeLength(length)))
+
+
+def _without_length(state: Any) -> Any:
+    """A coder's state before one of several buckets, which may have nothing to encode."""
+    if not _tells_length(state):
+        return state
+    return state._replace(length=Mine(CodeLength(0 * bare(state.length).last)))  # of the same type
+
+
+def _tells_length(state: Any) -> bool:
+    return isinstance(bare(getattr(state, "length", None)), CodeLength)
 
 
 def _advance(

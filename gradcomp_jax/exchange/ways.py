@@ -40,6 +40,7 @@ class Sent(NamedTuple):
       ok: bool, whether all that arrived was finite, the same on all workers.
       bits: that this worker sent.
       length: the true length of what this worker encoded, in bits as a pair; None where it is not told.
+      inside: bits that this chip sent to others of its worker, for all to choose the same branch.
     """
 
     heard: list[Heard]
@@ -47,6 +48,7 @@ class Sent(NamedTuple):
     ok: jax.Array
     bits: Bits
     length: jax.Array | None = None
+    inside: int = 0
 
 
 def agreed(flags: Sequence[jax.Array], before: jax.Array | None = None) -> jax.Array:
@@ -179,6 +181,7 @@ def _fronts(
         says = [say._replace(x=x) for say, x in zip(says, waiting, strict=True)]
         then = _fronts(says, same, wire, strengths, ring, first.ok, checked - first_checked)
         came = iter(then.rode), iter(first.rode)
+        # Of the first no front is sent, and nothing inside.
         return then._replace(rode=[next(came[it]) for it in apart], bits=sum_bits(first.bits, then.bits))
     fronts = [say.fronts or (say.x.size,) * 2 for say in says]
     used = [jnp.array(f, jnp.int32)[0 if s is None else s] for f, s in zip(fronts, strengths, strict=True)]
@@ -192,7 +195,7 @@ def _fronts(
         (mean,), bits = _mean([x], wire, ring)
         return mean, bits
 
-    received, bits = wire.front(average, buffer, functools.reduce(jnp.add, used) + beside.size, least, most)
+    received, bits, inside = wire.front(average, buffer, functools.reduce(jnp.add, used) + beside.size, least, most)
     ok = agreed([within(received[unchecked:], max(say.growth for say in says))], before)
     pieces = unpack_front(received[beside.size :], used, [say.x.size for say in says])
     heard = []
@@ -201,7 +204,7 @@ def _fronts(
         mean = jnp.where(counts & ok, piece.reshape(say.x.shape).astype(say.x.dtype), 0)
         heard.append(Heard(mean, jnp.where(counts, say.x, 0)))
     rode = [x.astype(like.dtype) for x, like in zip(parts_of(received, riders), riders, strict=True)]
-    return Sent(heard, [*rode[len(rode) - checked :], *rode[: len(rode) - checked]], ok, bits)
+    return Sent(heard, [*rode[len(rode) - checked :], *rode[: len(rode) - checked]], ok, bits, inside=inside)
 
 
 def _flat(arrays: Sequence[jax.Array]) -> jax.Array:

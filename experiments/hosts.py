@@ -1,0 +1,149 @@
+"""One exchange between hosts with several devices each: by `across`, by every device, and by the platform's all-reduce.
+
+    python -m experiments.hosts --codec=qsgd,signnorm,powersgd
+    python -m experiments.hosts --coordinator_address=10.0.0.1:1234 --num_processes=2 --process_id=0 --mbit=100
+
+For ResNet-18's gradient (11,173,962 parameters, 62 tensors), of which each device has its own. One process stands for
+two hosts, which are then joined by memory; started on several hosts, with the address of the first and the number of
+each, it measures the links between them. Ways run in turn, round after round, and each is reported by its median,
+beside the bytes that a host sends by its wire_bits, and with --mbit the time these take on such a link.
+"""
+
+import statistics
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from rich.console import Console
+from rich.table import Table
+
+import gradcomp_jax as gc
+from experiments import codecs, command
+from experiments.models import resnet18_shapes
+from gradcomp_jax.compressor import compressor
+
+FLAGS = flags.FLAGS
+
+codecs.define_flags()
+flags.declare_key_flag("codec")  # in --help
+FLAGS.set_default("codec", "none,qsgd,signnorm,powersgd,topk")
+flags.DEFINE_integer("rounds", 7, "Times each way is run; medians are reported.", lower_bound=1)
+flags.DEFINE_integer("devices", 4, "Devices of a host; CPUs stand for several.", lower_bound=1)
+flags.DEFINE_string("coordinator_address", None, "Of the first of several hosts, with a port.")
+flags.DEFINE_integer("num_processes", 1, "How many hosts there are; 1 stands for two.", lower_bound=1)
+flags.DEFINE_integer("process_id", 0, "The number of this host.", lower_bound=0)
+flags.DEFINE_float("mbit", None, "Mbit/s of the link of each host, to tell the least time that its bytes take.")
+
+
+class Way(NamedTuple):
+    """An exchange that is timed.
+
+    Attributes:
+      step: (gradients, state) -> (means, state); consumes the state.
+      state: to start from.
+      bits: that a host sent in its last step, from the state.
+    """
+
+    step: Any
+    state: Any
+    bits: Any
+
+
+def ways(name: str, grads: Any, mesh: Mesh) -> dict[str, Way]:
+    """The ways of a codec, by what to call them."""
+    course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
+    codec, label = codecs.from_flags(name, 0, course), codecs.label(name)
+    params, devices = jax.tree.map(lambda x: np.zeros(x.shape[2:], x.dtype), grads), mesh.shape["local"]
+    found = {}
+    on_node = compressor(codec.codec, codec.settings._replace(axis_name="node"))
+    for what, tx in {"across": gc.across(codec), "each device all": on_node}.items():
+        alone = what == "each device all"
+        specs = gc.state_specs(tx, params)
+
+        def worker(grads: Any, state: Any, tx: Any = tx, alone: bool = alone) -> tuple[Any, Any]:
+            mine = jax.tree.map(lambda x: x[0, 0], grads)
+            mine = lax.pmean(mine, "local") if alone else mine
+            means, state = tx.update(mine, gc.local_state(state))
+            return means, gc.global_state(state)
+
+        in_specs, out_specs = (P("node", "local"), specs), (P(), specs)
+        step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs), donate_argnums=1)
+        bits = lambda state: devices * gc.wire_bits(state).last  # noqa: E731
+        found[f"{label}, {what}"] = Way(step, gc.init(tx, params, mesh), bits)
+    return found
+
+
+def all_reduced(grads: Any, mesh: Mesh) -> Way:
+    """The platform's all-reduce over both axes."""
+    mean = lambda grads: lax.pmean(jax.tree.map(lambda x: x[0, 0], grads), ("node", "local"))  # noqa: E731
+    step = jax.jit(jax.shard_map(mean, mesh=mesh, in_specs=P("node", "local"), out_specs=P()))
+    hosts, size = mesh.shape["node"], sum(x.nbytes // mesh.size for x in jax.tree.leaves(grads))
+    return Way(lambda grads, state: (step(grads), state), (), lambda _: 8 * 2 * (hosts - 1) * size // hosts)
+
+
+def gradients(mesh: Mesh) -> Any:
+    """ResNet-18's, another for each device, [hosts, devices, ...]."""
+    shapes, tree = jax.tree.flatten(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))
+    lies = NamedSharding(mesh, P("node", "local"))
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    draw = jax.jit(
+        lambda keys: [
+            0.01 * jax.random.normal(k, (*mesh.devices.shape, *s)) for k, s in zip(keys, shapes, strict=True)
+        ],
+        out_shardings=[lies] * len(shapes),
+    )
+    return jax.tree.unflatten(tree, draw(keys))
+
+
+def main() -> None:
+    """Prints the table."""
+    logging.set_verbosity(logging.ERROR)
+    jax.config.update("jax_num_cpu_devices", FLAGS.devices * (2 if FLAGS.num_processes == 1 else 1))
+    if FLAGS.num_processes > 1:
+        if not FLAGS.coordinator_address:
+            sys.exit("error: --num_processes needs --coordinator_address, of the first host")
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+    mesh = gc.make_mesh({"node": max(2, FLAGS.num_processes), "local": FLAGS.devices})
+    grads = gradients(mesh)
+    timed = {"all-reduce": all_reduced(grads, mesh)}
+    for name in FLAGS.codec:
+        timed |= ways(name, grads, mesh)
+    times: dict[str, list[float]] = {label: [] for label in timed}
+    states = {label: way.state for label, way in timed.items()}
+    ready = jax.jit(lambda x: jnp.sum(x[..., :1]))  # of all: they begin together
+    for turn in range(FLAGS.rounds + 1):
+        for label, way in timed.items():
+            jax.block_until_ready(ready(jax.tree.leaves(grads)[0]))
+            began = time.perf_counter()
+            _, states[label] = jax.block_until_ready(way.step(grads, states[label]))
+            if turn:  # the first compiles
+                times[label].append(time.perf_counter() - began)
+    if jax.process_index() == 0:
+        show(mesh, times, {label: way.bits(states[label]) // 8 for label, way in timed.items()})
+
+
+def show(mesh: Mesh, times: dict[str, list[float]], sent: dict[str, int]) -> None:
+    """Prints the table."""
+    hosts, devices = mesh.devices.shape
+    joined = "joined by memory" if FLAGS.num_processes == 1 else "joined by their links"
+    table = Table(title=f"ResNet-18's gradient, {hosts} hosts of {devices} devices {joined}, medians of {FLAGS.rounds}")
+    headings = ["way", "ms an exchange", "MB a host sends", *(["ms on the link"] if FLAGS.mbit else [])]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "way" else "right")
+    for label, seconds in times.items():
+        link = [f"{8 * sent[label] / FLAGS.mbit / 1000:.1f}"] if FLAGS.mbit else []
+        table.add_row(label, f"{1e3 * statistics.median(seconds):.1f}", f"{sent[label] / 1e6:.3f}", *link)
+    Console(highlight=False, width=110).print(table)
+
+
+if __name__ == "__main__":
+    codecs.show_settings(sys.argv)
+    command.run(main)
