@@ -209,17 +209,12 @@ def alone(recorded, count, aggregate, place=-1, first=False):
     return recorded, riders
 
 
-def terms_a_word(bound, workers):
-    """How many fields of a word of 32 bits hold the sum of the workers' numbers 0..2 bound."""
-    return max(each for each in range(1, 33) if 2 * bound * workers < 2 ** (32 // each))
-
-
-def sums_of_words(words, count, bound, workers):
-    """The sums of whole numbers within -bound..bound, from the sum of the workers' words."""
-    each = terms_a_word(bound, workers)
-    size = -(-count // each)
-    fields = [words[:size] >> np.uint32(32 // each * i) & np.uint32(2 ** (32 // each) - 1) for i in range(each)]
-    return np.concatenate(fields)[:count].astype(int) - bound * workers
+def sums_of_words(words, bound, workers):
+    """The sums of whole numbers within -bound..bound, from the sum of the workers' words, of rows [rows, words]."""
+    each = max(each for each in (1, 2, 4) if 2 * bound * workers < 2 ** (32 // each))
+    width = 32 // each
+    fields = [words >> np.uint32(width * i) & np.uint32(2**width - 1) for i in range(each)]
+    return np.concatenate(fields, axis=1).astype(int) - bound * workers
 
 
 def reduced(recorded, aggregate="psum"):

@@ -192,7 +192,7 @@ def qsgd_row(id: str, bits: int, bucket: int, aggregate: str = "gather", error_f
 
 
 def shared_row(id: str, bits: int, bucket: int, aggregate: str, error_feedback: bool = False) -> Row:
-    """QSGD of one scale: the largest of the workers', and the sum of integers, several to a word."""
+    """QSGD of one scale: the largest of the workers', and the sum of integers of a byte, four to a word."""
     s = 2 ** (bits - 1) - 1
 
     def make(**kwargs: Any) -> Compressor:
@@ -202,8 +202,7 @@ def shared_row(id: str, bits: int, bucket: int, aggregate: str, error_feedback: 
     def payload(shapes, step):
         del step
         rows = sum(-(-elements(shape) // bucket) for shape in shapes)
-        words = -(-rows * bucket // decoders.terms_a_word(s, 4))  # among four workers
-        return 4 * (rows + words) + (16 if aggregate == "ring" else 0)  # a ring fills up its parts
+        return rows * (bucket + 4) + (16 if aggregate == "ring" else 0)  # a ring fills up its parts
 
     def rebuild(recorded, state, shapes, riding):
         del state
@@ -211,9 +210,9 @@ def shared_row(id: str, bits: int, bucket: int, aggregate: str, error_feedback: 
         scale = scale.max(0).view(np.float32).astype(np.float64)
         n = len(numbers)
         gain = contraction(bits, n * bucket) if error_feedback else 1.0
-        words = np.roll(numbers, 1, axis=0).reshape(-1) if aggregate == "ring" else numbers.sum(0, dtype=np.uint32)
-        total = decoders.sums_of_words(words, scale.size * bucket, s, n)
-        rows = total.reshape(-1, bucket) * (scale / s * gain / n)
+        words = np.roll(numbers, 1, axis=0) if aggregate == "ring" else numbers.sum(0, dtype=np.uint32)
+        words = words.reshape(-1)[: scale.size * bucket // 4].reshape(scale.size, -1)
+        rows = decoders.sums_of_words(words, s, n) * (scale / s * gain / n)
         return decoders.of_buckets(bucket, rows.reshape(-1), shapes), rode
 
     messages = (REDUCE, *(RING if aggregate == "ring" else SUM))

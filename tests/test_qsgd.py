@@ -159,7 +159,7 @@ class TestSharedScale:
 
     @pytest.mark.parametrize(
         ("bits", "workers", "each"),
-        [(4, 2, 6), (4, 18, 4), (4, 19, 3), (4, 73, 3), (4, 74, 2), (8, 258, 2), (8, 259, 1)],
+        [(4, 2, 4), (4, 18, 4), (4, 19, 2), (8, 2, 2), (8, 258, 2), (8, 259, 1)],
     )
     def test_sums_of_full_levels_do_not_run_over(self, bits, workers, each):
         """As many to a word as hold 2 s n, on either side of what changes that; the lowest levels and the highest."""
@@ -167,7 +167,7 @@ class TestSharedScale:
         x["w"][:, :, ::3] = 2.5
         tx = small(bits, shared_scale=True, error_feedback=True)
         np.testing.assert_allclose(exchanged(tx, x).mean["w"], x["w"][0], rtol=1e-6)
-        words = -(-4 * 32 // each)
+        words = 4 * 32 // each
         sent = [-(-2 * (workers - 1) * payload // workers) for payload in (8 * 32, 32 * words)]  # scales, integers
         assert declared(tx, {"w": (4, 32)}, workers) == sum(sent)
 

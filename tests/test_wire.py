@@ -79,22 +79,22 @@ def test_fields_refuse_other_widths(width):
 
 
 @pytest.mark.parametrize(
-    ("bound", "terms", "words"), [(1, 1, 5), (1, 2, 8), (7, 2, 12), (7, 18, 18), (7, 19, 24), (127, 258, 36)]
+    ("bound", "terms", "words"), [(1, 1, 18), (1, 127, 18), (1, 128, 36), (7, 18, 18), (7, 19, 36), (127, 258, 36)]
 )
 @pytest.mark.parametrize("extreme", [False, True])
 def test_sums_of_several_numbers_in_a_word(bound, terms, words, extreme):
     """Exact, also where all are of the largest magnitude, of either sign."""
-    x = np.random.default_rng(terms).integers(-bound, bound + 1, (terms, 71))
+    x = np.random.default_rng(terms).integers(-bound, bound + 1, (terms, 3, 72))
     if extreme:
-        x[:] = np.where(np.arange(71) % 2, bound, -bound)
+        x[:] = np.where(np.arange(72) % 2, bound, -bound)
     total = sum(pack_terms(jnp.asarray(row, jnp.int8), bound, terms) for row in x)
-    assert (total.dtype, total.size) == (jnp.uint32, words)
-    np.testing.assert_array_equal(unpack_sum(total, 71, bound, terms), x.sum(0))
+    assert (total.dtype, total.shape) == (jnp.uint32, (3, words))
+    np.testing.assert_array_equal(unpack_sum(total, bound, terms), x.sum(0))
 
 
 def test_a_number_has_a_word_where_no_two_fit():
-    words = pack_terms(jnp.asarray([127, -127], jnp.int8), 127, 40_000) * jnp.uint32(40_000)
-    np.testing.assert_array_equal(unpack_sum(words, 2, 127, 40_000), [127 * 40_000, -127 * 40_000])
+    words = pack_terms(jnp.asarray([127, -127, 0, 1], jnp.int8), 127, 40_000) * jnp.uint32(40_000)
+    np.testing.assert_array_equal(unpack_sum(words, 127, 40_000), [127 * 40_000, -127 * 40_000, 0, 40_000])
 
 
 @pytest.mark.parametrize(("platform", "sent"), [("cpu", 1500), ("gpu", 1500), ("tpu", 2048)])

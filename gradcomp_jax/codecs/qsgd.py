@@ -282,9 +282,8 @@ def qsgd(
       code: "packed", or "elias", whose true length `code_bits` tells; by default "elias" for norm="l2" where it is
         shorter, in its buffer, for normal values (and the tree is not too large for it).
       capacity: of the buffer for Elias' code, in bits an element; by default 1.25 times what normal values take.
-      shared_scale: all workers use one scale for a bucket, and sum their integers. As many fields of a word of 32 bits
-        as hold 2 s n for n workers carry one each: at 4 bits 6 for 2 workers, 5 for 4, 4 up to 18, 3 up to 73, 2 up to
-        4681, 1 beyond.
+      shared_scale: all workers use one scale for a bucket, and sum their integers: 8 bits an element up to
+        127 / s workers, 16 up to 32767 / s, 32 beyond.
       aggregate: "gather", "shuffle" or "ring"; by default the one of the first two that sends less, which is
         "gather" for two workers. With shared_scale "psum" (default) or "ring".
       axis_name: the mesh axis, or axes, of the workers.

@@ -465,10 +465,13 @@ def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array
     keys = [group.key(place, 0) for place in range(len(ys))]
     each = list(zip(ys, ends, ends[1:], keys, strict=False))
     mine = [coder.quantize_by(y, scales[a:b], k) for y, a, b, k in each]
-    flat = jnp.concatenate(mine)
-    words = pack_terms(flat.reshape(-1), coder.s, n)
-    words, bits = wire.ring_total(words) if way == "ring" else wire.total(words)
-    sums = unpack_sum(words, flat.size, coder.s, n).reshape(flat.shape)
+    words = jnp.concatenate([pack_terms(x, coder.s, n) for x in mine])
+    if way == "ring":
+        sums, bits = wire.ring_total(words.reshape(-1))
+        sums = sums.reshape(words.shape)
+    else:
+        sums, bits = wire.total(words)
+    sums = unpack_sum(sums, coder.s, n)
     heard = []
     for say, y, own, (_, a, b, _) in zip(says, ys, mine, each, strict=True):
         values = [coder.of_integers(x, scales[a:b], n)[: y.shape[-1]] for x in (sums[a:b], own)]
