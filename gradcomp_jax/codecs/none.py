@@ -67,8 +67,8 @@ def average(axis_name: AxisName) -> optax.GradientTransformation:
     """The exact mean over a fast mesh axis, to stand before a codec on the slow one.
 
     With mesh axes ("node", "local"), `optax.chain(average("local"), powersgd(axis_name="node"), ...)`
-    reduces exactly inside a node and compresses between nodes. What it sends is not counted by
-    `wire_bits`, which speaks of the slow axis.
+    reduces exactly inside a node and compresses between nodes, where every device sends the whole payload: `across` has
+    each send its share. What is sent here is not counted by `wire_bits`, which speaks of the slow axis.
 
     Args:
       axis_name: the fast axis, or axes.
