@@ -241,9 +241,10 @@ def _settings(name: str) -> dict[str, tuple[typing.Any, typing.Any]]:
 
 
 def _plain(annotation: typing.Any) -> typing.Any:
-    """T of `T | None` and of `T | Feedback | EF21`; any other annotation as it is."""
+    """T of `T | None`, of `T | Feedback | EF21` and of `T | Callable | None`; any other annotation as it is."""
     if isinstance(annotation, types.UnionType):
-        rest = [kind for kind in typing.get_args(annotation) if kind not in (types.NoneType, Feedback, EF21)]
+        kinds = [kind for kind in typing.get_args(annotation) if typing.get_origin(kind) is not Callable]
+        rest = [kind for kind in kinds if kind not in (types.NoneType, Feedback, EF21)]
         return rest[0] if len(rest) == 1 else annotation
     return annotation
 
