@@ -8,6 +8,7 @@
 from collections.abc import Callable
 
 from gradcomp_jax.across import across
+from gradcomp_jax.clipping import clip_by_global_norm
 from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
 from gradcomp_jax.codecs.adaptive import AdaptiveState, adaptive
 from gradcomp_jax.codecs.cast import cast
@@ -86,6 +87,7 @@ __all__ = [
     "adaptive",
     "average",
     "cast",
+    "clip_by_global_norm",
     "code_bits",
     "collective_bytes",
     "compiler_options",

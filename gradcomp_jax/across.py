@@ -32,7 +32,8 @@ def across(
         shards, as where parameters lie in shards over `fast` and a loss gathers them; the codec then runs on these, and
         gives shards. Or (path, leaf) -> bool, for trees that have both: of leaves that come whole beside shards the
         chips' gradients are summed, as those of shards are. Then the worker's gradient is the sum over its chips, and a
-        loss that is a mean divides by their number.
+        loss that is a mean divides by their number. `flush` is for whole parameters; of shards, what is owed at the end
+        is what the codec's `update(zeros, state, flush=True)` gives in a step of your own.
 
     Returns:
       A `Compressor`, in the place of the codec. Its state is of shards; `init` makes it for a mesh.
