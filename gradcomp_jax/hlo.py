@@ -4,6 +4,8 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from gradcomp_jax.arguments import shown
 
 
@@ -20,6 +22,8 @@ class Collective(NamedTuple):
       ring_bytes: what one worker sends for it by the ring laws.
       operands: how many arrays it is given, each of which CPUs send as a message of its own; all-to-all is given one
         for each worker there.
+      groups: which devices take part together; empty where it goes between the slices of a TPU, of which each takes
+        part by one chip.
     """
 
     kind: str
@@ -29,6 +33,11 @@ class Collective(NamedTuple):
     branch: str
     ring_bytes: float
     operands: int = 1
+    groups: tuple[tuple[int, ...], ...] = ()
+
+    def crosses(self, devices: int) -> bool:
+        """Whether it goes between slices or nodes of so many devices, which are numbered one after another."""
+        return not self.groups or any(len({device // devices for device in group}) > 1 for group in self.groups)
 
 
 _RING_LAW = {
@@ -39,6 +48,16 @@ _RING_LAW = {
     "collective-permute": lambda n, p: p if n > 1 else 0,
 }
 _UNKNOWN = ("collective-broadcast", "ragged-all-to-all", "send", "recv")
+# What a TPU sends to other slices, by its runtime's name for it.
+_BETWEEN_SLICES = {
+    "ALL_REDUCE": "all-reduce",
+    "ALL_GATHER": "all-gather",
+    "ALL_TO_ALL": "all-to-all",
+    "REDUCE_SCATTER": "reduce-scatter",
+}
+# Part of a chain of fusions on TPUs, in each of which the collective stands again.
+_IN_CHAIN = "chain_id="
+_CHAIN_BEGINS = "AsyncCollectiveStart"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -100,9 +119,14 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
     """The collectives of computation `name` and of all that it calls."""
     found = []
     shapes = {i.name: i.shape for i in computations[name]}
+    begins = any(_CHAIN_BEGINS in i.rest for i in computations[name])
     for i in computations[name]:
         kind = i.op.removesuffix("-start")
-        if kind in _RING_LAW:
+        if i.op == "send" and "_xla_megascale_transfer_type" in i.rest:
+            found.append(_between_slices(i, shapes, branch, times))
+        elif _repeats(i, kind, begins):
+            continue
+        elif kind in _RING_LAW:
             if times < 0:
                 raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
             found.append(_collective(i, kind, shapes, branch, times, devices))
@@ -130,9 +154,32 @@ def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str,
     if missing or not parts:
         raise ValueError(f"cannot read the operands of {i.name}: {_arguments(i.rest)!r}")
     size = times * sum(_shape_bytes(*part) for part in parts)
-    n = _group_size(i.rest, devices) if kind != "collective-permute" else devices
+    groups = _groups(i.rest, devices) if kind != "collective-permute" else (tuple(range(devices)),)
     dtype = "+".join(sorted({part[0] for part in parts}))
-    return Collective(kind, dtype, size, n, branch, _RING_LAW[kind](n, size), len(operands))
+    return Collective(
+        kind, dtype, size, len(groups[0]), branch, _RING_LAW[kind](len(groups[0]), size), len(operands), groups
+    )
+
+
+def _repeats(i: _Instruction, kind: str, begins: bool) -> bool:
+    """Whether it is a part of a collective that is counted elsewhere: where it arrives, or goes on in a chain."""
+    receives = i.op in ("send-done", "recv", "recv-done") and "xla_megascale" in i.rest
+    return receives or (kind in _RING_LAW and _IN_CHAIN in i.rest and not begins)
+
+
+def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times: int) -> Collective:
+    """What a chip sends to its peers in the other slices of a TPU."""
+    named = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
+    peers = re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', i.rest)
+    operand = re.match(r"%?([\w.\-]+)", i.rest)
+    if not named or named[1] not in _BETWEEN_SLICES or not peers or not operand or operand[1] not in shapes:
+        raise ValueError(f"cannot read what {i.name} sends between slices: {i.rest[:200]!r}")
+    if times < 0:
+        raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
+    kind, n = _BETWEEN_SLICES[named[1]], len(peers[1].split(","))
+    parts = _SHAPE.findall(shapes[operand[1]])
+    size = times * sum(_shape_bytes(*part) for part in parts)
+    return Collective(kind, parts[0][0], size, n, branch, _RING_LAW[kind](n, size))
 
 
 def _arguments(rest: str) -> str:
@@ -164,15 +211,29 @@ def _shape_bytes(dtype: str, dims: str) -> int:
     return size * math.prod(int(d) for d in dims.split(",") if d)
 
 
-def _group_size(rest: str, devices: int) -> int:
-    """Workers in a group, from the three ways to write one: lists, an iota, axes of a mesh."""
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", rest):
-        return int(iota[2])
+def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
+    """The devices of each group, from the three ways to write them: lists, an iota, axes of a mesh."""
+    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        return _as_groups(_numbers(iota[3]), _numbers(iota[4] or ""), int(iota[2]))
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=[^{]*)?\s*\{([\w',\s\\]*)\}", rest):
-        sizes = dict(re.findall(r"(\w+)\W*=(\d+)", mesh[1]))
-        return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", mesh[2]))
-    if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
-        return len(explicit[1].split(","))
+        sizes = {axis: int(size) for axis, size in re.findall(r"(\w+)\W*=(\d+)", mesh[1])}
+        inside = re.findall(r"\w+", mesh[2])
+        names = list(sizes)
+        order = [names.index(axis) for axis in [*(x for x in names if x not in inside), *inside]]
+        return _as_groups(list(sizes.values()), order, math.prod(sizes[axis] for axis in inside))
+    if explicit := re.search(r"replica_groups=\{(\{[\d,]+\}(?:,\s*\{[\d,]+\})*)\}", rest):
+        return tuple(tuple(_numbers(group)) for group in re.findall(r"\{([\d,]+)\}", explicit[1]))
     if (other := re.search(r"replica_groups=(\S+)", rest)) and not other[1].startswith("{}"):
         raise ValueError(f"cannot read replica_groups={other[1]}")
-    return devices
+    return (tuple(range(devices)),)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(x) for x in text.split(",") if x]
+
+
+def _as_groups(shape: list[int], order: list[int], size: int) -> tuple[tuple[int, ...], ...]:
+    """Devices in C order of a shape, its axes in another order, in groups of one size."""
+    numbers = np.arange(math.prod(shape)).reshape(shape)
+    numbers = numbers.transpose(order) if order else numbers
+    return tuple(tuple(int(x) for x in group) for group in numbers.reshape(-1, size))

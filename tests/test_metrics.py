@@ -136,8 +136,8 @@ ENTRY %main (p0: f32[100], p1: u8[64]) -> (f32[100], u8[512]) {
 def test_asynchronous_pairs_count_once():
     got = gc.collective_bytes(ASYNC)
     assert got == [
-        gc.Collective("all-reduce", "f32", 400, 8, "", 700.0),
-        gc.Collective("all-gather", "u8", 64, 8, "", 448),
+        gc.Collective("all-reduce", "f32", 400, 8, "", 700.0, groups=(tuple(range(8)),)),
+        gc.Collective("all-gather", "u8", 64, 8, "", 448, groups=(tuple(range(8)),)),
     ]
 
 
@@ -180,3 +180,69 @@ def test_what_cannot_be_read_is_refused(old, new, message):
 def test_lowered_text_is_refused():
     with pytest.raises(ValueError, match="not the text of an HLO module"):
         gc.collective_bytes(jax.jit(lambda x: x + 1).lower(jnp.ones(3)).as_text())
+
+
+# What XLA writes for TPUs: two sends to other slices, and an all-gather that stands in each fusion of a chain.
+OF_SLICES = """HloModule step, is_scheduled=true, num_partitions=8
+
+%begins (p: f32[4]) -> (f32[16]) {
+  %p = f32[4]{0} parameter(0)
+  %all-gather.1 = f32[16]{0} all-gather(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, frontend_attributes={chain_id="0"}
+  ROOT %custom-call = (f32[16]{0}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%goes_on (p: f32[4]) -> (f32[16]) {
+  %p.2 = f32[4]{0} parameter(0)
+  %all-gather.2 = f32[16]{0} all-gather(%p.2), replica_groups={{0,1,2,3},{4,5,6,7}}, frontend_attributes={chain_id="0"}
+  ROOT %tuple = (f32[16]{0}) tuple(%all-gather.2)
+}
+
+ENTRY %main (p: f32[4], q: u8[3,8]) -> f32[16] {
+  %x = f32[4]{0} parameter(0)
+  %q = u8[3,8]{1,0} parameter(1)
+  %start = (f32[16]{0}) fusion(%x), kind=kCustom, calls=%begins
+  %more = (f32[16]{0}) fusion(%x), kind=kCustom, calls=%goes_on
+  %token = token[] after-all()
+  %send = (f32[4]{0}, u32[], token[]) send(%x, %token), frontend_attributes={_xla_megascale_target="{1,2}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), frontend_attributes={h="xla_megascale_runtime"}
+  %send.1 = (u8[3,8]{1,0}, u32[], token[]) send(%q, %token), frontend_attributes={_xla_megascale_target={{100000,200000,300000},{100001,200001,300001}},_xla_megascale_transfer_type="ALL_TO_ALL"}
+  %recv = (u8[3,8]{1,0}, u32[], token[]) recv(%token), frontend_attributes={h="xla_megascale_runtime"}
+  ROOT %got = f32[16]{0} get-tuple-element(%start), index=0
+}
+"""  # noqa: E501
+
+
+def test_what_goes_between_the_slices_of_a_tpu():
+    inside, total, codes = gc.collective_bytes(OF_SLICES)
+    assert (inside.kind, inside.workers, inside.ring_bytes, inside.crosses(4)) == ("all-gather", 4, 48, False)
+    assert (total.kind, total.dtype, total.workers, total.ring_bytes, total.crosses(4)) == (
+        "all-reduce",
+        "f32",
+        2,
+        16,
+        True,
+    )
+    assert (codes.kind, codes.dtype, codes.workers, codes.ring_bytes) == ("all-to-all", "u8", 3, 16)
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,2},{1,3}}", ((0, 2), (1, 3))),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("mesh['node'=2, 'local'=2] {'node'}", ((0, 2), (1, 3))),
+        ("{}", ((0, 1, 2, 3),)),
+    ],
+)
+def test_groups_are_read_as_they_are_written(written, groups):
+    text = f"""HloModule step, num_partitions=4
+
+ENTRY %main (p: f32[4]) -> f32[4] {{
+  %x = f32[4]{{0}} parameter(0)
+  ROOT %all-reduce = f32[4]{{0}} all-reduce(%x), replica_groups={written}, to_apply=%add
+}}
+"""
+    (found,) = gc.collective_bytes(text)
+    assert found.groups == groups
+    assert found.crosses(2) == (len(groups) == 1 or groups[0] == (0, 2))
