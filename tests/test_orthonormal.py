@@ -33,7 +33,10 @@ def told(talks: Sequence[Any]) -> list[Any]:
             answers = asked[0].function([ask.x for ask in asked])
         else:
             assert all(isinstance(ask, Say) for ask in asked)
-            answers = [Heard(ask.x, ask.x) for ask in asked]
+            said = [ask.x for ask in asked]
+            if asked and asked[0].partial:
+                said = [functools.reduce(jnp.add, said)] * len(talks)
+            answers = [Heard(x, x) for x in said]
     return results
 
 
@@ -184,10 +187,11 @@ class TestPowerSGD:
         codec = gc.powersgd(3, stacked=stacked).codec
         leaf = codec.start({path: codec.init(path, x, 7)})
         leaf = codec.leaf(leaf, path)
-        whole = Context(jnp.int32(3), 7, True)
+        whole = Context(jnp.int32(3), 7, True, whole=x.shape)
         (expected,) = told([codec.talk(0, (x,), leaf, whole)])
         shards = [(part,) for part in np.split(x, 4, axis)]
-        got = told([codec.talk(0, part, leaf, whole._replace(shards=4)) for part in shards])
+        contexts = [whole._replace(shards=4, shard=jnp.int32(place)) for place in range(4)]
+        got = told([codec.talk(0, part, leaf, ctx) for part, ctx in zip(shards, contexts, strict=True)])
         for name in ("mean", "own"):
             joined = np.concatenate([getattr(part, name) for part in got], axis)
             np.testing.assert_allclose(joined, getattr(expected, name), atol=1e-5)

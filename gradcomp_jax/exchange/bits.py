@@ -152,8 +152,9 @@ def wire_bits(opt_state: Any, link: str = "between") -> WireBits:
     counts = [x for x in jax.tree.leaves(opt_state, is_leaf=is_count) if is_count(x)]
     if not counts:
         raise ValueError(f"opt_state holds no codec's state, so no bits were counted: got {type(opt_state).__name__}")
-    by_link = [x if isinstance(x, Links) else Links(x, no_bits()) for x in counts]
-    for count in (getattr(x, link) for x in by_link):
+    if link == "inside":
+        counts = [x for x in counts if isinstance(x, Links)]
+    for count in (getattr(x, link) if isinstance(x, Links) else x for x in counts):
         last += _join(count.last)
         total += _join(count.total)
     return WireBits(last, total)
