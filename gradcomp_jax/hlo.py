@@ -24,6 +24,7 @@ class Collective(NamedTuple):
         for each worker there.
       groups: which devices take part together; empty where it goes between the slices of a TPU, of which each takes
         part by one chip.
+      name: of the instruction.
     """
 
     kind: str
@@ -34,6 +35,7 @@ class Collective(NamedTuple):
     ring_bytes: float
     operands: int = 1
     groups: tuple[tuple[int, ...], ...] = ()
+    name: str = ""
 
     def crosses(self, devices: int) -> bool:
         """Whether it goes between slices or nodes of so many devices, which are numbered one after another."""
@@ -102,6 +104,50 @@ def collective_bytes(compiled: Any) -> list[Collective]:
     return _walk(computations, entry, "", 1, devices)
 
 
+class Span(NamedTuple):
+    """From where a collective starts to where it is done, in a program's order.
+
+    Attributes:
+      start: the place of its first instruction among those of the program.
+      done: the place of its last; the same where it is synchronous.
+      work: how many fusions, products and calls of libraries lie between.
+    """
+
+    start: int
+    done: int
+    work: int
+
+
+_WORK = ("fusion", "custom-call", "dot", "convolution", "while", "conditional", "call", "sort")
+
+
+def spans(compiled: Any) -> dict[str, Span]:
+    """Of each instruction of a compiled program's own order that starts something, where that is done.
+
+    Args:
+      compiled: as of `collective_bytes`.
+
+    Returns:
+      Spans by the name of what starts; of what stands in a called computation nothing is told.
+    """
+    computations, entry = _parse(compiled if isinstance(compiled, str) else compiled.as_text())
+    instructions = computations.get(entry, [])
+    found, open_since = {}, {}
+    for place, i in enumerate(instructions):
+        if i.op.endswith("-start") or i.op == "send":
+            open_since[i.name] = place
+        elif i.op.endswith("-done"):
+            operand = re.match(r"(?:\([^()]*\) )?%?([\w.\-]+)", i.rest)
+            if operand and operand[1] in open_since:
+                start = open_since.pop(operand[1])
+                work = sum(x.op in _WORK for x in instructions[start + 1 : place])
+                sync = '"is_sync":true' in instructions[start].rest
+                found[operand[1]] = Span(start, start if sync else place, 0 if sync else work)
+        else:
+            found[i.name] = Span(place, place, 0)
+    return found
+
+
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     computations: dict[str, list[_Instruction]] = {}
     entry = current = ""
@@ -157,7 +203,7 @@ def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str,
     groups = _groups(i.rest, devices) if kind != "collective-permute" else (tuple(range(devices)),)
     dtype = "+".join(sorted({part[0] for part in parts}))
     return Collective(
-        kind, dtype, size, len(groups[0]), branch, _RING_LAW[kind](len(groups[0]), size), len(operands), groups
+        kind, dtype, size, len(groups[0]), branch, _RING_LAW[kind](len(groups[0]), size), len(operands), groups, i.name
     )
 
 
@@ -179,7 +225,7 @@ def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times:
     kind, n = _BETWEEN_SLICES[named[1]], len(peers[1].split(","))
     parts = _SHAPE.findall(shapes[operand[1]])
     size = times * sum(_shape_bytes(*part) for part in parts)
-    return Collective(kind, parts[0][0], size, n, branch, _RING_LAW[kind](n, size))
+    return Collective(kind, parts[0][0], size, n, branch, _RING_LAW[kind](n, size), name=i.name)
 
 
 def _arguments(rest: str) -> str:

@@ -215,24 +215,27 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int, param_
     require_transformation(tx)
     require_arrays("params", params)
     mesh = require_mesh(mesh)
+    first = functools.partial(global_init, tx, mesh)
+    if isinstance(mesh, int):
+        return in_automatic_axes(mesh, jax.jit(first))(params)
+    mesh = automatic(mesh)
+    if param_specs is not None:
+        return in_automatic_axes(mesh, functools.partial(_init_in_shards, tx, mesh, param_specs))(params)
+    jax.eval_shape(first, params)  # refuses a wrong axis before a sharding is made of it
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
+    made = jax.jit(first, out_shardings=shardings)
+    return in_automatic_axes(mesh, lambda params: made(place(params, mesh)))(params)
+
+
+def global_init(tx: optax.GradientTransformation, mesh: Mesh | int, params: Any) -> Any:
+    """The first state in its global form, wherever it lies; as shapes also for a mesh whose devices are absent."""
     rows_of = _rows(mesh)
 
     def stack(x: PerWorker) -> PerWorker:
         lead = rows_of(x)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape)), x)
 
-    def global_init(params):
-        return _map_per_worker(stack, _with_axes(mesh, tx.init)(params), lambda x: x)
-
-    if isinstance(mesh, int):
-        return in_automatic_axes(mesh, jax.jit(global_init))(params)
-    mesh = automatic(mesh)
-    if param_specs is not None:
-        return in_automatic_axes(mesh, functools.partial(_init_in_shards, tx, mesh, param_specs))(params)
-    jax.eval_shape(global_init, params)  # refuses a wrong axis before a sharding is made of it
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
-    made = jax.jit(global_init, out_shardings=shardings)
-    return in_automatic_axes(mesh, lambda params: made(place(params, mesh)))(params)
+    return _map_per_worker(stack, _with_axes(mesh, tx.init)(params), lambda x: x)
 
 
 def _init_in_shards(tx: optax.GradientTransformation, mesh: Mesh, param_specs: Any, params: Any) -> Any:

@@ -136,8 +136,8 @@ ENTRY %main (p0: f32[100], p1: u8[64]) -> (f32[100], u8[512]) {
 def test_asynchronous_pairs_count_once():
     got = gc.collective_bytes(ASYNC)
     assert got == [
-        gc.Collective("all-reduce", "f32", 400, 8, "", 700.0, groups=(tuple(range(8)),)),
-        gc.Collective("all-gather", "u8", 64, 8, "", 448, groups=(tuple(range(8)),)),
+        gc.Collective("all-reduce", "f32", 400, 8, "", 700.0, groups=(tuple(range(8)),), name="all-reduce-start"),
+        gc.Collective("all-gather", "u8", 64, 8, "", 448, groups=(tuple(range(8)),), name="all-gather-start"),
     ]
 
 

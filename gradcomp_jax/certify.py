@@ -1,0 +1,355 @@
+"""What a step will send on hardware that is not there: it is compiled for that, and read.
+
+    python -m gradcomp_jax.certify module:function --target=v5e:2x4 --slices=2
+    python -m gradcomp_jax.certify module:function --target=h100:2x8 --json
+
+`function(mesh)` returns a jitted step and its arguments, arrays or their shapes, as
+`lambda mesh: (train_step(loss_fn, tx, mesh), shapes(tx, params, batch, mesh))` does; the mesh has the axes "node" and
+"local".
+The compilers come as wheels, of jax's own version: pip install "gradcomp_jax[certify]" brings libtpu for TPUs, and for
+GPUs jax-cuda12-plugin and jax-cuda12-pjrt, which need neither CUDA nor a GPU. Set JAX_PLATFORMS=cpu, so that jax does
+not look for the devices.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gradcomp_jax.hlo import Collective, Span, collective_bytes, spans
+from gradcomp_jax.sharding import global_init, state_specs
+from gradcomp_jax.step import make_mesh
+
+# What differs by less is not told of.
+LITTLE = 4096
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "collective_permute")
+QUANTISED = "xla_tpu_quantized_all_reduce_level"
+
+
+class Finding(NamedTuple):
+    """Something that a program does otherwise than it was written, or than pays.
+
+    Attributes:
+      code: what kind of thing.
+      text: what it is, and the way out.
+    """
+
+    code: str
+    text: str
+
+
+class Sent(NamedTuple):
+    """A collective of the compiled program.
+
+    Attributes:
+      collective: as `collective_bytes` has it.
+      link: "between" slices or nodes, or "inside" them.
+      span: from where it starts to where it is done; None in a called computation.
+    """
+
+    collective: Collective
+    link: str
+    span: Span | None
+
+
+class Report(NamedTuple):
+    """What a step sends.
+
+    Attributes:
+      target: for what it was compiled.
+      sent: the collectives, in the order of the program.
+      declared: bytes by link that `wire_bits` counts, where they were given.
+      temporaries: bytes of memory, beside arguments.
+      findings: what is not as it seems.
+    """
+
+    target: str
+    sent: list[Sent]
+    declared: dict[str, float]
+    temporaries: int
+    findings: list[Finding]
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Bytes that a device sends by the ring laws, by link."""
+        of = lambda link: sum(x.collective.ring_bytes for x in self.sent if x.link == link)  # noqa: E731
+        return {link: of(link) for link in ("between", "inside")}
+
+    def __str__(self) -> str:
+        lines = [f"{'link':8} {'collective':19} {'type':9} {'bytes sent':>13}  {'of':>3}  schedule"]
+        for x in self.sent:
+            c = x.collective
+            lines.append(f"{x.link:8} {c.kind:19} {c.dtype:9} {c.ring_bytes:13,.0f}  {c.workers:3}  {_when(x)}")
+        for link, total in self.totals.items():
+            said = f", wire_bits counts {self.declared[link]:,.0f}" if link in self.declared else ""
+            lines.append(f"{link}: {total:,.0f} bytes from each device{said}")
+        lines.append(f"{self.target}: {self.temporaries:,} bytes of temporaries")
+        lines += [f"{finding.code}: {finding.text}" for finding in self.findings] or ["nothing was found"]
+        return "\n".join(lines)
+
+    def as_json(self) -> str:
+        """The same for programs."""
+        rows = [
+            x.collective._asdict() | {"link": x.link, "span": x.span and x.span._asdict(), "groups": None}
+            for x in self.sent
+        ]
+        told = {"target": self.target, "totals": self.totals, "declared": self.declared}
+        return json.dumps(
+            told | {"temporaries": self.temporaries, "sent": rows, "findings": [x._asdict() for x in self.findings]}
+        )
+
+
+def _when(x: Sent) -> str:
+    if x.span is None:
+        return "in a loop, branch or fusion"
+    return "synchronous" if x.span.done == x.span.start else f"asynchronous, {x.span.work} operations beside it"
+
+
+def absent_mesh(target: str, slices: int = 1, axes: tuple[str, str] = ("node", "local")) -> Mesh:
+    """A mesh of devices that are not there, or of CPUs, to compile for.
+
+    Args:
+      target: "h100:2x8" (hosts x devices) and other GPUs that are described in this package; "v5e:2x4" and the like, a
+        TPU's topology; or "cpu:2x4", emulated devices, which are there.
+      slices: of a TPU, how many slices of that topology.
+      axes: the names of the slow axis and the fast one.
+
+    Raises:
+      ValueError: target is not understood.
+      ImportError: the compiler is not installed.
+    """
+    kind, _, shape = target.partition(":")
+    if not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ValueError(f"target={target!r} must be such as 'h100:2x8', 'v5e:2x4' or 'cpu:2x4'")
+    sizes = [int(x) for x in shape.split("x")]
+    described = pathlib.Path(__file__).parent / "gpus" / f"{kind}.txtpb"
+    if (kind == "cpu" or described.exists()) and len(sizes) != 2:
+        raise ValueError(f"target={target!r} must say how many hosts of how many devices: {kind}:2x8")
+    if kind == "cpu":
+        return make_mesh(dict(zip(axes, sizes, strict=True)))
+    if described.exists():
+        options = {"target_config": described.read_text(), "topology": f"1x{sizes[0]}x{sizes[1]}"}
+        devices = _topology(target, "jax-cuda12-plugin and jax-cuda12-pjrt", platform="cuda", **options)
+        return Mesh(np.array(devices).reshape(sizes), axes)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to be asked
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    devices = _topology(target, "libtpu", topology_name=target, platform="tpu", num_slices=slices)
+    found = sorted(devices, key=lambda device: (getattr(device, "slice_index", 0) or 0, device.id))
+    return Mesh(np.array(found).reshape(slices, -1), axes)
+
+
+def _topology(target: str, wheels: str, **options: Any) -> Sequence[Any]:
+    try:
+        return topologies.get_topology_desc(**options).devices
+    except (RuntimeError, NotImplementedError, ValueError, ImportError) as error:
+        raise ImportError(
+            f"target={target!r} cannot be compiled for here: {str(error).splitlines()[0]} Its compiler is in "
+            f"{wheels}, of the version of jax, {jax.__version__}: pip install 'gradcomp_jax[certify]'"
+        ) from error
+
+
+def shapes(tx: optax.GradientTransformation, params: Any, batch: Any, mesh: Mesh) -> tuple[Any, Any, Any]:
+    """The arguments of a `train_step` as shapes on a mesh, whose devices need not be there.
+
+    Args:
+      tx: the optimiser.
+      params: the parameters, or their shapes.
+      batch: of all workers, or its shapes.
+      mesh: the mesh.
+
+    Returns:
+      Parameters, the optimiser's state in its global form, and the batch.
+    """
+    on = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
+    state = jax.eval_shape(functools.partial(global_init, tx, mesh), params)
+    everywhere = lambda x: on(x, P())  # noqa: E731
+    split = lambda x: on(x, P(mesh.axis_names))  # noqa: E731
+    return (
+        jax.tree.map(everywhere, params),
+        jax.tree.map(on, state, state_specs(tx, params)),
+        jax.tree.map(split, batch),
+    )
+
+
+def certify(
+    step: Any,
+    args: Sequence[Any],
+    mesh: Mesh,
+    *,
+    declared: dict[str, float] | None = None,
+    compiler_options: dict[str, Any] | None = None,
+) -> Report:
+    """Compiles a step for the devices of a mesh, which need not be there, and tells what it sends.
+
+    Args:
+      step: a jitted function, such as `train_step` returns.
+      args: its arguments; their shapes will do, `jax.ShapeDtypeStruct`s with shardings on the mesh.
+      mesh: of `absent_mesh`: its first axis is the slow one.
+      declared: bytes by link, "between" and "inside", that a device is said to send, as `wire_bits` counts them.
+      compiler_options: for XLA, as `compiler_options(platform)` gives.
+
+    Returns:
+      A report; `str` of it is a table.
+    """
+    lowered = step.lower(*args)
+    compiled = lowered.compile(compiler_options=compiler_options)
+    platform = mesh.devices.flat[0].platform
+    per_node = mesh.size // mesh.devices.shape[0]
+    places = spans(compiled)
+    link = lambda c: "between" if c.crosses(per_node) else "inside"  # noqa: E731
+    sent = [Sent(c, link(c), places.get(c.name)) for c in collective_bytes(compiled)]
+    traced = list(_traced(lowered.as_text()))
+    findings = [
+        *_narrow_types(platform, traced),
+        *_scattered(sent, traced),
+        *_merged(sent, traced, per_node),
+        *_repeated(step, args, mesh),
+        *_quantised(platform, compiler_options or {}),
+    ]
+    memory = compiled.memory_analysis()
+    target = f"{mesh.devices.flat[0].device_kind}, {' x '.join(map(str, mesh.devices.shape))}"
+    return Report(target, sent, dict(declared or {}), memory.temp_size_in_bytes, findings)
+
+
+class _Traced(NamedTuple):
+    """A collective as it was written."""
+
+    kind: str
+    dtype: str
+    size: int
+    groups: list[list[int]]
+
+
+def _traced(text: str) -> Iterator[_Traced]:
+    """The collectives of a program before it is compiled."""
+    names = "|".join(COLLECTIVES)
+    for found in re.finditer(rf'"stablehlo\.({names})"\(.*? : \((tensor<[^)]*)\) -> ', text, re.S):
+        groups = re.search(r"replica_groups = dense<(\[\[.*?\]\])>", found[0])
+        for dims, dtype in re.findall(r"tensor<((?:\d+x)*)(\w+)>", found[2]):
+            bits = int(re.sub(r"\D", "", dtype.partition("E")[0]) or 8)
+            size = math.prod(int(x) for x in dims.split("x") if x) * bits // 8
+            yield _Traced(found[1], dtype, size, json.loads(groups[1]) if groups else [])
+
+
+def _narrow_types(platform: str, traced: list[_Traced]) -> Iterator[Finding]:
+    """Types that take more on the wire than they have."""
+    if platform not in ("gpu", "cuda"):
+        return
+    for t in traced:
+        if t.dtype in ("i4", "ui4", "i2", "ui2"):
+            yield Finding(
+                "int4", f"{t.kind} of {t.size:,} bytes of {t.dtype} sends a whole byte each on GPUs: pack them in uint8"
+            )
+        if t.kind in ("all_reduce", "reduce_scatter") and t.dtype in ("i16", "ui16"):
+            yield Finding(
+                "int16",
+                f"a sum of {t.size:,} bytes of {t.dtype} is widened to 32 bits on GPUs, and sends twice as much: sum "
+                "pairs in the halves of an int32, or go by aggregate='shuffle'",
+            )
+
+
+def _scattered(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
+    """Reduce-scatters that are none any more."""
+    asked = sum(t.size for t in traced if t.kind == "reduce_scatter")
+    got = sum(x.collective.operand_bytes for x in sent if x.collective.kind == "reduce-scatter")
+    if asked - got > LITTLE:
+        yield Finding(
+            "reduce-scatter",
+            f"of {asked:,} bytes to be reduce-scattered {asked - got:,} go by another collective, such as an "
+            "all-reduce, which sends twice as much: scatter matrices by rows, not vectors",
+        )
+
+
+def _merged(sent: list[Sent], traced: list[_Traced], per_node: int) -> Iterator[Finding]:
+    """Collectives that XLA made one of several."""
+    crosses = lambda groups: any(len({device // per_node for device in group}) > 1 for group in groups)  # noqa: E731
+    asked = sum(crosses(t.groups) for t in traced)
+    got = sum(x.link == "between" for x in sent)
+    if 0 < got < asked:
+        yield Finding(
+            "merged",
+            f"{asked} collectives between slices or nodes became {got}, each of which waits for the last of what is in "
+            "it: give compiler_options(platform)",
+        )
+
+
+def _repeated(step: Any, args: Sequence[Any], mesh: Mesh) -> Iterator[Finding]:
+    """What all devices of a slice or node send alike; told by types, which a step that is not checked has none of."""
+    slow, *fast = mesh.axis_names
+    for equation in _equations(jax.make_jaxpr(step)(*args).jaxpr):
+        axes = equation.params.get("axes", equation.params.get("axis_name"))
+        axes = (axes,) if isinstance(axes, str) else axes
+        if equation.primitive.name.endswith("axis_index") or not axes or set(axes) != {slow}:
+            continue
+        for x in equation.invars:
+            varying, size = x.aval.mat.varying, x.aval.size * x.aval.dtype.itemsize
+            if slow in varying and not set(fast) & varying and size > LITTLE:
+                yield Finding(
+                    "repeated",
+                    f"each device of a slice or node sends the same {size:,} bytes by {equation.primitive.name} over "
+                    f"{slow!r}: across(codec, slow={slow!r}, fast={fast[0]!r}) has each send its share",
+                )
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)
+
+
+def _quantised(platform: str, options: dict[str, Any]) -> Iterator[Finding]:
+    """TPUs' own quantised all-reduce."""
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "") + " " + os.environ.get("XLA_FLAGS", "")
+    said = re.search(rf"--{QUANTISED}=(\w+)", flags)
+    level = str(options.get(QUANTISED, said[1] if said else "0"))
+    if platform == "tpu" and level != "0":
+        yield Finding(
+            "quantised",
+            f"{QUANTISED}={level}: the compiler quantises all-reduces by itself, so that shapes do not tell bytes, and "
+            "sums are not exact: leave it out",
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m gradcomp_jax.certify", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("program", help="module:function, of a mesh, which returns a jitted step and its arguments")
+    parser.add_argument("--target", default="cpu:2x4", help="such as v5e:2x4, h100:2x8 or cpu:2x4")
+    parser.add_argument("--slices", type=int, default=1, help="of a TPU")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    given = parser.parse_args(argv)
+    module, _, function = given.program.partition(":")
+    if not function:
+        parser.error(f"{given.program!r} must be module:function")
+    if given.target.startswith("cpu"):
+        sizes = [int(x) for x in re.findall(r"\d+", given.target)]
+        jax.config.update("jax_num_cpu_devices", math.prod(sizes))
+    try:
+        mesh = absent_mesh(given.target, given.slices)
+    except (ImportError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    step, args = getattr(importlib.import_module(module), function)(mesh)
+    report = certify(step, args, mesh)
+    print(report.as_json() if given.json else report)
+
+
+if __name__ == "__main__":
+    main()
