@@ -1,14 +1,17 @@
 """Between slices or nodes: each of their chips compresses and sends its share."""
 
+from typing import Any
+
 from gradcomp_jax.arguments import factory, shown, takes
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Predicate
 from gradcomp_jax.exchange.collectives import axis_names
+from gradcomp_jax.exchange.plan import axes_of
 
 
 @factory
 def across(
-    codec: Compressor, slow: AxisName = "node", fast: AxisName = "local", *, inside: bool | Predicate = True
+    codec: Compressor, slow: AxisName = "node", fast: AxisName = "local", *, inside: bool | Predicate | Any = True
 ) -> Compressor:
     """A codec between slices or nodes, whose chips are joined by a link that is fast.
 
@@ -30,17 +33,20 @@ def across(
       fast: the mesh axis, or axes, of the chips in each.
       inside: whether gradients come whole, each chip's own, so that they are summed and joined inside. False: they are
         shards, as where parameters lie in shards over `fast` and a loss gathers them; the codec then runs on these, and
-        gives shards. Or (path, leaf) -> bool, for trees that have both: of leaves that come whole beside shards the
-        chips' gradients are summed, as those of shards are. Then the worker's gradient is the sum over its chips, and a
-        loss that is a mean divides by their number. `flush` is for whole parameters; of shards, what is owed at the end
-        is what the codec's `update(zeros, state, flush=True)` gives in a step of your own.
+        gives shards. Or how the parameters lie, a tree of `PartitionSpec`s like them: leaves that it does not cut over
+        `fast`, such as those that do not divide, come whole. Or (path, leaf) -> bool, whether a leaf does, where the
+        others are cut along their first axis, or along the one behind the layers of powersgd's `stacked=`. Of leaves
+        that come whole beside shards the chips' gradients are summed, as those of shards are. So the worker's gradient
+        is the sum over its chips, and a loss that is a mean divides by their number. `powersgd` and `gradiveq` see
+        shards with the axis that is cut in front, but for that of layers. `flush` is for whole parameters; of shards,
+        what is owed at the end is what the codec's `update(zeros, state, flush=True)` gives in a step of your own.
 
     Returns:
       A `Compressor`, in the place of the codec. Its state is of shards; `init` makes it for a mesh.
 
     Raises:
       ValueError: codec is none, is on another axis, or is across slices already; slow and fast share an axis; or inside
-        is none of these.
+        is none of these, or cuts a leaf otherwise than along one axis over all of fast.
 
     >>> import optax
     >>> from gradcomp_jax import across, qsgd
@@ -56,7 +62,5 @@ def across(
     if set(axis_names(slow)) & set(axis_names(fast)):
         raise ValueError(f"slow={slow!r} and fast={fast!r} must be different axes of the mesh")
     if not isinstance(inside, bool) and not takes(inside, 2):
-        raise ValueError(
-            f"inside={shown(inside)} must be True, False, or a function of 2 arguments, (path, leaf) -> bool"
-        )
+        inside = axes_of(inside, slow, fast)
     return compressor(codec.codec, settings._replace(axis_name=slow, fast=fast, inside=inside))

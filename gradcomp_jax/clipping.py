@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradcomp_jax.arguments import factory, require_number
+from gradcomp_jax.arguments import factory, require_number, takes
 from gradcomp_jax.contract import AxisName, Predicate
-from gradcomp_jax.exchange.collectives import Wire
-from gradcomp_jax.exchange.plan import flatten
+from gradcomp_jax.exchange.collectives import Wire, known_equal
+from gradcomp_jax.exchange.plan import axes_of, comes_whole, flatten
 from gradcomp_jax.views import widen
 
 
 @factory
 def clip_by_global_norm(
-    max_norm: float, over: AxisName, *, inside: bool | Predicate = False
+    max_norm: float, over: AxisName, *, inside: bool | Predicate | Any = False
 ) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` of updates whose leaves lie in shards over a mesh axis, as those of parameters do.
 
@@ -24,7 +24,8 @@ def clip_by_global_norm(
     Args:
       max_norm: the largest norm of the whole tree.
       over: the mesh axis, or axes, of the chips that have a shard each.
-      inside: as of `across`: (path, leaf) -> whether a leaf is whole, and the same on all chips; False: none is.
+      inside: as of `across`: how the updates lie, a tree of `PartitionSpec`s like them, or (path, leaf) -> whether a
+        leaf is whole, and the same on all chips; False: none is. What shard_map's types show to be the same is whole.
 
     Returns:
       A stateless transformation, to stand after `across(codec, inside=...)`. Its update raises ValueError where the
@@ -35,17 +36,16 @@ def clip_by_global_norm(
     >>> tx = optax.chain(across(qsgd(4), inside=False), clip_by_global_norm(1.0, "local"), optax.adam(1e-3))
     """
     require_number("max_norm", max_norm)
-
-    def whole(path: str, leaf: Any) -> bool:
-        return inside if isinstance(inside, bool) else bool(inside(path, leaf))
+    lie = inside if isinstance(inside, bool) or takes(inside, 2) else axes_of(inside, (), over)
 
     def update_fn(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         del params
         leaves, _ = flatten(updates)
+        whole = {path for path, x in leaves.items() if comes_whole(lie, path, x) or known_equal(x, over)}
         squares = {path: jnp.sum(widen(x) ** 2) for path, x in leaves.items()}
-        of_shards = [square for path, square in squares.items() if not whole(path, leaves[path])]
-        total, _ = Wire(over).total(sum(of_shards, jnp.float32(0)))
-        norm = jnp.sqrt(total + sum((x for path, x in squares.items() if whole(path, leaves[path])), jnp.float32(0)))
+        of = lambda paths: sum((squares[path] for path in paths), jnp.float32(0))  # noqa: E731
+        total, _ = Wire(over).total(of(path for path in leaves if path not in whole))
+        norm = jnp.sqrt(total + of(path for path in leaves if path in whole))
         clip = lambda x: jnp.where(norm < max_norm, x, (x / norm.astype(x.dtype)) * max_norm)  # noqa: E731
         return jax.tree.map(clip, updates), state
 

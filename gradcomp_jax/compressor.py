@@ -234,7 +234,7 @@ def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     the = plan(codec, settings, params, shards or 1)
     leaves, _ = flatten(params)
     if shards is not None:  # else it is asked for types alone
-        tell(codec, settings, the, leaves)
+        tell(codec, the, leaves)
     tensors = {path: _widened(seen) for path, seen in the.kept.items()}
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
     zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in tensors.items()}  # noqa: E731
@@ -264,7 +264,9 @@ def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str) -> A
     if the is None:
         return value if isinstance(value, PLACEHOLDER) else BY_PATH
     cuts = tuple(the.cuts.get(path) for path in sorted(value)) if isinstance(value, dict) else (None,)
-    return PerWorker(value, settings.axes, role, Shards((settings.axis_name, settings.fast), cuts))
+    along = {path: the.shards[path][0] if path in the.shards else None for path in the.leaves}
+    lie = tuple(sorted(along.items())) if the.shards else ()
+    return PerWorker(value, settings.axes, role, Shards((settings.axis_name, settings.fast), cuts, lie))
 
 
 def _of_chip(value: Any, settings: Settings, the: Plan | None, role: str) -> Any:

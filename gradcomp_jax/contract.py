@@ -279,10 +279,10 @@ class Codec(abc.ABC):
         del path
         return rows(leaf)
 
-    def arrives(self, path: str, leaf: Any) -> int:
-        """The axis of such a leaf along which it is cut where gradients come in shards."""
+    def arrives(self, path: str, leaf: Any) -> int | None:
+        """The axis of such a leaf along which it has to be cut where gradients come in shards; None: any will do."""
         del path, leaf
-        return 0
+        return None
 
     def view(self, path: str, leaf: Any) -> str:
         """What it takes such a leaf for, in words; nothing if for what it is."""
@@ -323,7 +323,9 @@ class Codec(abc.ABC):
         for name in self.by_leaf:
             old, new = getattr(state, name), {path: x[name] for path, x in news.items() if name in x}
             if new:
-                state = state._replace(**{name: Mine(new) if isinstance(old, Mine) else {**old, **new}})
+                state = state._replace(
+                    **{name: Mine({**old.value, **new}) if isinstance(old, Mine) else {**old, **new}}
+                )
         return state
 
     def coder_state(self, state: Any) -> Any:

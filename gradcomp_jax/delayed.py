@@ -46,7 +46,7 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
       A transformation to put first in `optax.chain`, as the codec itself.
 
     Raises:
-      ValueError: tx is not a codec.
+      ValueError: tx is not a codec, or one for parameters in shards.
 
     >>> import optax
     >>> from gradcomp_jax import delayed, onebit
@@ -54,6 +54,11 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
     """
     if not isinstance(tx, Compressor):
         raise ValueError(f"tx={tx!r} must be a codec, as in optax.chain(delayed(onebit()), optax.sgd(0.1))")
+    if tx.settings.inside is not True:
+        raise ValueError(
+            "tx is for parameters in shards, by across(..., inside=), of whose gradients none can wait: "
+            "leave out delayed"
+        )
     axes = tx.settings.axes
     axis_name = tx.settings.axis_name if tx.settings.fast is None else axes
 

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gradcomp_jax.cuts import Cut
-from gradcomp_jax.sharding import PerWorker, automatic, is_per_worker, place, resize_workers, specs_of
+from gradcomp_jax.sharding import PerWorker, automatic, is_per_worker, lies_on, place, resize_workers, specs_of
 
 
 def restore(
@@ -25,7 +25,7 @@ def restore(
     Args:
       directory: of an `orbax.checkpoint.CheckpointManager`.
       like: a tree like the one that was saved, such as `{"params": params, "opt_state": init(tx, params, mesh)}`;
-        arrays, or their shapes by `jax.eval_shape`.
+        arrays, or their shapes by `jax.eval_shape`. What lies in shards on the mesh here is restored so.
       mesh: the mesh of the step; or, for `simulate`, the number of workers.
       step: which checkpoint; by default the last.
       item: its item, where several were saved.
@@ -105,6 +105,7 @@ def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> A
             raise ValueError(f"leaf {name!r} of the checkpoint has the shape {shape}, like has {x.shape}")
         if isinstance(mesh, int) or shape != x.shape:
             return np.zeros(shape, jnp.dtype(x.dtype))
-        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(automatic(mesh), spec))
+        lies = x.sharding.spec if lies_on(x, mesh) else spec
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(automatic(mesh), lies))
 
     return jax.tree_util.tree_map_with_path(target, like, specs_of(like))

@@ -25,6 +25,7 @@ from gradcomp_jax.arguments import require_arrays, require_mesh, require_transfo
 from gradcomp_jax.contract import AxisName
 from gradcomp_jax.cuts import Cut
 from gradcomp_jax.exchange.collectives import axis_names
+from gradcomp_jax.exchange.plan import axes_of
 
 
 class _Value(NamedTuple):
@@ -38,10 +39,12 @@ class Shards(NamedTuple):
       axes: of which each has a leading axis of its own in the global form: the workers', if it differs between them,
         and that of their chips.
       cuts: of each array, in the order of its tree, how the whole is cut; None: the first chip's stands for all.
+      lie: where parameters themselves lie in shards, of all leaves the path, and the axis that is cut, or None.
     """
 
     axes: tuple[AxisName, ...]
     cuts: tuple[Cut | None, ...]
+    lie: tuple[tuple[str, int | None], ...] = ()
 
 
 class PerWorker(_Value):
@@ -114,13 +117,44 @@ def state_specs(tx: optax.GradientTransformation, params: Any, param_specs: Any 
       A tree like `tx.init(params)` with a `PartitionSpec` for each array: over the workers' axis for what
       differs between them, as the parameters for copies of these, replicated otherwise. It serves as in_specs and
       out_specs of shard_map.
+
+    Raises:
+      ValueError: a codec takes a parameter to lie otherwise.
     """
     require_transformation(tx)
     state = jax.eval_shape(tx.init, params)
+    _require_lying(state, param_specs)
     if param_specs is None:
         return specs_of(state)
     as_param = lambda x, spec: specs_of(x) if is_per_worker(x) else spec  # noqa: E731
     return optax.tree_map_params(tx, as_param, state, param_specs, transform_non_params=specs_of, is_leaf=is_per_worker)
+
+
+def _require_lying(state: Any, param_specs: Any) -> None:
+    """Raises ValueError, by name, for a parameter that does not lie as a codec that is across slices has it."""
+    for x in _marked(state):
+        if x.shards is None or len(x.leading) < 2:
+            continue
+        if param_specs is None:
+            if x.shards.lie:
+                raise ValueError(
+                    "parameters are in shards by across(..., inside=): give param_specs=, how they lie, as in init(tx, "
+                    "params, mesh, param_specs) and state_specs(tx, params, param_specs)"
+                )
+            continue
+        lie, axes = dict(x.shards.lie), axes_of(param_specs, *x.leading)
+        for path in lie or axes:
+            if lie.get(path) != axes.get(path):
+                has = "whole" if lie.get(path) is None else f"cut along axis {lie[path]}"
+                is_ = "whole" if axes.get(path) is None else f"cut along axis {axes[path]}"
+                raise ValueError(
+                    f"parameter {path!r} is {is_} by param_specs, and {has} for the codec: give that the same, as in "
+                    "across(codec, inside=param_specs)"
+                )
+
+
+def _marked(state: Any) -> list[PerWorker]:
+    return [x for x in jax.tree.leaves(state, is_leaf=is_per_worker) if is_per_worker(x)]
 
 
 def local_state(state: Any) -> Any:
@@ -210,7 +244,8 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int, param_
       over the mesh.
 
     Raises:
-      ValueError: a codec's axis_name is not an axis of the mesh, or a codec refuses `params`.
+      ValueError: a codec's axis_name is not an axis of the mesh, or a codec refuses `params`, or how they
+        lie.
     """
     require_transformation(tx)
     require_arrays("params", params)
@@ -235,7 +270,9 @@ def global_init(tx: optax.GradientTransformation, mesh: Mesh | int, params: Any)
         lead = rows_of(x)
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (*lead, *leaf.shape)), x)
 
-    return _map_per_worker(stack, _with_axes(mesh, tx.init)(params), lambda x: x)
+    state = _with_axes(mesh, tx.init)(params)
+    _require_lying(state, None)
+    return _map_per_worker(stack, state, lambda x: x)
 
 
 def _init_in_shards(tx: optax.GradientTransformation, mesh: Mesh, param_specs: Any, params: Any) -> Any:
@@ -263,9 +300,10 @@ def _with_axes(mesh: Mesh | int, f: Callable[[Any], Any]) -> Callable[[Any], Any
 def place(tree: Any, mesh: Mesh) -> Any:
     """Puts parameters, an optimiser state, or a tree that holds them where the step on this mesh wants them.
 
-    What differs between workers is sharded over them, all else is replicated. A step on what lies there compiles once;
-    on parameters that lie on one device, such as new ones, it compiles a second time for those it returned; and what
-    was restored from a checkpoint may be committed to one device, where the step refuses it.
+    What differs between workers is sharded over them, and all else is replicated; but parameters that lie in shards on
+    this mesh already stay as they lie. A step on what lies there compiles once; on parameters that lie on one device,
+    such as new ones, it compiles a second time for those it returned; and what was restored from a checkpoint may be
+    committed to one device, where the step refuses it.
 
     Args:
       tree: arrays, numpy's or jax's; an optimiser state in its global form.
@@ -291,6 +329,8 @@ def place(tree: Any, mesh: Mesh) -> Any:
 def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
     if not hasattr(x, "dtype"):  # such as a step number beside the arrays
         return x
+    if lies_on(x, sharding.mesh) and sharding.spec == P():
+        return x
     try:
         return jax.device_put(x, sharding)
     except AssertionError as error:  # by which jax says that processes give different values
@@ -299,6 +339,12 @@ def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
             "from one seed on all, or take the first process's by "
             "jax.experimental.multihost_utils.broadcast_one_to_all(tree)"
         ) from error
+
+
+def lies_on(x: Any, mesh: Any) -> bool:
+    """Whether an array, or a shape with a sharding, is laid out on such a mesh."""
+    lies = getattr(x, "sharding", None)
+    return isinstance(lies, NamedSharding) and isinstance(lies.mesh, Mesh) and automatic(lies.mesh) == automatic(mesh)
 
 
 def shard_batch(batch: Any, mesh: Mesh) -> Any:
@@ -478,6 +524,12 @@ def require_state(tx: optax.GradientTransformation, params: Any, opt_state: Any,
     """
     require_transformation(tx)
     expected = jax.eval_shape(tx.init, params)
+    if any(x.shards is not None and x.shards.lie for x in _marked(expected)):
+        raise ValueError(
+            "a codec of tx is for parameters in shards, by across(..., inside=), and this takes whole ones: leave "
+            "inside= out, or call tx.update in a shard_map of your own; there tx.update(zeros, state, params, "
+            "flush=True) gives what is owed at the end"
+        )
     got, want = _leaves(opt_state), _leaves(expected)
     differing = sorted(got.keys() ^ want.keys())
     if owed := [path for path in differing if ".residual" in path]:

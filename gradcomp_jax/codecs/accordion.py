@@ -124,7 +124,7 @@ class Accordion(Codec):
     def cut(self, path: str, leaf: Any) -> Cut:
         return self.inner.cut(path, leaf)
 
-    def arrives(self, path: str, leaf: Any) -> int:
+    def arrives(self, path: str, leaf: Any) -> int | None:
         return self.inner.arrives(path, leaf)
 
     def of_shards(self, state: AccordionState, f: Callable[[Any, str], Any]) -> AccordionState:

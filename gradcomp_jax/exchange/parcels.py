@@ -53,7 +53,8 @@ def pack(
     checked: list[int] = []
     sent = 0
     for place, paths in enumerate(the.buckets):
-        mine, more = {path: widen(leaves[path]) for path in paths}, _beside(the, beside, place)
+        mine = {path: _turned(the, path, widen(leaves[path])) for path in paths}
+        more = _beside(the, beside, place)
         if wire.fast is not None:
             mine, more, bits = _in_shards(the, mine, more, wire, summed)
             sent += bits
@@ -101,8 +102,16 @@ def unpack(
         if wire.fast is not None:
             got, more, bits = _joined(the, got, more, _beside(the, beside, place), wire)
             sent += bits
-        means |= {path: x.reshape(leaves[path].shape) for path, x in got.items()}
+        means |= {path: _turned(the, path, x, back=True).reshape(leaves[path].shape) for path, x in got.items()}
     return means, more, sent
+
+
+def _turned(the: Plan, path: str, x: jax.Array, back: bool = False) -> jax.Array:
+    """What came in shards with its axes as the codec has them; back: as the leaf has them."""
+    if path not in the.shards:
+        return x
+    axis, to = the.shards[path]
+    return jnp.moveaxis(x, to, axis) if back else jnp.moveaxis(x, axis, to)
 
 
 def _beside(the: Plan, beside: Sequence[Any], place: int) -> list[jax.Array]:

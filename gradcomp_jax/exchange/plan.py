@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from gradcomp_jax.arguments import shown
 from gradcomp_jax.coder import Coder, Switched
 from gradcomp_jax.contract import AxisName, Bucketing, Codec, Predicate, Uncompressed
-from gradcomp_jax.cuts import Cut, Shard, rows
+from gradcomp_jax.cuts import Cut, Shard, rows, whole
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.shards import Group, grouped
 from gradcomp_jax.notes import logger, note, summary
@@ -40,7 +41,8 @@ class Settings(NamedTuple):
       dense_dtype: the type of 16 bits in which what is not compressed travels; None: float32 or wider.
       buckets: how many, or the bucket of a path; None leaves it to the plan.
       fast: of `across`, the axis of the chips of a worker; None: a worker is one device.
-      inside: of `across`, whether gradients come whole from each chip, and are summed into shards; or which do.
+      inside: of `across`, whether gradients come whole from each chip, and are summed into shards; or which do; or by
+        path the axis along which each is cut, None of those that come whole.
     """
 
     axis_name: AxisName
@@ -52,16 +54,20 @@ class Settings(NamedTuple):
     dense_dtype: Any = None
     buckets: Bucketing = None
     fast: AxisName | None = None
-    inside: bool | Predicate = True
+    inside: bool | Predicate | dict[str, int | None] = True
 
     @property
     def axes(self) -> tuple[str, ...]:
         """All axes along which gradients differ."""
         return (*axis_names(self.axis_name), *(axis_names(self.fast) if self.fast else ()))
 
-    def comes_whole(self, path: str, leaf: Any) -> bool:
-        """Whether a leaf's gradients come whole from each chip."""
-        return self.inside if isinstance(self.inside, bool) else bool(self.inside(path, leaf))
+    def cut_along(self, path: str, leaf: Any, codec: Codec) -> int | None:
+        """The axis along which a leaf's gradients come in shards; None where they come whole from each chip."""
+        if self.fast is None:
+            return None
+        if isinstance(self.inside, dict):
+            return axis_of(self.inside, path)
+        return None if comes_whole(self.inside, path, leaf) else codec.arrives(path, leaf) or 0
 
 
 class Plan(NamedTuple):
@@ -72,8 +78,9 @@ class Plan(NamedTuple):
       leaves: their paths, in order.
       compressed: those that the codec compresses, by path: as it sees them, whole or a shard.
       kept: the same of those of which there is a state, which are these, and those of which only shards do not shrink.
+      why: by path, why the others are not.
       cuts: of `across`, how each leaf is cut.
-      shards: paths of those that come in shards.
+      shards: of those that come in shards, the axis along which they are cut, and where the codec has it.
       buckets: the paths of each bucket, in the order in which these are sent.
     """
 
@@ -81,14 +88,54 @@ class Plan(NamedTuple):
     leaves: tuple[str, ...]
     compressed: dict[str, Any]
     kept: dict[str, Any]
+    why: dict[str, str]
     cuts: dict[str, Cut]
-    shards: frozenset[str]
+    shards: dict[str, tuple[int, int]]
     buckets: tuple[tuple[str, ...], ...]
 
     @property
     def dense(self) -> tuple[str, ...]:
         """Paths of those that travel as they are."""
         return tuple(path for path in self.leaves if path not in self.compressed)
+
+
+def comes_whole(inside: bool | Predicate | dict[str, int | None], path: str, leaf: Any) -> bool:
+    """Whether `Settings.inside` says that a leaf's gradients come whole from each chip."""
+    if isinstance(inside, dict):
+        return axis_of(inside, path) is None
+    return inside if isinstance(inside, bool) else bool(inside(path, leaf))
+
+
+def axis_of(axes: dict[str, int | None], path: str) -> int | None:
+    """The axis along which a leaf is cut, by `axes_of`."""
+    if path not in axes:
+        raise ValueError(f"inside= has no PartitionSpec for gradient leaf {path!r}: give a tree like the parameters'")
+    return axes[path]
+
+
+def axes_of(specs: Any, slow: AxisName, fast: AxisName) -> dict[str, int | None]:
+    """By path, the axis along which a parameter is cut over `fast` by its PartitionSpec; None: it is not.
+
+    Raises:
+      ValueError: a leaf is no PartitionSpec, or one that `across` has no use for.
+    """
+    axes = {}
+    for path, spec in flatten(specs)[0].items():
+        if not isinstance(spec, PartitionSpec):
+            raise ValueError(
+                f"inside={shown(specs)} must be True, False, or a function of 2 arguments, (path, leaf) -> bool, or a "
+                "tree of PartitionSpecs like the parameters"
+            )
+        names = [axis_names(entry) if entry else () for entry in spec]
+        cut = [i for i, entry in enumerate(names) if set(entry) & set(axis_names(fast))]
+        over = set(axis_names(slow)) & {name for entry in names for name in entry}
+        if over or len(cut) > 1 or (cut and names[cut[0]] != axis_names(fast)):
+            raise ValueError(
+                f"leaf {path!r} lies by {spec}: across(..., slow={slow!r}, fast={fast!r}) takes leaves of which each "
+                f"slice has all, cut along one axis over {fast!r}, as by PartitionSpec({fast!r}), or not at all"
+            )
+        axes[path] = cut[0] if cut else None
+    return axes
 
 
 def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
@@ -125,22 +172,25 @@ def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
       ValueError: none would be compressed, and that is not allowed; or what the codec refuses.
     """
     leaves, treedef = flatten(tree)
-    compressed, kept, cuts, arriving = {}, {}, {}, set()
+    compressed, kept, cuts, arriving, why = {}, {}, {}, {}, {}
     for path, leaf in leaves.items():
         _require_real(codec.name, path, leaf)
         full, seen, cuts[path] = leaf, leaf, rows(leaf)
-        if settings.fast is not None and not settings.comes_whole(path, leaf):
-            full, cuts[path] = _of_which_shards(codec, path, leaf, shards)
-            seen = Shard(leaf.shape, leaf.dtype, full, shards)
-            arriving.add(path)
-        if _why_dense(codec, settings, path, full):
+        axis = settings.cut_along(path, leaf, codec)
+        if axis is not None:
+            seen, turn = _arriving(codec, path, leaf, axis, shards)
+            full, cuts[path], arriving[path] = seen.whole, Cut(seen.whole.shape, turn[1]), turn
+        if reason := _why_dense(codec, settings, path, full):
+            why[path] = reason
             continue
-        if settings.fast is not None and path not in arriving:
+        if settings.fast is not None and axis is None:
             cuts[path] = codec.cut(path, leaf)
             seen = Shard(cuts[path].shape(shards), leaf.dtype, leaf, shards)
         kept[path] = seen
         if seen is full or codec.shrinks(path, seen, _bytes(settings, rows(full).shape(shards), leaf.dtype)):
             compressed[path] = seen
+        else:
+            why[path] = "its shards would not shrink"
     if leaves and not compressed and not settings.allow_dense:
         path, leaf = max(leaves.items(), key=lambda item: item[1].size)
         raise ValueError(
@@ -152,18 +202,33 @@ def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
         )
     sizes = {path: leaf.size for path, leaf in leaves.items()}
     buckets = in_buckets(sizes, default_buckets(leaves) if settings.buckets is None else settings.buckets)
-    return Plan(treedef, tuple(leaves), compressed, kept, cuts, frozenset(arriving), buckets)
+    return Plan(treedef, tuple(leaves), compressed, kept, why, cuts, arriving, buckets)
 
 
-def _of_which_shards(codec: Codec, path: str, leaf: Any, shards: int) -> tuple[Any, Cut]:
-    """The whole of a leaf that comes in shards, and how it is cut."""
-    if not leaf.shape:
+def _arriving(codec: Codec, path: str, leaf: Any, axis: int, shards: int) -> tuple[Shard, tuple[int, int]]:
+    """A leaf that comes in shards as the codec sees it, and from which axis to which that which is cut is moved."""
+    if axis >= leaf.ndim:
         raise ValueError(
-            f"gradient leaf {path!r} is a scalar, which is no shard: say by across(..., inside=) that it comes whole"
+            f"gradient leaf {path!r} of shape {leaf.shape} has no axis {axis} along which it is a shard: say by "
+            "across(..., inside=) that it comes whole"
         )
-    axis = codec.arrives(path, leaf)
-    shape = tuple(size * shards if i == axis else size for i, size in enumerate(leaf.shape))
-    return jax.ShapeDtypeStruct(shape, leaf.dtype), Cut(shape, axis)
+    shape = list(leaf.shape)
+    shape[axis] *= shards
+    wanted = codec.arrives(path, jax.ShapeDtypeStruct(tuple(shape), leaf.dtype))
+    to = axis if wanted is None else wanted
+    if axis < to:
+        raise ValueError(
+            f"gradient leaf {path!r} is cut along axis {axis}, which counts its layers: cut it along another, or leave "
+            f"it out of codec {codec.name!r} by compress="
+        )
+    full = jax.ShapeDtypeStruct(_moved(shape, axis, to), leaf.dtype)
+    return Shard(_moved(leaf.shape, axis, to), leaf.dtype, full, shards), (axis, to)
+
+
+def _moved(shape: Sequence[int], axis: int, to: int) -> tuple[int, ...]:
+    """A shape of which one axis is moved."""
+    rest = [size for i, size in enumerate(shape) if i != axis]
+    return (*rest[:to], shape[axis], *rest[to:])
 
 
 def default_buckets(leaves: dict[str, Any]) -> int:
@@ -226,12 +291,11 @@ def _bytes(settings: Settings, shape: tuple[int, ...], dtype: Any) -> int:
     return math.prod(shape) * (settings.dense_dtype or wide(dtype)).itemsize
 
 
-def tell(codec: Codec, settings: Settings, the: Plan, leaves: dict[str, Any]) -> None:
+def tell(codec: Codec, the: Plan, leaves: dict[str, Any]) -> None:
     """Logs which of the leaves are compressed, and as what, and why the others are not; at level INFO, once."""
     if leaves and logger.isEnabledFor(logging.INFO) and not isinstance(codec, Uncompressed):
-        compressed = [(path, leaves[path], codec.view(path, leaves[path])) for path in the.compressed]
-        why = {path: _why_dense(codec, settings, path, leaves[path]) for path in the.dense}
-        dense = [(path, leaves[path], why[path] or "its shards would not shrink") for path in the.dense]
+        compressed = [(path, leaves[path], codec.view(path, whole(seen))) for path, seen in the.compressed.items()]
+        dense = [(path, leaves[path], reason) for path, reason in the.why.items()]
         note(logging.INFO, summary(codec.name, compressed, dense))
 
 
