@@ -1,7 +1,11 @@
 """Parameters that lie in shards over the chips of a slice: `across(codec, inside=...)` on their gradients."""
 
 import functools
+import os
+import pathlib
 import re
+import subprocess
+import sys
 
 import chex
 import jax
@@ -385,3 +389,15 @@ def test_refusals(id):
     call, words = REFUSED[id]
     with refuses(words):
         call()
+
+
+def test_the_experiment():
+    """A transformer of which all chips share the weights, two steps."""
+    command = [sys.executable, "-m", "experiments.sharded", "--steps=2", "--codecs=none,powersgd", "--layers=1"]
+    command += ["--width=24", "--log_every=1", "--batch_size=16"]
+    root = pathlib.Path(__file__).parent.parent
+    told = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, timeout=300, check=True)
+    (none,), (powersgd,) = ([x.split() for x in told.stdout.splitlines() if name in x] for name in ("none", "powersgd"))
+    # Both begin at one loss; that of a dense exchange is what a dense exchange sends, but for filling up.
+    assert none[3] == powersgd[3]
+    assert 0.98 < float(none[-4]) <= 1 < 2 < float(powersgd[-4])
