@@ -2,17 +2,19 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 import gradcomp_jax as gc
-from gradcomp_jax.certify import absent_mesh, certify
+from gradcomp_jax.certify import absent_mesh, certify, main
 from tests import certified
 
-gpu = pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="no compiler for GPUs")
-tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no compiler for TPUs")
+MISSING = "needs pip install 'gradcomp_jax[certify]'"
+gpu = pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason=MISSING)
+tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason=MISSING)
 
 
 def report_of(program, target, slices=1, **options):
@@ -45,10 +47,25 @@ def test_the_command():
     assert {row["link"] for row in told["sent"]} == {"between", "inside"}
 
 
+def test_the_experiment():
+    """Every way of a codec, small and on CPUs."""
+    command = [sys.executable, "-m", "experiments.slices", "--codec=powersgd", "--width=128", "--leaves=2", "--rows=2"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert len(re.findall(r"\d of \d", told)) == 4
+    assert "not told" not in told
+
+
 @pytest.mark.parametrize("target", ["cpu", "h100:16", "v5e:", "nothing"])
 def test_targets_that_are_none(target):
-    with pytest.raises((ValueError, ImportError), match="target="):
+    with pytest.raises(ValueError, match="target="):
         absent_mesh(target)
+
+
+@pytest.mark.parametrize(("program", "told"), [("nowhere:f", "nowhere"), ("tests.certified:nothing", "nothing")])
+def test_programs_that_are_none(program, told, capsys):
+    with pytest.raises(SystemExit):
+        main([program])
+    assert re.search(f"error: .*{told}.* is not found", capsys.readouterr().err)
 
 
 @gpu
@@ -71,6 +88,10 @@ class TestGPU:
 
 @tpu
 class TestTPU:
+    def test_a_topology_that_there_is_not(self):
+        with pytest.raises(ValueError, match=r"target='v5e:3x5' is none that libtpu"):
+            absent_mesh("v5e:3x5")
+
     def test_a_step_between_slices(self):
         report = report_of(certified.across, "v5e:2x4", 2)
         assert report.totals["between"] > 0

@@ -272,3 +272,17 @@ def test_distinct_in_every_context(context, own):
     rows = np.asarray(got()).reshape(-1, 100)
     for i, row in enumerate(rows):
         np.testing.assert_array_equal(row, draw(step_key(0, i if own else 7), 1000, 100)[0])
+
+
+@pytest.mark.parametrize("on_cpus", [True, False])
+def test_a_window_is_added_where_it_lies(on_cpus, monkeypatch):
+    """Inside, over either end, and beyond it; by places on CPUs, elsewhere by a slice."""
+    monkeypatch.setattr(views, "on_cpus", lambda: on_cpus)
+    y, window = jnp.ones((2, 7)), jnp.arange(1.0, 7.0).reshape(2, 3)
+    add = jax.jit(lambda start: views.add_window(y, window, start))  # compiled anew, for this platform
+    for start in (-20, -3, -2, 0, 3, 4, 5, 6, 7, 20):
+        expected = np.array(y)
+        for place in range(3):
+            if 0 <= start + place < 7:
+                expected[:, start + place] += window[:, place]
+        np.testing.assert_array_equal(add(jnp.int32(start)), expected, err_msg=str(start))
