@@ -1,12 +1,13 @@
 # make demo    train on the handwritten digits with each codec: a table, and a figure in out/
-# make test    lint, types, tests: what CI runs
-# Each makes its environment in $(VENV) if there is none; PYTHON=python3.13 VENV=.venv313 makes another.
+# make test    lint, types, tests
+# make certify the tests that need the compilers of TPUs and GPUs, which look for these devices, in $(VENV)-certify
+# CI runs the last two. Each makes its environment in $(VENV) if there is none; PYTHON=python3.13 VENV=.venv313 makes another.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test certify lint clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed
@@ -15,16 +16,20 @@ demo: $(VENV)/installed
 test: lint
 	$(BIN)/python -m pytest -n auto --dist loadgroup
 
+certify: $(VENV)-certify/installed
+	$(VENV)-certify/bin/python -m pytest -n auto --dist loadgroup tests/test_certify.py tests/test_certified_rows.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)/installed: requirements.txt pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r requirements.txt -e .
+$(VENV)-certify/installed: EXTRAS := [certify]
+$(VENV)/installed $(VENV)-certify/installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet -r requirements.txt -e '.$(EXTRAS)'
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) $(VENV)-certify out

@@ -30,7 +30,9 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gradcomp_jax.hlo import Collective, Span, collective_bytes, spans
+from gradcomp_jax import known
+from gradcomp_jax.exchange.bits import Links, WireCount, wire_bits
+from gradcomp_jax.hlo import Collective, Span, collective_bytes, schedule
 from gradcomp_jax.sharding import global_init, state_specs
 from gradcomp_jax.step import make_mesh
 
@@ -72,9 +74,10 @@ class Report(NamedTuple):
     Attributes:
       target: for what it was compiled.
       sent: the collectives, in the order of the program.
-      declared: bytes by link that `wire_bits` counts, where they were given.
+      declared: bytes by link that `wire_bits` will count, if it is known from the arguments.
       temporaries: bytes of memory, beside arguments.
       findings: what is not as it seems.
+      work: the places of other work in the program, of each whether it multiplies matrices.
     """
 
     target: str
@@ -82,6 +85,7 @@ class Report(NamedTuple):
     declared: dict[str, float]
     temporaries: int
     findings: list[Finding]
+    work: dict[int, bool]
 
     @property
     def totals(self) -> dict[str, float]:
@@ -194,39 +198,63 @@ def certify(
     args: Sequence[Any],
     mesh: Mesh,
     *,
-    declared: dict[str, float] | None = None,
     compiler_options: dict[str, Any] | None = None,
 ) -> Report:
     """Compiles a step for the devices of a mesh, which need not be there, and tells what it sends.
 
     Args:
       step: a jitted function, such as `train_step` returns.
-      args: its arguments; their shapes will do, `jax.ShapeDtypeStruct`s with shardings on the mesh.
+      args: its arguments; their shapes will do, `jax.ShapeDtypeStruct`s with shardings on the mesh. What a codec of
+        several kinds of steps will count is told only if the state's counts of steps are given as arrays.
       mesh: of `absent_mesh`: its first axis is the slow one.
-      declared: bytes by link, "between" and "inside", that a device is said to send, as `wire_bits` counts them.
       compiler_options: for XLA, as `compiler_options(platform)` gives.
 
     Returns:
       A report; `str` of it is a table.
     """
-    lowered = step.lower(*args)
+    program = step.trace(*args)
+    lowered = program.lower()
     compiled = lowered.compile(compiler_options=compiler_options)
     platform = mesh.devices.flat[0].platform
     per_node = mesh.size // mesh.devices.shape[0]
-    places = spans(compiled)
+    order = schedule(compiled)
     link = lambda c: "between" if c.crosses(per_node) else "inside"  # noqa: E731
-    sent = [Sent(c, link(c), places.get(c.name)) for c in collective_bytes(compiled)]
+    sent = [Sent(c, link(c), order.spans.get(c.name)) for c in collective_bytes(compiled)]
     traced = list(_traced(lowered.as_text()))
     findings = [
         *_narrow_types(platform, traced),
         *_scattered(sent, traced),
         *_merged(sent, traced, per_node),
-        *_repeated(step, args, mesh),
+        *_repeated(program.jaxpr.jaxpr, mesh),
         *_quantised(platform, compiler_options or {}),
     ]
     memory = compiled.memory_analysis()
     target = f"{mesh.devices.flat[0].device_kind}, {' x '.join(map(str, mesh.devices.shape))}"
-    return Report(target, sent, dict(declared or {}), memory.temp_size_in_bytes, findings)
+    return Report(target, sent, declared(program, args), memory.temp_size_in_bytes, findings, order.work)
+
+
+def declared(program: Any, args: Sequence[Any]) -> dict[str, float]:
+    """Bytes that a step's state will count.
+
+    Args:
+      program: what `step.trace(*args)` returns.
+      args: the step's arguments, or their shapes.
+
+    Returns:
+      By link, "between" and, of `across`, "inside"; nothing where that hangs on what is not known.
+    """
+    values = known.outputs(program.jaxpr, jax.tree.leaves(tuple(args)))
+    values = jax.tree.unflatten(jax.tree.structure(program.out_info), values)
+    is_count = lambda x: isinstance(x, WireCount)  # noqa: E731
+    last = lambda x: WireCount(x.last(), x.last()) if is_count(x) else x  # noqa: E731
+    try:
+        counted = jax.tree.map(last, values, is_leaf=is_count)
+    except known.Unknown:
+        return {}
+    found = jax.tree.leaves(counted, is_leaf=lambda x: isinstance(x, WireCount | Links))
+    links = ["between"] * any(isinstance(x, WireCount | Links) for x in found)
+    links += ["inside"] * any(isinstance(x, Links) for x in found)
+    return {link: wire_bits(counted, link).last / 8 for link in links}
 
 
 class _Traced(NamedTuple):
@@ -291,10 +319,10 @@ def _merged(sent: list[Sent], traced: list[_Traced], per_node: int) -> Iterator[
         )
 
 
-def _repeated(step: Any, args: Sequence[Any], mesh: Mesh) -> Iterator[Finding]:
+def _repeated(jaxpr: Any, mesh: Mesh) -> Iterator[Finding]:
     """What all devices of a slice or node send alike; told by types, which a step that is not checked has none of."""
     slow, *fast = mesh.axis_names
-    for equation in _equations(jax.make_jaxpr(step)(*args).jaxpr):
+    for equation in _equations(jaxpr):
         axes = equation.params.get("axes", equation.params.get("axis_name"))
         axes = (axes,) if isinstance(axes, str) else axes
         if equation.primitive.name.endswith("axis_index") or not axes or set(axes) != {slow}:
@@ -338,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--target", default="cpu:2x4", help="such as v5e:2x4, h100:2x8 or cpu:2x4")
     parser.add_argument("--slices", type=int, default=1, help="of a TPU")
     parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--plot", metavar="FILE", help="a picture of the schedule, such as schedule.png; of matplotlib")
     given = parser.parse_args(argv)
     module, _, function = given.program.partition(":")
     if not function:
@@ -356,6 +385,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     step, args = program(mesh)
     report = certify(step, args, mesh)
     print(report.as_json() if given.json else report)
+    if given.plot:
+        _plot(parser, report, given.plot)
+
+
+def _plot(parser: argparse.ArgumentParser, report: Report, path: str) -> None:
+    try:
+        from gradcomp_jax.picture import picture  # matplotlib is needed for nothing else
+
+        picture(report).savefig(path, dpi=150)
+    except (ImportError, OSError, ValueError) as error:
+        parser.exit(1, f"error: --plot={path}: {error}\n")
 
 
 if __name__ == "__main__":

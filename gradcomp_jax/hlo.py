@@ -56,6 +56,7 @@ _BETWEEN_SLICES = {
     "ALL_GATHER": "all-gather",
     "ALL_TO_ALL": "all-to-all",
     "REDUCE_SCATTER": "reduce-scatter",
+    "ONE_TO_ONE": "collective-permute",
 }
 # Part of a chain of fusions on TPUs, in each of which the collective stands again.
 _IN_CHAIN = "chain_id="
@@ -118,20 +119,32 @@ class Span(NamedTuple):
     work: int
 
 
+class Schedule(NamedTuple):
+    """The order of a compiled program, of which places are numbers; called computations are not looked into.
+
+    Attributes:
+      spans: by the name of each instruction that starts something, where that is done.
+      work: the places of fusions, products and calls of libraries; of each whether it multiplies matrices.
+    """
+
+    spans: dict[str, Span]
+    work: dict[int, bool]
+
+
 _WORK = ("fusion", "custom-call", "dot", "convolution", "while", "conditional", "call", "sort")
+_PRODUCTS = ("dot", "convolution")
+_PRODUCT_CALLS = re.compile(r'custom_call_target="[^"]*(gemm|matmul|conv)', re.I)
 
 
-def spans(compiled: Any) -> dict[str, Span]:
-    """Of each instruction of a compiled program's own order that starts something, where that is done.
+def schedule(compiled: Any) -> Schedule:
+    """The order of a compiled program's own instructions.
 
     Args:
       compiled: as of `collective_bytes`.
-
-    Returns:
-      Spans by the name of what starts; of what stands in a called computation nothing is told.
     """
     computations, entry = _parse(compiled if isinstance(compiled, str) else compiled.as_text())
     instructions = computations.get(entry, [])
+    work = {place: _multiplies(i, computations) for place, i in enumerate(instructions) if i.op in _WORK}
     found, open_since = {}, {}
     for place, i in enumerate(instructions):
         if i.op.endswith("-start") or i.op == "send":
@@ -140,12 +153,19 @@ def spans(compiled: Any) -> dict[str, Span]:
             operand = re.match(r"(?:\([^()]*\) )?%?([\w.\-]+)", i.rest)
             if operand and operand[1] in open_since:
                 start = open_since.pop(operand[1])
-                work = sum(x.op in _WORK for x in instructions[start + 1 : place])
-                sync = '"is_sync":true' in instructions[start].rest
-                found[operand[1]] = Span(start, start if sync else place, 0 if sync else work)
+                done = start if '"is_sync":true' in instructions[start].rest else place
+                found[operand[1]] = Span(start, done, sum(start < x < done for x in work))
         else:
             found[i.name] = Span(place, place, 0)
-    return found
+    return Schedule(found, work)
+
+
+def _multiplies(i: _Instruction, computations: dict[str, list[_Instruction]]) -> bool:
+    """Whether it is a product of matrices, by itself, a library's, or of a computation it calls."""
+    if i.op in _PRODUCTS or _PRODUCT_CALLS.search(i.rest):
+        return True
+    called = computations.get(_attribute(i.rest, "to_apply") or _attribute(i.rest, "calls"), [])
+    return any(_multiplies(inner, computations) for inner in called)
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -181,9 +201,9 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
                 inside = f"{branch}/{i.name}/{k}".lstrip("/")
                 found += _walk(computations, target, inside, times, devices)
         elif i.op == "while":
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', i.rest)
+            trips = _trips(i, computations[name], computations)
             for part, more in (("body", 0), ("condition", 1)):  # the condition is tested once more
-                inner = times * (int(trips[1]) + more) if trips and times >= 0 else -1
+                inner = times * (trips + more) if trips is not None and times >= 0 else -1
                 found += _walk(computations, _attribute(i.rest, part), branch, inner, devices)
         elif i.op.startswith(_UNKNOWN):
             raise ValueError(f"{i.name} is a {i.op}, whose bytes are not known")
@@ -193,8 +213,46 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
     return found
 
 
+def _trips(loop: _Instruction, around: list[_Instruction], computations: dict[str, list[_Instruction]]) -> int | None:
+    """How often a loop runs: as the compiler says; else told only of one that counts from 0 to below a constant."""
+    if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
+        return int(said[1])
+    test, body = (computations[_attribute(loop.rest, part)] for part in ("condition", "body"))
+    compared = re.match(r"%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", test[-1].rest)
+    if test[-1].op != "compare" or not compared:
+        return None
+    counter, limit = (_source(name, test) for name in compared.groups())
+    index = counter and re.search(r"index=(\d+)", counter.rest)
+    start = _source(_operands(loop)[0], around)
+    if not limit or not index or not start or start.op != "tuple" or body[-1].op != "tuple":
+        return None
+    k = int(index[1])
+    first, step = _source(_operands(start)[k], around), _source(_operands(body[-1])[k], body)
+    if not first or not step or step.op != "add":
+        return None
+    before, by = (_source(name, body) for name in _operands(step))
+    if not before or f"index={k}" not in before.rest or [_constant(first), by and _constant(by)] != [0, 1]:
+        return None
+    return _constant(limit)
+
+
+def _source(name: str, instructions: list[_Instruction]) -> _Instruction | None:
+    """The instruction of that name, or what it copies."""
+    found = next((i for i in instructions if i.name == name), None)
+    return _source(_operands(found)[0], instructions) if found and found.op in ("copy", "bitcast") else found
+
+
+def _operands(i: _Instruction) -> list[str]:
+    return re.findall(r"%?([\w.\-]+)\s*(?:,|$)", _arguments(i.rest))
+
+
+def _constant(i: _Instruction) -> int | None:
+    found = re.match(r"(\d+)\)", i.rest) if i.op == "constant" else None
+    return int(found[1]) if found else None
+
+
 def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str, times: int, devices: int):
-    operands = re.findall(r"%?([\w.\-]+)\s*(?:,|$)", _arguments(i.rest))
+    operands = _operands(i)
     missing = [operand for operand in operands if operand not in shapes]
     parts = [part for operand in operands if operand in shapes for part in _SHAPE.findall(shapes[operand])]
     if missing or not parts:
@@ -216,13 +274,13 @@ def _repeats(i: _Instruction, kind: str, begins: bool) -> bool:
 def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times: int) -> Collective:
     """What a chip sends to its peers in the other slices of a TPU."""
     named = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
-    peers = re.search(r'_xla_megascale_target="?\{+([\d,]+)\}', i.rest)
+    peers = re.search(r'_xla_megascale_target="?\{+([\d,]+|\d+->\d+)\}', i.rest)
     operand = re.match(r"%?([\w.\-]+)", i.rest)
     if not named or named[1] not in _BETWEEN_SLICES or not peers or not operand or operand[1] not in shapes:
         raise ValueError(f"cannot read what {i.name} sends between slices: {i.rest[:200]!r}")
     if times < 0:
         raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
-    kind, n = _BETWEEN_SLICES[named[1]], len(peers[1].split(","))
+    kind, n = _BETWEEN_SLICES[named[1]], len(re.split(",|->", peers[1]))
     parts = _SHAPE.findall(shapes[operand[1]])
     size = times * sum(_shape_bytes(*part) for part in parts)
     return Collective(kind, parts[0][0], size, n, branch, _RING_LAW[kind](n, size), name=i.name)

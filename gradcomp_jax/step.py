@@ -386,6 +386,9 @@ class _Jitted:
         lies = isinstance(first, jax.Array) and first.sharding.num_devices == self._devices
         return tree if lies else place(tree, self._mesh)
 
+    def trace(self, *args: Any) -> Any:
+        return in_automatic_axes(self._mesh, self._step.trace)(*args)
+
     def lower(self, *args: Any) -> Any:
         return in_automatic_axes(self._mesh, self._step.lower)(*args)
 

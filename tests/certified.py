@@ -20,14 +20,25 @@ def loss_fn(params, batch):
     return jnp.mean(batch**2)
 
 
+CYCLE = gc.gradiveq(16, train_steps=3, compress_steps=3, warmup_steps=1, compress=lambda path, leaf: True)
+IN_CYCLES = optax.chain(gc.across(CYCLE), optax.sgd(0.1))
+
+
 def trained(mesh, codec):
-    tx = optax.chain(codec, optax.sgd(0.1))
+    return stepping(mesh, optax.chain(codec, optax.sgd(0.1)))
+
+
+def stepping(mesh, tx):
     batch = jax.ShapeDtypeStruct((4 * mesh.size, SIZE), jnp.float32)
     return gc.train_step(loss_fn, tx, mesh), shapes(tx, PARAMS, batch, mesh)
 
 
 def across(mesh):
     return trained(mesh, gc.across(gc.qsgd(4, min_size=0)))
+
+
+def in_cycles(mesh):
+    return stepping(mesh, IN_CYCLES)
 
 
 def in_buckets(mesh):

@@ -6,10 +6,16 @@ import re
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 
 import gradcomp_jax as gc
+from gradcomp_jax import known
 from gradcomp_jax.certify import absent_mesh, certify, main
+from gradcomp_jax.picture import picture
 from tests import certified
 
 MISSING = "needs pip install 'gradcomp_jax[certify]'"
@@ -27,13 +33,88 @@ def codes(report):
 
 
 def test_cpus_send_what_the_state_counts():
-    report = report_of(certified.across, "cpu:2x4", declared={"between": 1.0})
+    report = report_of(certified.across, "cpu:2x4")
     assert report.totals["between"] < report.totals["inside"]
+    assert report.declared == pytest.approx(report.totals, abs=1)
     assert not codes(report)
     text = str(report)
     assert "all-gather" in text
-    assert "wire_bits counts 1" in text
+    assert f"wire_bits counts {report.declared['between']:,.0f}" in text
     assert json.loads(report.as_json())["totals"] == report.totals
+
+
+def test_what_is_counted_may_hang_on_the_state():
+    """It is told of a state that is given, and no figure is made up of one that is not."""
+    mesh = absent_mesh("cpu:2x4")
+    step, (params, state, batch) = certified.in_cycles(mesh)
+    assert certify(step, (params, state, batch), mesh).declared == {}
+    first = gc.init(certified.IN_CYCLES, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), params), mesh)
+    codec = first[0].codec
+    told = []
+    for position in (0, 4):  # before its first basis, and after
+        given = (first[0]._replace(codec=codec._replace(position=np.int32(position))), *first[1:])
+        told.append(certify(step, (params, given, batch), mesh).declared["between"])
+    assert told[1] < told[0]
+
+
+def test_no_state_counts_nothing():
+    assert report_of(certified.several, "cpu:2x4").declared == {}
+
+
+def test_what_hangs_on_nothing_is_known():
+    @jax.jit
+    def f(x, y, flag):
+        three = jnp.asarray([1, 2], jnp.int32).sum()
+        both = jax.lax.cond(flag, lambda: three + 1, lambda: three + x)
+        looped = jax.lax.fori_loop(0, 3, lambda i, c: c + 1, three)
+        return three, three + x, y[0], both, looped
+
+    shape = jax.ShapeDtypeStruct
+    given = f.trace(shape((), jnp.int32), np.arange(3), np.bool_(True)).jaxpr
+    outputs = known.outputs(given, [shape((), jnp.int32), np.arange(3), np.bool_(True)])
+    assert [outputs[i]() for i in (0, 2, 3)] == [3, 0, 4]
+    for i in (1, 4):
+        with pytest.raises(known.Unknown):
+            outputs[i]()
+
+
+def test_a_step_with_options_of_its_own():
+    """As they are for a jit that no other one calls."""
+
+    def program(mesh):
+        tx = optax.chain(gc.across(gc.qsgd(4, min_size=0)), optax.sgd(0.1))
+        batch = jax.ShapeDtypeStruct((32, certified.SIZE), jnp.float32)
+        options = {"xla_llvm_disable_expensive_passes": True}
+        step = gc.train_step(certified.loss_fn, tx, mesh, compiler_options=options)
+        return step, certified.shapes(tx, certified.PARAMS, batch, mesh)
+
+    assert report_of(program, "cpu:2x4").declared
+
+
+def test_the_picture():
+    report = report_of(certified.in_buckets, "cpu:2x4")
+    (axes,) = picture(report).axes
+    drawn = [bar for bar in axes.patches if bar.get_height() == pytest.approx(0.7)]
+    assert len(drawn) == sum(x.span is not None for x in report.sent)
+    assert axes.get_title(loc="left").startswith("cpu, 2 x 4: 0 of ")
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["work", "between", "inside"]
+    assert any(report.work.values())
+    assert any("all-reduce" in text.get_text() for text in axes.texts)
+
+
+def test_a_picture_of_much_is_packed():
+    """Without labels, where spans do not meet in one row."""
+    report = report_of(certified.in_buckets, "cpu:2x4")
+    report = report._replace(sent=report.sent * 20)
+    (axes,) = picture(report).axes
+    assert not axes.texts
+
+
+@pytest.mark.parametrize("path", ["no/such/folder/a.png", "a.unheard"])
+def test_a_picture_that_cannot_be_written(path, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["tests.certified:several", f"--plot={tmp_path / path}"])
+    assert f"error: --plot={tmp_path / path}: " in capsys.readouterr().err
 
 
 def test_what_all_devices_of_a_node_send_alike_is_found():
@@ -41,10 +122,12 @@ def test_what_all_devices_of_a_node_send_alike_is_found():
     assert "across(codec, slow='node', fast='local')" in finding.text
 
 
-def test_the_command():
+def test_the_command(tmp_path):
     command = [sys.executable, "-m", "gradcomp_jax.certify", "tests.certified:across", "--target=cpu:2x4", "--json"]
+    command.append(f"--plot={tmp_path / 'schedule.svg'}")
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert {row["link"] for row in told["sent"]} == {"between", "inside"}
+    assert "between" in (tmp_path / "schedule.svg").read_text()
 
 
 def test_the_experiment():

@@ -246,3 +246,58 @@ ENTRY %main (p: f32[4]) -> f32[4] {{
     (found,) = gc.collective_bytes(text)
     assert found.groups == groups
     assert found.crosses(2) == (len(groups) == 1 or groups[0] == (0, 2))
+
+
+# A ring between the slices of a TPU, whose compiler does not say how often a loop runs.
+RING_OF_SLICES = """HloModule step, is_scheduled=true, num_partitions=8
+
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %one = s32[]{:T(128)} constant(1)
+  %p = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  %part = f32[4]{0:T(128)} get-tuple-element(%p), index=1
+  %token = token[] after-all()
+  %send = (f32[4]{0:T(128)}, u32[], token[]) send(%part, %token), frontend_attributes={_xla_megascale_target={{100000->200000},{200000->100000}},_xla_megascale_transfer_type="ONE_TO_ONE"}
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %copy = s32[]{:T(128)S(6)} copy(%i)
+  %add = s32[]{:T(128)} add(%copy, %one)
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%add, %part)
+}
+
+%test (p: (s32[], f32[4])) -> pred[] {
+  %end = s32[]{:T(128)} constant(3)
+  %p.1 = (s32[]{:T(128)}, f32[4]{0:T(128)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%p.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %end), direction=LT
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0:T(128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(0)
+  %begin = s32[]{:T(128)} copy(%zero)
+  %tuple = (s32[]{:T(128)}, f32[4]{0:T(128)}) tuple(%begin, %x)
+  %while = (s32[]{:T(128)}, f32[4]{0:T(128)}) while(%tuple), condition=%test, body=%body
+  ROOT %got = f32[4]{0:T(128)} get-tuple-element(%while), index=1
+}
+"""  # noqa: E501
+
+
+def test_a_loop_whose_length_is_read_from_its_test():
+    (passed,) = gc.collective_bytes(RING_OF_SLICES)
+    assert (passed.kind, passed.operand_bytes, passed.ring_bytes) == ("collective-permute", 3 * 16, 3 * 16)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("constant(0)", "constant(1)"),
+        ("%one = s32[]{:T(128)} constant(1)", "%one = s32[]{:T(128)} constant(2)"),
+        ("direction=LT", "direction=LE"),
+        ("add(%copy", "multiply(%copy"),
+        ("%copy = s32[]{:T(128)S(6)} copy(%i)", "%copy = s32[]{:T(128)S(6)} negate(%i)"),
+        ("%end = s32[]{:T(128)} constant(3)", "%end = s32[]{:T(128)} parameter(1)"),
+        ("%begin = s32[]{:T(128)} copy(%zero)", "%begin = s32[]{:T(128)} parameter(1)"),
+    ],
+)
+def test_a_loop_that_counts_otherwise(old, new):
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        gc.collective_bytes(RING_OF_SLICES.replace(old, new))

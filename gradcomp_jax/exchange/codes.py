@@ -457,8 +457,8 @@ def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array
     scales = jnp.concatenate([coder.scale(y) for y in ys])
     # As integers, whose order is that of floats without their signs: a maximum of floats may drop a NaN, and of
     # Inf / Inf a processor makes a NaN that has a sign.
-    order, asking = wire.largest(lax.bitcast_convert_type(scales, jnp.int32) & 0x7FFFFFFF)
-    scales = lax.bitcast_convert_type(order, jnp.float32)
+    order, asking = wire.largest(lax.bitcast_convert_type(scales, jnp.int32).reshape(-1) & 0x7FFFFFFF)
+    scales = lax.bitcast_convert_type(order, jnp.float32).reshape(scales.shape)
     ok = agreed([within(scales, 2 * n * max(say.growth for say in says))], before)
     scales = jnp.where(ok, scales, 0)
     ends = [start // coder.unit for start in group.starts()]
@@ -466,12 +466,8 @@ def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array
     each = list(zip(ys, ends, ends[1:], keys, strict=False))
     mine = [coder.quantize_by(y, scales[a:b], k) for y, a, b, k in each]
     words = jnp.concatenate([pack_terms(x, coder.s, n) for x in mine])
-    if way == "ring":
-        sums, bits = wire.ring_total(words.reshape(-1))
-        sums = sums.reshape(words.shape)
-    else:
-        sums, bits = wire.total(words)
-    sums = unpack_sum(sums, coder.s, n)
+    sums, bits = (wire.ring_total if way == "ring" else wire.total)(words.reshape(-1))
+    sums = unpack_sum(sums.reshape(words.shape), coder.s, n)
     heard = []
     for say, y, own, (_, a, b, _) in zip(says, ys, mine, each, strict=True):
         values = [coder.of_integers(x, scales[a:b], n)[: y.shape[-1]] for x in (sums[a:b], own)]

@@ -34,9 +34,10 @@ from gradcomp_jax.views import always, filled, platform
 
 T = TypeVar("T")
 
-# On TPUs vectors lie in tiles of so many. A gather of one that fills no whole number of them becomes an all-reduce of
-# the gathered one, which sends twice as much, or puts each byte into a word of its own.
-TILE = 1024
+# On TPUs vectors lie in tiles of so many, short ones in lanes. A gather of one that fills no whole number of tiles
+# becomes an all-reduce of the gathered one, which sends twice as much, or puts each byte into a word of its own. What
+# is summed between slices the compiler fills up by itself.
+TILE, LANES = 1024, 128
 
 # What `front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
 FRONT_STEP = 1.25
@@ -235,7 +236,7 @@ class Wire:
 
     def total(self, tree: T) -> tuple[T, int]:
         """All-reduces every leaf to its sum. Integers wrap: their type must hold the sum."""
-        return self._sum(tree), _all_reduce_bits(tree, self.workers)
+        return self._all_reduce(self._sum, tree)
 
     def ring_total(self, x: jax.Array) -> tuple[jax.Array, int]:
         """The sum of a vector, added as it passes in a ring of our own instead of the platform's all-reduce."""
@@ -288,7 +289,19 @@ class Wire:
 
     def largest(self, tree: T) -> tuple[T, int]:
         """The elementwise maximum of every leaf, the same on all, by an all-reduce."""
-        return self._max(tree), _all_reduce_bits(tree, self.workers)
+        return self._all_reduce(self._max, tree)
+
+    def _all_reduce(self, reduce: Callable[[T], T], tree: T) -> tuple[T, int]:
+        sent = jax.tree.map(self._as_sent, tree)
+        got = jax.tree.map(lambda x, like: x[: like.size] if x.shape != like.shape else x, reduce(sent), tree)
+        return got, _all_reduce_bits(sent, self.workers)
+
+    def _as_sent(self, x: jax.Array) -> jax.Array:
+        """What is to be summed, as a TPU would fill it up between slices, so that it counts as what it is."""
+        if self.fast is None or x.ndim != 1 or platform() != "tpu":
+            return x
+        unit = TILE if x.size > LANES else LANES
+        return filled(x, -(-x.size // unit) * unit)
 
     def all_(self, flag: jax.Array) -> tuple[jax.Array, int]:
         """Whether `flag`, a truth value, holds on all workers; by an all-reduce of an int32."""

@@ -5,6 +5,7 @@
 Each chip then has a part of the work, and sends a part of the payload over the slow link.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 
 from gradcomp_jax.contract import First, Heard, OverShards, Say
 from gradcomp_jax.cuts import Cut
-from gradcomp_jax.exchange.collectives import Wire, after
+from gradcomp_jax.exchange.collectives import LANES, TILE, Wire, after
 from gradcomp_jax.exchange.ways import APART
-from gradcomp_jax.views import platform, split
+from gradcomp_jax.views import always, filled, platform, split
 
 
 def sum_into_shards(xs: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[list[jax.Array], int]:
@@ -33,30 +34,68 @@ def sum_into_shards(xs: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) ->
     """
     n, inside = wire.shards, wire.inside
     laid = [cut.lay(x, n) for x, cut in zip(xs, cuts, strict=True)]
-    placed = [cut.among(n) for cut in cuts]
+    axes = [cut.among(n).axis for cut in cuts]
+    is_apart = [_is_apart(x, axis, n) for x, axis in zip(laid, axes, strict=True)]
     shards: list[Any] = [None] * len(xs)
     sent = 0
-    for places in _grouped(laid):
-        if len(places) == 1:
-            (i,) = places
-            shards[i], bits = inside.sum_shards(laid[i], placed[i].axis)
+    for places in _grouped(is_apart, laid):
+        i, *_ = places
+        if is_apart[i]:
+            shards[i], bits = inside.sum_shards(laid[i], axes[i])
         else:
             parts = [cuts[i].split(xs[i], n) for i in places]
-            sums, bits = inside.sum_shards(jnp.concatenate([x.reshape(n, -1) for x in parts], axis=1))
-            mine = split(sums[0], [x[0].size for x in parts])
+            sums, bits = _sum_rows(jnp.concatenate([x.reshape(n, -1) for x in parts], axis=1), inside)
+            mine = split(sums, [x[0].size for x in parts])
             for i, x, part in zip(places, mine, parts, strict=True):
                 shards[i] = x.reshape(part.shape[1:])
         sent += bits
     return shards, sent
 
 
-def join(shards: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[list[jax.Array], int]:
+def _is_large(size: int) -> bool:
+    """Whether a copy of so many bytes, to be a part of one message with others, costs more than a message."""
+    return size > (APART // 32 if platform() == "tpu" else APART)
+
+
+def _is_apart(x: jax.Array, axis: int, n: int) -> bool:
+    """Whether what is laid for n shards along an axis is a message of its own, as it lies."""
+    large = _is_large(x.size * x.dtype.itemsize)
+    if platform() != "tpu":
+        return large
+    if not large or x.ndim == 1:
+        return False
+    # XLA leaves a reduce-scatter one if shards are tiles of 8 x 128, even in number, cut along their edges. Of others
+    # it makes all-reduces, which send twice as much (jax 0.10.2).
+    *lead, r, c = (1, *(length // n if i == axis else length for i, length in enumerate(x.shape)))
+    tiles = math.prod(lead) * -(-r // 8) * -(-c // 128)
+    edges = r >= 8 and c >= 128 if axis == x.ndim - 1 else c >= 64 and (r % 8 == 0 or axis < x.ndim - 2)
+    return edges and tiles % 2 == 0
+
+
+def _sum_rows(x: jax.Array, inside: Wire) -> tuple[jax.Array, int]:
+    """This chip's row of the sum of `x` [chips, k], and the bits that it sent; see `_is_apart`."""
+    k = x.shape[1]
+    if platform() != "tpu":
+        row, bits = inside.sum_shards(x)
+    elif k < 2 * TILE:  # filled up it would be more
+        total, bits = inside.total(x)
+        row = jax.lax.dynamic_index_in_dim(total, inside.index)
+    else:
+        tiled = filled(x, -(-k // (2 * TILE)) * 2 * TILE)
+        row, bits = inside.sum_shards(tiled.reshape(len(x), -1, LANES))
+    return row.reshape(-1)[:k], bits
+
+
+def join(
+    shards: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire, before: Sequence[jax.Array] = ()
+) -> tuple[list[jax.Array], int]:
     """The inverse, but for the sum: the tensors of which all chips have a shard, in the shapes in which they were cut.
 
     Args:
       shards: this chip's.
       cuts: how each tensor was cut.
       wire: the link between slices, which knows that inside.
+      before: what was joined before.
 
     Returns:
       The tensors, the same on all chips, and the bits that this chip sent.
@@ -64,11 +103,13 @@ def join(shards: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[
     n, inside = wire.shards, wire.inside
     xs: list[Any] = [None] * len(shards)
     sent = 0
-    for places in _grouped(shards):
-        if len(places) == 1:
-            (i,) = places
-            x, bits = inside.join_shards(shards[i], cuts[i].among(n).axis)
+    is_apart = [_is_large(x.size * x.dtype.itemsize) and (x.ndim > 1 or platform() != "tpu") for x in shards]
+    for places in _grouped(is_apart, shards):
+        i, *_ = places
+        if is_apart[i]:
+            x, bits = inside.join_shards(_in_turn(shards[i], before), cuts[i].among(n).axis)
             xs[i] = cuts[i].unlay(x, n)
+            before = [xs[i]]
         else:
             flat, bits = inside.gather(jnp.concatenate([shards[i].reshape(-1) for i in places]))
             pieces = split(flat, [shards[i].size for i in places])
@@ -78,14 +119,17 @@ def join(shards: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[
     return xs, sent
 
 
-def _grouped(xs: Sequence[jax.Array]) -> list[list[int]]:
-    """The places of those that share a message."""
+def _in_turn(x: jax.Array, before: Sequence[jax.Array]) -> jax.Array:
+    """`x`; on TPUs it waits for what was joined before, lest all tensors be whole before the first is used."""
+    first = [y[(0,) * y.ndim] for y in before if y.size]
+    return jnp.where(always(first), x, jnp.zeros_like(x)) if platform() == "tpu" and first else x
+
+
+def _grouped(is_apart: Sequence[bool], xs: Sequence[jax.Array]) -> list[list[int]]:
+    """The places of those that share a message: one for each type, of what is not apart."""
     groups: dict[Any, list[int]] = {}
-    # XLA makes an all-reduce, which sends twice as much, of a reduce-scatter of what was joined for it on TPUs.
-    apart = APART // 32 if platform() == "tpu" else APART
-    for place, x in enumerate(xs):
-        large = x.size * x.dtype.itemsize > apart
-        groups.setdefault(place if large else str(x.dtype), []).append(place)
+    for place, (alone, x) in enumerate(zip(is_apart, xs, strict=True)):
+        groups.setdefault(place if alone else str(x.dtype), []).append(place)
     return list(groups.values())
 
 

@@ -100,7 +100,7 @@ def unpack(
         # Of shards before they are joined: what is joined before all is known to be finite would have to be kept.
         got = {path: x if selected and path in mean else jnp.where(ok, x, 0) for path, x in got.items()}
         if wire.fast is not None:
-            got, more, bits = _joined(the, got, more, _beside(the, beside, place), wire)
+            got, more, bits = _joined(the, got, more, _beside(the, beside, place), wire, list(means.values()))
             sent += bits
         means |= {path: _turned(the, path, x, back=True).reshape(leaves[path].shape) for path, x in got.items()}
     return means, more, sent
@@ -139,11 +139,16 @@ def _in_shards(
 
 
 def _joined(
-    the: Plan, shards: Tensors, beside: list[jax.Array], like: list[jax.Array], wire: Wire
+    the: Plan,
+    shards: Tensors,
+    beside: list[jax.Array],
+    like: list[jax.Array],
+    wire: Wire,
+    before: list[jax.Array],
 ) -> tuple[Tensors, list[jax.Array], int]:
     """The inverse, but for the sum."""
     paths = [path for path in shards if path not in the.shards]
     cuts: list[Cut] = [*(the.cuts[path] for path in paths), *map(rows, like)]
-    whole, bits = inside.join([*(shards[path] for path in paths), *beside], cuts, wire)
+    whole, bits = inside.join([*(shards[path] for path in paths), *beside], cuts, wire, before)
     rest = [x.reshape(y.shape) for x, y in zip(whole[len(paths) :], like, strict=True)]
     return shards | dict(zip(paths, whole, strict=False)), rest, bits

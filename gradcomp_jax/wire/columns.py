@@ -126,9 +126,11 @@ def decode(data: jax.Array, shape: tuple[int, int], capacity: int) -> jax.Array:
     claimed = (column >= 0) & (lax.iota(jnp.uint32, capacity) + head < total)
     column = jnp.where(claimed, column, m)
     row = (entries >> 1).astype(jnp.int32)
-    value = recon.at[column, 1 - (entries & 1).astype(jnp.int32)].get(mode="fill", fill_value=0)
+    value = recon.reshape(-1).at[2 * column + 1 - (entries & 1).astype(jnp.int32)].get(mode="fill", fill_value=0)
     poison = jnp.sum(0 * recon)
-    return jnp.full((n, m), poison).at[row, column].set(value + poison, mode="drop")
+    # In a vector: of a matrix's places TPUs make arrays of whole tiles, and columns they lay as rows.
+    place = jnp.where(claimed & (row < n), row * m + column, n * m)
+    return jnp.full(n * m, poison).at[place].set(value + poison, mode="drop").reshape(n, m)
 
 
 def _entry_bytes(shape: tuple[int, ...]) -> int:
