@@ -13,10 +13,9 @@ from jax import lax
 from gradcomp_jax.coder import Coder, Message, Part
 from gradcomp_jax.contract import Sparse
 from gradcomp_jax.exchange.bits import total_bits
-from gradcomp_jax.exchange.collectives import vary_as
 from gradcomp_jax.exchange.ways import within
 from gradcomp_jax.random import key_of
-from gradcomp_jax.views import always, filled, split
+from gradcomp_jax.views import always, platform, split
 
 
 @functools.partial(
@@ -107,14 +106,10 @@ def encode_all(group: Group) -> Message:
         return jax.tree.map(lambda x: cut(x, n, count, axis), rows)
     if n == 1:
         return jax.tree.map(lambda x: x[None], coder.encode(group.ys[0], group.part(0, group.key(0, 0))))
-    places = jnp.arange(n, dtype=jnp.int32)
-    encode = lambda shard, index: coder.encode(shard, group.part(index, group.key(0, index)))  # noqa: E731
-    if not coder.branches(group.shape):
-        return jax.vmap(encode)(cut(group.ys[0], n, group.each), places)
+    shards = cut(group.ys[0], n, group.each), jnp.arange(n, dtype=jnp.int32)
+    encode = lambda shard: coder.encode(shard[0], group.part(shard[1], group.key(0, shard[1])))  # noqa: E731
     # One after another where there are branches: a shard's choice between them stays a choice.
-    y = filled(group.ys[0], n * group.each)
-    shard = lambda index: lax.dynamic_slice_in_dim(y, index * group.each, group.each, axis=-1)  # noqa: E731
-    return lax.map(lambda index: encode(shard(index), index), places)
+    return lax.map(encode, shards) if coder.branches(group.shape) else jax.vmap(encode)(shards)
 
 
 def encode_each(groups: list[Group]) -> list[Message]:
@@ -160,17 +155,10 @@ def decode_all(group: Group, messages: Message) -> list[jax.Array]:
         return [sparse.dense()]
     if group.shards == 1:
         return [group.restore(row(messages, 0))]
-    length = group.ys[0].shape[-1]
-    if not coder.branches(group.shape):
-        return [uncut(jax.vmap(group.restore)(messages))[..., :length]]
-
-    def placed(index: jax.Array, y: jax.Array) -> jax.Array:
-        shard = group.restore(row(messages, index), index)
-        return lax.dynamic_update_slice_in_dim(y, shard, index * group.each, axis=-1)
-
-    y = jnp.zeros((*group.shape[:-1], group.shards * group.each), jnp.float32)
-    y = functools.reduce(vary_as, jax.tree.leaves(messages), y)
-    return [lax.fori_loop(0, group.shards, placed, y)[..., :length]]
+    # On TPUs, which lay few columns in tiles of 128, memory holds the workings of one shard where those are large.
+    in_turn = platform() == "tpu" and coder.branches(group.shape)
+    shards = lax.map(group.restore, messages) if in_turn else jax.vmap(group.restore)(messages)
+    return [uncut(shards)[..., : group.ys[0].shape[-1]]]
 
 
 @functools.partial(jax.jit, inline=True)
