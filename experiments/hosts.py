@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
@@ -34,6 +34,8 @@ FLAGS = flags.FLAGS
 codecs.define_flags()
 flags.declare_key_flag("codec")  # in --help
 FLAGS.set_default("codec", "none,qsgd,signnorm,powersgd,topk")
+WAYS = ("all-reduce", "across", "each device all")
+flags.DEFINE_multi_enum("way", WAYS, WAYS, "Which ways to run.")
 flags.DEFINE_integer("rounds", 7, "Times each way is run; medians are reported.", lower_bound=1)
 flags.DEFINE_integer("devices", 4, "Devices of a host; CPUs stand for several.", lower_bound=1)
 flags.DEFINE_string("coordinator_address", None, "Of the first of several hosts, with a port.")
@@ -64,6 +66,8 @@ def ways(name: str, grads: Any, mesh: Mesh) -> dict[str, Way]:
     found = {}
     on_node = compressor(codec.codec, codec.settings._replace(axis_name="node"))
     for what, tx in {"across": gc.across(codec), "each device all": on_node}.items():
+        if what not in FLAGS.way:
+            continue
         alone = what == "each device all"
         specs = gc.state_specs(tx, params)
 
@@ -91,15 +95,14 @@ def all_reduced(grads: Any, mesh: Mesh) -> Way:
 def gradients(mesh: Mesh) -> Any:
     """ResNet-18's, another for each device, [hosts, devices, ...]."""
     shapes, tree = jax.tree.flatten(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))
-    lies = NamedSharding(mesh, P("node", "local"))
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    draw = jax.jit(
-        lambda keys: [
-            0.01 * jax.random.normal(k, (*mesh.devices.shape, *s)) for k, s in zip(keys, shapes, strict=True)
-        ],
-        out_shardings=[lies] * len(shapes),
-    )
-    return jax.tree.unflatten(tree, draw(keys))
+
+    def drawn() -> list[jax.Array]:  # where they are: a host that drew all would have to send them
+        key = jax.random.fold_in(jax.random.key(0), lax.axis_index(("node", "local")))
+        keys = jax.random.split(key, len(shapes))
+        return [0.01 * jax.random.normal(k, (1, 1, *s)) for k, s in zip(keys, shapes, strict=True)]
+
+    draw = jax.shard_map(drawn, mesh=mesh, in_specs=(), out_specs=P("node", "local"))
+    return jax.tree.unflatten(tree, jax.jit(draw)())
 
 
 def main() -> None:
@@ -113,7 +116,7 @@ def main() -> None:
         jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
     mesh = gc.make_mesh({"node": max(2, FLAGS.num_processes), "local": FLAGS.devices})
     grads = gradients(mesh)
-    timed = {"all-reduce": all_reduced(grads, mesh)}
+    timed = {"all-reduce": all_reduced(grads, mesh)} if "all-reduce" in FLAGS.way else {}
     for name in FLAGS.codec:
         timed |= ways(name, grads, mesh)
     times: dict[str, list[float]] = {label: [] for label in timed}

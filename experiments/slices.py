@@ -10,6 +10,8 @@ slices or nodes that have other work between start and end, by the options of `c
 """
 
 import functools
+import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +30,7 @@ import gradcomp_jax as gc
 from experiments import codecs, command
 from gradcomp_jax.certify import Report, absent_mesh, certify, shapes
 from gradcomp_jax.compressor import compressor
+from gradcomp_jax.picture import picture
 
 FLAGS = flags.FLAGS
 
@@ -36,7 +39,7 @@ flags.declare_key_flag("codec")  # in --help
 FLAGS.set_default("codec", "none,powersgd,randomk,onebit,qsgd,signnorm,topk")
 flags.DEFINE_string("target", "cpu:2x4", "Such as v5e:2x4, h100:2x8 or cpu:2x4; see gradcomp_jax.certify.")
 flags.DEFINE_integer("slices", 1, "Slices of a TPU.", lower_bound=1)
-
+flags.DEFINE_string("plot", None, "A folder for pictures of the schedules, by codec and way.")
 flags.DEFINE_integer("width", 2048, "Rows and columns of a weight.", lower_bound=1)
 flags.DEFINE_integer("leaves", 4, "How many weights.", lower_bound=1)
 flags.DEFINE_integer("rows", 64, "Rows of a batch on each chip.", lower_bound=1)
@@ -147,6 +150,8 @@ def main() -> None:
     if FLAGS.target.startswith("cpu:"):
         sizes = [int(x) for x in FLAGS.target.removeprefix("cpu:").split("x")]
         jax.config.update("jax_num_cpu_devices", sizes[0] * sizes[-1])
+    if FLAGS.plot:
+        pathlib.Path(FLAGS.plot).mkdir(parents=True, exist_ok=True)
     try:
         mesh = absent_mesh(FLAGS.target, FLAGS.slices)
     except (ImportError, ValueError) as error:
@@ -161,11 +166,15 @@ def main() -> None:
         rows += [(codecs.label(name), what, functools.partial(way, mesh, codec)) for what, way in WAYS.items()]
     options = gc.compiler_options(mesh.devices.flat[0].platform)
     for label, what, make in rows:
-        step, arguments = make()
         try:
-            table.add_row(label, what, *told(certify(step, arguments, mesh, compiler_options=options)))
+            report = certify(*make(), mesh, compiler_options=options)
         except ValueError as error:  # such as a loop of a length that the compiler does not state
             table.add_row(label, what, "", f"not told: {error}")
+            continue
+        table.add_row(label, what, *told(report))
+        if FLAGS.plot:
+            name = re.sub(r"\W+", "-", f"{label} {what}".strip())
+            picture(report).savefig(pathlib.Path(FLAGS.plot) / f"{name}.png", dpi=110)
     Console(highlight=False, width=110).print(table)
 
 
