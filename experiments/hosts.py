@@ -16,10 +16,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import flags, logging
 from jax import lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
@@ -36,6 +35,9 @@ flags.declare_key_flag("codec")  # in --help
 FLAGS.set_default("codec", "none,qsgd,signnorm,powersgd,topk")
 WAYS = ("all-reduce", "across", "each device all")
 flags.DEFINE_multi_enum("way", WAYS, WAYS, "Which ways to run.")
+flags.DEFINE_multi_integer(
+    "buckets", None, "In how many parts: each is a way of its own. Default: as the codec has it."
+)
 flags.DEFINE_integer("rounds", 7, "Times each way is run; medians are reported.", lower_bound=1)
 flags.DEFINE_integer("devices", 4, "Devices of a host; CPUs stand for several.", lower_bound=1)
 flags.DEFINE_string("coordinator_address", None, "Of the first of several hosts, with a port.")
@@ -62,26 +64,34 @@ def ways(name: str, grads: Any, mesh: Mesh) -> dict[str, Way]:
     """The ways of a codec, by what to call them."""
     course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
     codec, label = codecs.from_flags(name, 0, course), codecs.label(name)
-    params, devices = jax.tree.map(lambda x: np.zeros(x.shape[2:], x.dtype), grads), mesh.shape["local"]
     found = {}
-    on_node = compressor(codec.codec, codec.settings._replace(axis_name="node"))
-    for what, tx in {"across": gc.across(codec), "each device all": on_node}.items():
-        if what not in FLAGS.way:
-            continue
-        alone = what == "each device all"
-        specs = gc.state_specs(tx, params)
-
-        def worker(grads: Any, state: Any, tx: Any = tx, alone: bool = alone) -> tuple[Any, Any]:
-            mine = jax.tree.map(lambda x: x[0, 0], grads)
-            mine = lax.pmean(mine, "local") if alone else mine
-            means, state = tx.update(mine, gc.local_state(state))
-            return means, gc.global_state(state)
-
-        in_specs, out_specs = (P("node", "local"), specs), (P(), specs)
-        step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs), donate_argnums=1)
-        bits = lambda state: devices * gc.wire_bits(state).last  # noqa: E731
-        found[f"{label}, {what}"] = Way(step, gc.init(tx, params, mesh), bits)
+    for buckets in FLAGS.buckets or [codec.settings.buckets]:
+        said = f", {buckets} parts" if FLAGS.buckets else ""
+        settings = codec.settings._replace(axis_name="node", buckets=buckets)
+        on_node = compressor(codec.codec, settings)
+        if "across" in FLAGS.way:
+            found[f"{label}, across{said}"] = exchanged_by(gc.across(on_node), grads, mesh, alone=False)
+        if "each device all" in FLAGS.way:
+            found[f"{label}, each device all{said}"] = exchanged_by(on_node, grads, mesh, alone=True)
     return found
+
+
+def exchanged_by(tx: gc.Compressor, grads: Any, mesh: Mesh, alone: bool) -> Way:
+    """An exchange by `tx`; alone: of what the devices of a host have averaged before."""
+    # Zeros that are made on every host: what one host has, jax compares over the link with the others'.
+    zeros = lambda grads: jax.tree.map(lambda x: jnp.zeros(x.shape[2:], x.dtype), grads)  # noqa: E731
+    params, devices = jax.jit(zeros, out_shardings=NamedSharding(mesh, P()))(grads), mesh.shape["local"]
+    specs = gc.state_specs(tx, params)
+
+    def worker(grads: Any, state: Any) -> tuple[Any, Any]:
+        mine = jax.tree.map(lambda x: x[0, 0], grads)
+        mine = lax.pmean(mine, "local") if alone else mine
+        means, state = tx.update(mine, gc.local_state(state))
+        return means, gc.global_state(state)
+
+    in_specs, out_specs = (P("node", "local"), specs), (P(), specs)
+    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=in_specs, out_specs=out_specs), donate_argnums=1)
+    return Way(step, gc.init(tx, params, mesh), lambda state: devices * gc.wire_bits(state).last)
 
 
 def all_reduced(grads: Any, mesh: Mesh) -> Way:
