@@ -66,10 +66,10 @@ def _rows(spans: list[tuple[int, int]]) -> list[int]:
 def _draw(axes: Axes, bars: list[tuple[Any, int, int]], rows: list[int]) -> None:
     for (x, start, done), row in zip(bars, rows, strict=True):
         color = COLORS[x.link]
-        face = "none" if start == done else color
-        axes.barh(row, done + 1 - start, left=start, height=0.7, facecolor=face, edgecolor=color, align="center")
+        face, edge = ("none", color) if start == done else (color, "white")
+        axes.barh(row, done + 1 - start, left=start, height=0.7, facecolor=face, edgecolor=edge, align="center")
         if len(bars) <= LABELLED:
-            text = f" {x.collective.kind}, {x.collective.ring_bytes / 1e3:,.3g} kB "
+            text = f" {x.collective.kind}, {x.collective.ring_bytes / 1e6:,.3g} MB "
             left = done < 0.8 * axes.dataLim.xmax
             axes.text(done + 1 if left else start, row, text, va="center", ha="left" if left else "right", fontsize=7)
 
