@@ -220,11 +220,11 @@ def certify(
     order = schedule(compiled)
     link = lambda c: "between" if c.crosses(per_node) else "inside"  # noqa: E731
     sent = [Sent(c, link(c), order.spans.get(c.name)) for c in collective_bytes(compiled)]
-    traced = list(_traced(lowered.as_text()))
+    traced = list(_traced(lowered.as_text(), mesh))
     findings = [
         *_narrow_types(platform, traced),
         *_scattered(sent, traced),
-        *_merged(sent, traced, per_node),
+        *_merged(sent, traced),
         *_repeated(program.jaxpr.jaxpr, mesh),
         *_quantised(platform, compiler_options or {}),
     ]
@@ -263,18 +263,22 @@ class _Traced(NamedTuple):
     kind: str
     dtype: str
     size: int
-    groups: list[list[int]]
+    crosses: bool  # goes between slices or nodes
 
 
-def _traced(text: str) -> Iterator[_Traced]:
-    """The collectives of a program before it is compiled."""
+def _traced(text: str, mesh: Mesh) -> Iterator[_Traced]:
+    """The collectives of a program before it is compiled; groups are written as lists, by jax 0.12 as axes."""
+    slow, per_node = mesh.axis_names[0], mesh.size // mesh.devices.shape[0]
     names = "|".join(COLLECTIVES)
     for found in re.finditer(rf'"stablehlo\.({names})"\(.*? : \((tensor<[^)]*)\) -> ', text, re.S):
+        axes = re.findall(r'axis_ref<name = "(\w+)"', found[0])
         groups = re.search(r"replica_groups = dense<(\[\[.*?\]\])>", found[0])
+        parts = json.loads(groups[1]) if groups else []
+        crosses = slow in axes or any(len({device // per_node for device in part}) > 1 for part in parts)
         for dims, dtype in re.findall(r"tensor<((?:\d+x)*)(\w+)>", found[2]):
             bits = int(re.sub(r"\D", "", dtype.partition("E")[0]) or 8)
             size = math.prod(int(x) for x in dims.split("x") if x) * bits // 8
-            yield _Traced(found[1], dtype, size, json.loads(groups[1]) if groups else [])
+            yield _Traced(found[1], dtype, size, crosses)
 
 
 def _narrow_types(platform: str, traced: list[_Traced]) -> Iterator[Finding]:
@@ -306,10 +310,9 @@ def _scattered(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
         )
 
 
-def _merged(sent: list[Sent], traced: list[_Traced], per_node: int) -> Iterator[Finding]:
+def _merged(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
     """Collectives that XLA made one of several."""
-    crosses = lambda groups: any(len({device // per_node for device in group}) > 1 for group in groups)  # noqa: E731
-    asked = sum(crosses(t.groups) for t in traced)
+    asked = sum(t.crosses for t in traced)
     got = sum(x.link == "between" for x in sent)
     if 0 < got < asked:
         yield Finding(
