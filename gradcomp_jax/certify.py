@@ -39,6 +39,8 @@ from gradcomp_jax.step import make_mesh
 # What differs by less is not told of.
 LITTLE = 4096
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "collective_permute")
+# Figures of GPUs as XLA's own descriptions have them (openxla/xla, gpu/target_config/specs).
+GPUS = pathlib.Path(__file__).parent / "gpus"
 QUANTISED = "xla_tpu_quantized_all_reduce_level"
 
 
@@ -127,8 +129,8 @@ def absent_mesh(target: str, slices: int = 1, axes: tuple[str, str] = ("node", "
     """A mesh of devices that are not there, or of CPUs, to compile for.
 
     Args:
-      target: "h100:2x8" (hosts x devices) and other GPUs that are described in this package; "v5e:2x4" and the like, a
-        TPU's topology; or "cpu:2x4", emulated devices, which are there.
+      target: "h100:2x8" (hosts x devices), "a100:2x8", "b200:2x8", or a file in which XLA describes another GPU,
+        "mine.txtpb:2x8"; "v5e:2x4" and the like, a TPU's topology; or "cpu:2x4", emulated devices, which are there.
       slices: of a TPU, how many slices of that topology.
       axes: the names of the slow axis and the fast one.
 
@@ -136,11 +138,13 @@ def absent_mesh(target: str, slices: int = 1, axes: tuple[str, str] = ("node", "
       ValueError: target is not understood, by us or by its compiler.
       ImportError: the compiler is not installed.
     """
-    kind, _, shape = target.partition(":")
+    kind, _, shape = target.rpartition(":")
     if not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ValueError(f"target={target!r} must be such as 'h100:2x8', 'v5e:2x4' or 'cpu:2x4'")
     sizes = [int(x) for x in shape.split("x")]
-    described = pathlib.Path(__file__).parent / "gpus" / f"{kind}.txtpb"
+    described = pathlib.Path(kind if kind.endswith(".txtpb") else GPUS / f"{kind}.txtpb")
+    if kind.endswith(".txtpb") and not described.exists():
+        raise ValueError(f"target={target!r}: there is no file {kind!r}, in which XLA describes a GPU")
     if (kind == "cpu" or described.exists()) and len(sizes) != 2:
         raise ValueError(f"target={target!r} must say how many hosts of how many devices: {kind}:2x8")
     if kind == "cpu":

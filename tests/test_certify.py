@@ -14,7 +14,7 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax import known
-from gradcomp_jax.certify import absent_mesh, certify, main
+from gradcomp_jax.certify import GPUS, absent_mesh, certify, main
 from gradcomp_jax.picture import picture
 from tests import certified
 
@@ -138,7 +138,7 @@ def test_the_experiment():
     assert "not told" not in told
 
 
-@pytest.mark.parametrize("target", ["cpu", "h100:16", "v5e:", "nothing"])
+@pytest.mark.parametrize("target", ["cpu", "h100:16", "v5e:", "nothing", "nothing.txtpb:2x8"])
 def test_targets_that_are_none(target):
     with pytest.raises(ValueError, match="target="):
         absent_mesh(target)
@@ -167,6 +167,11 @@ class TestGPU:
     )
     def test_faults_are_found(self, program, code):
         assert code in codes(report_of(getattr(certified, program), "h100:2x8"))
+
+    @pytest.mark.parametrize("target", ["a100:2x8", "b200:2x8", f"{GPUS}/h100.txtpb:2x8"])
+    def test_other_gpus(self, target):
+        report = report_of(certified.across, target)
+        assert report.declared == pytest.approx(report.totals, abs=1)
 
 
 @tpu
