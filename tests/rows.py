@@ -207,7 +207,7 @@ def shared_row(id: str, bits: int, bucket: int, aggregate: str, error_feedback: 
     def rebuild(recorded, state, shapes, riding):
         del state
         (scale, *_, numbers), rode = decoders.alone(recorded, riding, aggregate)
-        scale = scale.max(0).view(np.float32).astype(np.float64)
+        scale = scale.max(0).view(np.float32).astype(np.float64).reshape(-1, 1)
         n = len(numbers)
         gain = contraction(bits, n * bucket) if error_feedback else 1.0
         words = np.roll(numbers, 1, axis=0) if aggregate == "ring" else numbers.sum(0, dtype=np.uint32)

@@ -131,7 +131,8 @@ def wire_bits(opt_state: Any, link: str = "between") -> WireBits:
     Skipped steps count: their gradients were not finite, but they travelled. The loss, auxiliary outputs and batch
     statistics of `train_step` count too, because they ride in the codec's messages; beside several codecs they travel
     apart, and do not. `average` is not counted: it stands for the links on which bytes are cheap. A count that the ring
-    law makes a fraction, as among three workers, is rounded up.
+    law makes a fraction, as among three workers, is rounded up. Inside a TPU's slice its compiler may make all-reduces
+    of reduce-scatters, which send twice as much; `gradcomp_jax.certify` tells where.
 
     Args:
       opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be

@@ -294,14 +294,27 @@ class Wire:
     def _all_reduce(self, reduce: Callable[[T], T], tree: T) -> tuple[T, int]:
         sent = jax.tree.map(self._as_sent, tree)
         got = jax.tree.map(lambda x, like: x[: like.size] if x.shape != like.shape else x, reduce(sent), tree)
-        return got, _all_reduce_bits(sent, self.workers)
+        return got, _all_reduce_bits(jax.tree.map(self._tiled, sent), self.workers)
+
+    @property
+    def _fills(self) -> bool:
+        """Whether what is summed is filled up by the compiler: between the slices of TPUs."""
+        return self.fast is not None and platform() == "tpu"
 
     def _as_sent(self, x: jax.Array) -> jax.Array:
-        """What is to be summed, as a TPU would fill it up between slices, so that it counts as what it is."""
-        if self.fast is None or x.ndim != 1 or platform() != "tpu":
+        """A vector that is to be summed, filled up as it would be, so that it counts as what it is."""
+        if not self._fills or x.ndim != 1:
             return x
         unit = TILE if x.size > LANES else LANES
         return filled(x, -(-x.size // unit) * unit)
+
+    def _tiled(self, x: jax.Array) -> Any:
+        """What is to be summed, in the shape to which it will be filled up."""
+        if not self._fills or x.ndim < 2:
+            return x
+        *lead, r, c = x.shape
+        rows = TILE // LANES
+        return jax.ShapeDtypeStruct((*lead, -(-r // rows) * rows, -(-c // LANES) * LANES), x.dtype)
 
     def all_(self, flag: jax.Array) -> tuple[jax.Array, int]:
         """Whether `flag`, a truth value, holds on all workers; by an all-reduce of an int32."""

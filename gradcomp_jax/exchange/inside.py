@@ -14,9 +14,12 @@ import jax.numpy as jnp
 
 from gradcomp_jax.contract import First, Heard, OverShards, Say
 from gradcomp_jax.cuts import Cut
-from gradcomp_jax.exchange.collectives import LANES, TILE, Wire, after
+from gradcomp_jax.exchange.collectives import TILE, Wire, after
 from gradcomp_jax.exchange.ways import APART
 from gradcomp_jax.views import always, filled, platform, split
+
+# A TPU's compiler leaves a reduce-scatter of [n, r, 1024 m] one where r is from the one to the other (jax 0.10.2).
+ROWS = 5, 1024
 
 
 def sum_into_shards(xs: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[list[jax.Array], int]:
@@ -64,12 +67,12 @@ def _is_apart(x: jax.Array, axis: int, n: int) -> bool:
         return large
     if not large or x.ndim == 1:
         return False
-    # XLA leaves a reduce-scatter one if shards are tiles of 8 x 128, even in number, cut along their edges. Of others
-    # it makes all-reduces, which send twice as much (jax 0.10.2).
+    # XLA leaves most reduce-scatters ones if shards are tiles of 8 x 128, even in number, cut along their edges. Of the
+    # others it makes all-reduces, which send twice as much (jax 0.10.2); certify tells which.
     *lead, r, c = (1, *(length // n if i == axis else length for i, length in enumerate(x.shape)))
     tiles = math.prod(lead) * -(-r // 8) * -(-c // 128)
-    edges = r >= 8 and c >= 128 if axis == x.ndim - 1 else c >= 64 and (r % 8 == 0 or axis < x.ndim - 2)
-    return edges and tiles % 2 == 0
+    at_edges = r >= 8 and c % 128 == 0 if axis == x.ndim - 1 else c >= 128 and (r % 8 == 0 or axis < x.ndim - 2)
+    return at_edges and tiles % 2 == 0
 
 
 def _sum_rows(x: jax.Array, inside: Wire) -> tuple[jax.Array, int]:
@@ -77,12 +80,13 @@ def _sum_rows(x: jax.Array, inside: Wire) -> tuple[jax.Array, int]:
     k = x.shape[1]
     if platform() != "tpu":
         row, bits = inside.sum_shards(x)
-    elif k < 2 * TILE:  # filled up it would be more
+    elif 2 * k < ROWS[0] * TILE:  # filled up it would be more
         total, bits = inside.total(x)
         row = jax.lax.dynamic_index_in_dim(total, inside.index)
     else:
-        tiled = filled(x, -(-k // (2 * TILE)) * 2 * TILE)
-        row, bits = inside.sum_shards(tiled.reshape(len(x), -1, LANES))
+        width = -(-k // (ROWS[1] * TILE)) * TILE
+        tiled = filled(x, max(ROWS[0], -(-k // width)) * width)
+        row, bits = inside.sum_shards(tiled.reshape(len(x), -1, width))
     return row.reshape(-1)[:k], bits
 
 
