@@ -1,7 +1,7 @@
 """What a step will send on hardware that is not there: it is compiled for that, and read.
 
     python -m gradcomp_jax.certify module:function --target=v5e:2x4 --slices=2
-    python -m gradcomp_jax.certify module:function --target=h100:2x8 --json
+    python -m gradcomp_jax.certify module:function --target=h100:2x8 --json --plot=schedule.png
 
 `function(mesh)` returns a jitted step and its arguments, arrays or their shapes, as
 `lambda mesh: (train_step(loss_fn, tx, mesh), shapes(tx, params, batch, mesh))` does; the mesh has the axes "node" and
