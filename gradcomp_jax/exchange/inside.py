@@ -14,12 +14,9 @@ import jax.numpy as jnp
 
 from gradcomp_jax.contract import First, Heard, OverShards, Say
 from gradcomp_jax.cuts import Cut
-from gradcomp_jax.exchange.collectives import TILE, Wire, after
+from gradcomp_jax.exchange.collectives import LANES, TILE, Wire, after
 from gradcomp_jax.exchange.ways import APART
 from gradcomp_jax.views import always, filled, platform, split
-
-# A TPU's compiler leaves a reduce-scatter of [n, r, 1024 m] one where r is from the one to the other (jax 0.10.2).
-ROWS = 5, 1024
 
 
 def sum_into_shards(xs: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[list[jax.Array], int]:
@@ -80,13 +77,12 @@ def _sum_rows(x: jax.Array, inside: Wire) -> tuple[jax.Array, int]:
     k = x.shape[1]
     if platform() != "tpu":
         row, bits = inside.sum_shards(x)
-    elif 2 * k < ROWS[0] * TILE:  # filled up it would be more
+    elif k < 2 * TILE:  # filled up it would be more
         total, bits = inside.total(x)
         row = jax.lax.dynamic_index_in_dim(total, inside.index)
     else:
-        width = -(-k // (ROWS[1] * TILE)) * TILE
-        tiled = filled(x, max(ROWS[0], -(-k // width)) * width)
-        row, bits = inside.sum_shards(tiled.reshape(len(x), -1, width))
+        tiled = filled(x, -(-k // (2 * TILE)) * 2 * TILE)
+        row, bits = inside.sum_shards(tiled.reshape(len(x), -1, LANES))
     return row.reshape(-1)[:k], bits
 
 
