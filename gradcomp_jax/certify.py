@@ -91,7 +91,7 @@ class Report(NamedTuple):
 
     @property
     def totals(self) -> dict[str, float]:
-        """Bytes that a device sends by the ring laws, by link."""
+        """Bytes that a device sends by the ring laws, by link; of a conditional those of all its branches."""
         of = lambda link: sum(x.collective.ring_bytes for x in self.sent if x.link == link)  # noqa: E731
         return {link: of(link) for link in ("between", "inside")}
 
