@@ -14,16 +14,10 @@ from gradcomp_jax.agreement import update_of
 from gradcomp_jax.compressor import is_compressor_state, skipped
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
-from gradcomp_jax.sharding import (
-    PerWorker,
-    alone,
-    in_automatic_axes,
-    is_per_worker,
-    place,
-    require_state,
-    shard_batch,
-    whole_of,
-)
+from gradcomp_jax.mesh import in_automatic_axes
+from gradcomp_jax.placing import place, shard_batch
+from gradcomp_jax.resizing import alone, whole_of
+from gradcomp_jax.sharding import PerWorker, is_per_worker, require_state
 from gradcomp_jax.step import simulate, train_step
 from gradcomp_jax.views import widen
 

@@ -10,7 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gradcomp_jax.cuts import Cut
-from gradcomp_jax.sharding import PerWorker, automatic, is_per_worker, lies_on, place, resize_workers, specs_of
+from gradcomp_jax.mesh import automatic
+from gradcomp_jax.placing import lies_on, place
+from gradcomp_jax.resizing import resize_workers
+from gradcomp_jax.sharding import PerWorker, is_per_worker, specs_of
 
 
 def restore(

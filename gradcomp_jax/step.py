@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import beside
 from gradcomp_jax.agreement import Shapes, require_agreement, update_of
-from gradcomp_jax.arguments import is_whole, own, require_mesh, shown
+from gradcomp_jax.arguments import own
 from gradcomp_jax.compressor import Delivered, compressor_states, is_compressor_state, skipped_steps
 from gradcomp_jax.contract import require_whole
 from gradcomp_jax.entry import checked, require_rest
@@ -22,61 +22,16 @@ from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.loss import UntypedError, own_gradients, require_unconstrained
 from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
+from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
 from gradcomp_jax.notes import note
-from gradcomp_jax.sharding import (
-    automatic,
-    global_state,
-    in_automatic_axes,
-    is_per_worker,
-    local_state,
-    place,
-    require_divisible,
-    require_state,
-    state_specs,
-)
+from gradcomp_jax.placing import place, require_divisible
+from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
 from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
 
 Step = Callable[..., tuple[Any, ...]]
 
 # The optimiser's state of a parameter of fewer elements is copied in less than it takes to compile what saves that.
 LARGE = 2**15
-
-
-def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
-    """A device mesh for `train_step`.
-
-    Args:
-      workers: how many devices to lay along the axis "data"; or axis names with their sizes, such as
-        `{"node": 2, "local": 4}`; by default all devices there are, along "data".
-
-    Returns:
-      A mesh with automatic axes, which take ordinary arrays.
-
-    Raises:
-      ValueError: there are fewer devices.
-    """
-    available = jax.device_count()
-    if not isinstance(workers, Mapping):
-        workers = {"data": available if workers is None else workers}
-    if not workers:
-        raise ValueError("a mesh needs an axis of workers, such as make_mesh({'data': 4})")
-    needed = 1
-    for name, size in workers.items():
-        if not is_whole(size) or size < 1:
-            raise ValueError(
-                f"axis {name!r} of the mesh has {shown(size)} workers, it needs at least 1, a whole number"
-            )
-        needed *= size
-    if needed > available:
-        raise ValueError(
-            f"a mesh of {dict(workers)} needs {needed} devices, jax has {available}; a CPU can stand for "
-            f"several: jax.config.update('jax_num_cpu_devices', {needed}) before jax is first used, or use "
-            "simulate(), which needs one device only"
-        )
-    devices = jax.devices()[:needed]
-    return jax.make_mesh(
-        tuple(workers.values()), tuple(workers), axis_types=(AxisType.Auto,) * len(workers), devices=devices
-    )
 
 
 def train_step(
