@@ -14,7 +14,7 @@ from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
 from gradcomp_jax.sharding import PerWorker, leading_of, map_per_worker, specs_of
 
 
-def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
+def resize_workers(opt_state: Any, mesh: Mesh | int | None = None) -> Any:
     """The optimiser's state for another number of workers.
 
     From n to m workers, where m divides n, a new worker gets the mean over n / m old ones; otherwise each gets
@@ -24,7 +24,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int) -> Any:
     Args:
       opt_state: the global form, as `init` and the steps return it, or as read from a checkpoint. With several
         processes it must lie on the devices of `mesh`.
-      mesh: the new mesh; or, for `simulate`, the new number of workers.
+      mesh: the new mesh, by default of all devices; or, for `simulate`, the new number of workers.
 
     Returns:
       The global form for the new workers, sharded over the mesh.
