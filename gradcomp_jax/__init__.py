@@ -32,6 +32,7 @@ from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
+from gradcomp_jax.parallel import data_parallel
 from gradcomp_jax.placing import init, place, shard_batch
 from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
@@ -85,6 +86,7 @@ __all__ = [
     "code_bits",
     "collective_bytes",
     "compiler_options",
+    "data_parallel",
     "delayed",
     "ef_momentum",
     "flush",

@@ -5,11 +5,10 @@ types: a scan whose carry starts from a constant, a conditional with a constant 
 zeros. Their step is traced without types.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -17,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax import beside
 from gradcomp_jax.entry import Form
 from gradcomp_jax.exchange import collectives
+from gradcomp_jax.known import equations
 from gradcomp_jax.views import widen
 
 _CONSTRAINED = (
@@ -135,7 +135,7 @@ def require_unconstrained(loss_fn: Callable[..., Any], params: Any, rest: Any, m
         if "with_sharding_constraint" in str(error):
             raise ValueError(_CONSTRAINED.format(what="", axes=mesh.axis_names)) from error
         raise
-    for equation in _equations(jaxpr.jaxpr):
+    for equation in equations(jaxpr.jaxpr):
         if equation.primitive.name == "sharding_constraint" and not _everywhere(equation.params["sharding"]):
             what = f" of shape {equation.invars[0].aval.shape} to {equation.params['sharding']}"
             raise ValueError(_CONSTRAINED.format(what=what, axes=mesh.axis_names))
@@ -143,11 +143,3 @@ def require_unconstrained(loss_fn: Callable[..., Any], params: Any, rest: Any, m
 
 def _everywhere(sharding: Any) -> bool:
     return isinstance(sharding, NamedSharding) and not any(sharding.spec)
-
-
-def _equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[Any]:
-    """All equations, those of loops, branches and functions inside included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from _equations(inner)

@@ -255,7 +255,7 @@ def _worker_step(
         states = []
         if form.has_state:
             states = [beside.model_state(model_state, rest[0], floats, wire.largest(others)[0], kept)]
-        kept = _once_stored(kept, new_params)
+        kept = once_stored(kept, new_params)
         aux = beside.arrived(aux, hows, aux_means, wire.workers, own)
         return new_params, keep_state(kept, new_opt_state, opt_state), *states, loss, *([aux] if form.has_aux else [])
 
@@ -298,9 +298,14 @@ def _update_beside(
     if arrived:
         state = jax.tree.map(lambda x: x.state if _is_delivered(x) else x, state, is_leaf=_is_delivered)
         return updates, state, arrived[0].beside
-    leaves, treedef = jax.tree.flatten(collectives.after(riders, compressor_states(state)))
-    sent = ways.exact([], [widen(x) for x in leaves], Wire(axes), [], ring=False, before=None)
-    return updates, state, jax.tree.unflatten(treedef, sent.rode)
+    return updates, state, apart(collectives.after(riders, compressor_states(state)), Wire(axes))
+
+
+def apart(riders: Any, wire: Wire) -> Any:
+    """The means over the workers of floating arrays, in a message of their own."""
+    leaves, treedef = jax.tree.flatten(riders)
+    sent = ways.exact([], [widen(x) for x in leaves], wire, [], ring=False, before=None)
+    return jax.tree.unflatten(treedef, sent.rode)
 
 
 def _is_delivered(x: Any) -> bool:
@@ -309,10 +314,10 @@ def _is_delivered(x: Any) -> bool:
 
 def keep(kept: jax.Array, new: Any, old: Any) -> Any:
     """`new`, or `old` in a step that was skipped."""
-    return jax.tree.map(lambda n, o: jnp.where(kept, n, o), new, old)
+    return jax.tree.map(lambda n, o: jnp.where(kept, n, o if o.dtype == n.dtype else o.astype(n.dtype)), new, old)
 
 
-def _once_stored(kept: jax.Array, params: Any) -> jax.Array:
+def once_stored(kept: jax.Array, params: Any) -> jax.Array:
     """`kept`, on CPUs known only once there are the new parameters.
 
     These are computed from the optimiser's state as it was before the step, and what selects by this flag overwrites
