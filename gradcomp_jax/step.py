@@ -167,6 +167,10 @@ def simulate(
 ) -> Step:
     """The twin of `train_step` with all workers on one device, by vmap: the same numbers, no mesh.
 
+    On several devices it is data parallelism by XLA's own partitioning, under plain `jax.jit`. Give it a batch that
+    lies on them, by `shard_batch(batch)`, and `place((params, opt_state))`. A codec that sums sends there what
+    `wire_bits` counts, or less: GradiVeQ's bases are counted, but XLA need not send them. One that gathers, shuffles or goes round a ring is refused there.
+
     Args:
       loss_fn: as in `train_step`.
       tx: as in `train_step`.
@@ -184,7 +188,8 @@ def simulate(
       A step as `train_step` returns it, for an opt_state from `init(tx, params, workers)`.
 
     Raises:
-      ValueError: when called, as in `train_step`; a loss that is reduced already cannot be seen here.
+      ValueError: when called, as in `train_step`; a loss that is reduced already cannot be seen here. Or a codec does
+        not sum, and the batch lies on several devices.
     """
     form = Form(has_state, has_aux, rng, shared)
     loss_fn, workers = checked(loss_fn, tx, form, accumulate), own("workers", workers)
