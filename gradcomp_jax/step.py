@@ -169,7 +169,8 @@ def simulate(
 
     On several devices it is data parallelism by XLA's own partitioning, under plain `jax.jit`. Give it a batch that
     lies on them, by `shard_batch(batch)`, and `place((params, opt_state))`. A codec that sums sends there what
-    `wire_bits` counts, or less: GradiVeQ's bases are counted, but XLA need not send them. One that gathers, shuffles or goes round a ring is refused there.
+    `wire_bits` counts, or less: GradiVeQ's bases are counted, but XLA need not send them. One that gathers, shuffles or
+    goes round a ring is refused there.
 
     Args:
       loss_fn: as in `train_step`.
