@@ -1,5 +1,6 @@
 """A jitted step that looks at what it is called with, before jax does."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 from gradcomp_jax.compressor import skipped_steps
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.mesh import in_automatic_axes
+from gradcomp_jax.modules import is_module
 from gradcomp_jax.placing import in_global_form, is_train_state, place
 
 
@@ -81,8 +83,10 @@ class Step(Jitted):
         has_state: bool,
         donate: bool,
         compiler_options: dict[str, Any] | None,
+        on_modules: Callable[[], Callable[..., Any]],
     ):
         super().__init__(mesh)
+        self._on_modules = functools.cache(on_modules)
         self._has_state = has_state
         jitted = lambda f, count: jax.jit(  # noqa: E731
             f, donate_argnums=tuple(range(count + has_state)) if donate else (), compiler_options=compiler_options
@@ -92,6 +96,8 @@ class Step(Jitted):
         self._spread = jitted(by_compiler, 2), jitted(held(by_compiler), 1)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        if args and is_module(args[0]):
+            return self._on_modules()(*args)
         own = 1 if args and is_train_state(args[0]) else 2
         rest = args[own:]
         if len(rest) > self._has_state:
