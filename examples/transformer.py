@@ -73,7 +73,7 @@ def main():
     args = parser.parse_args()
     model = Transformer()
     params = model.init(jax.random.key(0), jnp.zeros((1, LENGTH), jnp.int32), train=False)["params"]
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, 20, args.steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, args.steps // 10, args.steps)
     decayed = jax.tree.map(lambda x: x.ndim > 1, params)
     tx = optax.chain(gcj.powersgd(rank=4), optax.clip_by_global_norm(1.0), optax.adamw(schedule, mask=decayed))
     state, first = TrainState.create(apply_fn=model.apply, params=params, tx=tx), 0

@@ -35,9 +35,7 @@ def main():
         params, opt_state, loss = step(params, opt_state, {"image": images[rows], "label": labels[rows]})
         if i % 10 == 9:
             between, inside = (gcj.wire_bits(opt_state, link).last / 8e3 for link in ("between", "inside"))
-            print(
-                f"step {i}: loss {loss:.3f}, each chip sent {between:.1f} kB between slices, {inside:.1f} kB inside its own"
-            )
+            print(f"step {i}: loss {loss:.3f}; a chip sent {between:.1f} kB between slices, {inside:.1f} kB inside")
 
 
 if __name__ == "__main__":
