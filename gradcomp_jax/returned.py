@@ -98,7 +98,7 @@ def _require_no_key(name: str, part: Any, differs: Any, keys: Sequence[Any]) -> 
     for (path, x), axes in zip(jax.tree_util.tree_leaves_with_path(part), jax.tree.leaves(differs), strict=True):
         if axes and (jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or (x.shape, x.dtype) in kinds):
             raise ValueError(
-                f"the step returns at {name}{jax.tree_util.keystr(path)} a random key that differs between the workers: "
+                f"the step returns at {name}{jax.tree_util.keystr(path)} a random key that differs by worker: "
                 "make the next step's key outside of the step, such as jax.random.fold_in(key, step)"
             )
 

@@ -201,7 +201,7 @@ class TestRefusals:
         step = gcj.data_parallel(
             lambda params, batch, key: (params, jax.random.split(key)[0]), rng="key", mesh=self.mesh
         )
-        with refuses("output 1 a random key that differs", "outside of the step"):
+        with refuses("output 1 a random key that differs by worker", "outside of the step"):
             step(problem.params(), self.batch, key)
 
     def test_no_key(self):
