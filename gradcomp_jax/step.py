@@ -24,7 +24,7 @@ from gradcomp_jax.jitted import Step, emulates
 from gradcomp_jax.loss import UntypedError, accumulated_gradients, own_gradients, require_unconstrained
 from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
 from gradcomp_jax.mesh import automatic, require_mesh
-from gradcomp_jax.modules import on_modules
+from gradcomp_jax.modules import ModuleStep
 from gradcomp_jax.notes import note
 from gradcomp_jax.placing import require_divisible
 from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
@@ -157,9 +157,8 @@ def _on_modules(
         if form.has_state:
             raise ValueError("has_state=True is for a state beside parameters; a module holds its own: leave it out")
         settings = {"has_aux": form.has_aux, "has_state": True, "accumulate": accumulate, "rng": form.rng}
-        return on_modules(
-            functools.partial(make, shared=True, donate=donate, **settings), loss_fn, axes, form.has_aux, form.shared
-        )
+        of_params = functools.partial(make, shared=True, donate=donate, **settings)
+        return ModuleStep(of_params, loss_fn, axes, form.has_aux, form.shared)
 
     return made
 

@@ -329,7 +329,7 @@ class TestArguments:
             with refuses("axis 'data' of the mesh has", "it needs at least 1, a whole number"):
                 gc.make_mesh(workers)
 
-    @pytest.mark.parametrize("mesh", [(4,), "4", 4.0, True, None])
+    @pytest.mark.parametrize("mesh", [(4,), "4", 4.0, True])
     def test_what_is_no_mesh(self, mesh):
         tx, params = gc.none(), problem.params()
         words = f"mesh={mesh!r} must be a mesh, such as make_mesh(4), or, for simulate, the number of workers"
