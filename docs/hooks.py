@@ -24,4 +24,6 @@ def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
     """Links that lead out of docs/ to the results lead to their copies in the site."""
     here = pathlib.PurePosixPath(page.file.src_uri).parent
     out = os.path.relpath(".", here) + "/../" + RESULTS
-    return re.sub(r"\]\(" + re.escape(os.path.normpath(out)) + "/", lambda _: f"]({os.path.relpath(RESULTS, here)}/", markdown)
+    return re.sub(
+        r"\]\(" + re.escape(os.path.normpath(out)) + "/", lambda _: f"]({os.path.relpath(RESULTS, here)}/", markdown
+    )
