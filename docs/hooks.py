@@ -1,14 +1,13 @@
-"""For mkdocs: the results of the experiments, which pages link where they lie in the repository, as part of the site."""
+"""For mkdocs: pages link the results of the experiments where they lie in the repository; the site gets copies."""
 
 import os
 import pathlib
-import re
 from typing import Any
 
 from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = "experiments/results/"
+RESULTS = "experiments/results"
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -21,9 +20,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> str:
-    """Links that lead out of docs/ to the results lead to their copies in the site."""
-    here = pathlib.PurePosixPath(page.file.src_uri).parent
-    out = os.path.relpath(".", here) + "/../" + RESULTS
-    return re.sub(
-        r"\]\(" + re.escape(os.path.normpath(out)) + "/", lambda _: f"]({os.path.relpath(RESULTS, here)}/", markdown
-    )
+    """Links to results in the repository become links to results in the site, whose root is docs/."""
+    up = os.path.relpath(".", pathlib.PurePosixPath(page.file.src_uri).parent)  # to the site's root
+    there = os.path.normpath(f"{up}/../{RESULTS}")
+    return markdown.replace(f"]({there}/", f"]({os.path.normpath(f'{up}/{RESULTS}')}/")
