@@ -1,4 +1,4 @@
-"""What a compiled program sends: its collectives, read from the text of its HLO, to check what is declared."""
+"""The collectives of a compiled program, read from the text of its HLO, to check declared bytes."""
 
 import math
 import re
@@ -19,12 +19,12 @@ class Collective(NamedTuple):
       workers: how many workers take part.
       branch: the branches of conditionals in which it stands, outermost first, such as "cond.3/1"; "" if
         it always runs.
-      ring_bytes: what one worker sends for it by the ring laws.
-      operands: how many arrays it is given, each of which CPUs send as a message of its own; all-to-all is given one
-        for each worker there.
-      groups: which devices take part together; empty where it goes between the slices of a TPU, of which each takes
-        part by one chip.
-      name: of the instruction.
+      ring_bytes: bytes that one worker sends for it, by the ring laws.
+      operands: how many arrays it is given. CPUs send each one in a message of its own; all-to-all is given one for
+        each worker there.
+      groups: which devices take part together; empty between the slices of a TPU, where one chip of each slice takes
+        part.
+      name: the instruction's name.
     """
 
     kind: str
