@@ -299,7 +299,7 @@ def _narrow_types(platform: str, traced: list[_Traced]) -> Iterator[Finding]:
             yield Finding(
                 "int16",
                 f"a sum of {t.size:,} bytes of {t.dtype} is widened to 32 bits on GPUs, and sends twice as much: sum "
-                "pairs in the halves of an int32, or go by aggregate='shuffle'",
+                "pairs in the halves of an int32, or use aggregate='shuffle'",
             )
 
 
@@ -322,8 +322,8 @@ def _merged(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
     if 0 < got < asked:
         yield Finding(
             "merged",
-            f"{asked} collectives between slices or nodes became {got}, each of which waits for the last of what is in "
-            "it: give compiler_options(platform)",
+            f"{asked} collectives between slices or nodes became {got}, and each waits for the last of its gradients: "
+            "give compiler_options(platform)",
         )
 
 

@@ -56,8 +56,8 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
         raise ValueError(f"tx={tx!r} must be a codec, as in optax.chain(delayed(onebit()), optax.sgd(0.1))")
     if tx.settings.inside is not True:
         raise ValueError(
-            "tx is for parameters in shards, by across(..., inside=), of whose gradients none can wait: "
-            "leave out delayed"
+            "tx is for parameters in shards, with across(..., inside=), and their gradients cannot wait: "
+            "leave delayed out"
         )
     axes = tx.settings.axes
     axis_name = tx.settings.axis_name if tx.settings.fast is None else axes

@@ -107,9 +107,9 @@ def _flush(
         return _moved(params, owed, learning_rate), _kept(opt_state, before, lambda x: not _of_codec(x))
     if _any_nonzero(owed) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
         raise ValueError(
-            "flush changed no parameter, though residuals held something: the learning rate is zero here, or what "
-            "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that, or "
-            "give learning_rate="
+            "flush changed no parameter, though residuals held something: the learning rate is zero here, or a "
+            "transformation after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before "
+            "that, or give learning_rate="
         )
     return flushed, _kept(opt_state, before, _of_losses)
 
@@ -199,10 +199,10 @@ def _require_share(
     if now < at_least * most:
         share = max(now, 0.0) / most
         raise ValueError(
-            f"flush would apply {share:.1%} of what is owed, less than at_least={at_least}: the rest of tx "
-            "shrinks it more than smaller or earlier gradients, as clipping does, a learning rate that has fallen, or "
-            "Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a "
-            "learning_rate= by which to multiply what is owed; to accept the share give at_least=0"
+            f"flush would apply {share:.1%} of what residuals hold, less than at_least={at_least}: the rest of tx "
+            "shrinks it more than smaller or earlier gradients. Clipping does that, a learning rate that has fallen, "
+            "or Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a "
+            "learning_rate=, the factor for it; to accept the share give at_least=0"
         )
 
 

@@ -265,7 +265,7 @@ def adaptive(
     if threshold_scope not in SCOPES:
         raise ValueError(f"threshold_scope={threshold_scope!r} must be one of {', '.join(map(repr, SCOPES))}")
     if capacity is not None and not capacity > 0:
-        raise ValueError(f"capacity={capacity} must be above 0, a multiple of what the proportion asks for")
+        raise ValueError(f"capacity={capacity} must be above 0: it multiplies the proportion's share")
     codec = Adaptive((Columns(proportion, threshold_scope, sample, capacity, seed),))
     require_aggregate("adaptive", codec.coder, aggregate)
     return compressor(

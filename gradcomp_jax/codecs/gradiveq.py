@@ -563,9 +563,7 @@ def gradiveq(
     if reuse is not None:
         require_whole("reuse", reuse, 1)
     if quantizer is not None and select != "ratio":
-        raise ValueError(
-            f"select={select!r} goes without a quantizer: what it loses would be taken for the basis's loss"
-        )
+        raise ValueError(f"select={select!r} goes without a quantizer: its loss would be taken for the basis's loss")
     if not 0 < max_loss < 1:
         raise ValueError(f"max_loss={max_loss} must be above 0 and below 1")
     require_aggregate("gradiveq", None, aggregate)

@@ -138,7 +138,7 @@ class OneBit(Coding):
         axis = self.bits.axis
         if leaf.ndim > 1 and not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(
-                f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out by compress="
+                f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out with compress="
             )
         count = leaf.shape[axis] if leaf.ndim > 1 else 1
         return leaf.size > 0 and leaf.ndim > 0 and leaf.size >= SHORTEST * count
@@ -218,7 +218,7 @@ def onebit(
     require_aggregate("onebit", Bits(threshold, axis), aggregate)
     if second_residual and (aggregate == "gather" or not error_feedback):
         raise ValueError(
-            "second_residual=True keeps what the second stage of aggregate='shuffle' loses, under error feedback: got "
+            "second_residual=True keeps the loss of the second stage of aggregate='shuffle', under error feedback: got "
             f"aggregate={aggregate!r}, error_feedback={error_feedback}"
         )
     aggregate = "shuffle" if second_residual else aggregate
