@@ -2,14 +2,15 @@
 # make test    lint, types, tests
 # make certify the tests that need the compilers of TPUs and GPUs, which look for these devices, in $(VENV)-certify
 # make docs    the documentation as a web site, in site/; any warning is an error
-# CI runs the last three. Each makes its environment, $(VENV), $(VENV)-certify or $(VENV)-docs, if there is none;
-# PYTHON=python3.13 VENV=.venv313 makes another.
+# make wheel   what a release is, in dist/; installed with nothing else in $(VENV)-wheel, and tried there
+# CI runs the last four. Each makes its environment, $(VENV) or $(VENV)-<its name>; PYTHON=python3.13 VENV=.venv313 makes
+# another.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test certify docs lint clean
+.PHONY: demo test certify docs wheel lint clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed
@@ -23,6 +24,16 @@ certify: $(VENV)-certify/installed
 
 docs: $(VENV)-docs/installed
 	$(VENV)-docs/bin/python -m mkdocs build --strict
+
+# The wheel is made of the sdist, so both are tried.
+wheel:
+	rm -rf dist $(VENV)-build $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-build
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-build/bin/python -m pip install --quiet build
+	$(VENV)-build/bin/python -m build --quiet
+	$(VENV)-wheel/bin/python -m pip install --quiet dist/*.whl
+	cd / && JAX_PLATFORMS=cpu $(abspath $(VENV))-wheel/bin/python -I $(CURDIR)/tests/wheel_smoke.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -39,4 +50,4 @@ $(VENV)/installed $(VENV)-certify/installed $(VENV)-docs/installed: requirements
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-certify $(VENV)-docs out site
+	rm -rf $(VENV) $(VENV)-certify $(VENV)-docs $(VENV)-build $(VENV)-wheel build dist out site

@@ -1,5 +1,6 @@
 """A jitted step that looks at what it is called with, before jax does."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gradcomp_jax.compressor import skipped_steps
+from gradcomp_jax.exchange import collectives
 from gradcomp_jax.mesh import in_automatic_axes
+from gradcomp_jax.modules import is_module
 from gradcomp_jax.placing import in_global_form, is_train_state, place
 
 
@@ -80,15 +83,21 @@ class Step(Jitted):
         has_state: bool,
         donate: bool,
         compiler_options: dict[str, Any] | None,
+        on_modules: Callable[[], Callable[..., Any]],
     ):
         super().__init__(mesh)
+        self._on_modules = functools.cache(on_modules)
         self._has_state = has_state
         jitted = lambda f, count: jax.jit(  # noqa: E731
             f, donate_argnums=tuple(range(count + has_state)) if donate else (), compiler_options=compiler_options
         )
         self._apart, self._held = jitted(step, 2), jitted(held(step), 1)
+        by_compiler = _by_compiler(step)
+        self._spread = jitted(by_compiler, 2), jitted(held(by_compiler), 1)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
+        if args and is_module(args[0]):
+            return self._on_modules()(*args)
         own = 1 if args and is_train_state(args[0]) else 2
         rest = args[own:]
         if len(rest) > self._has_state:
@@ -102,7 +111,10 @@ class Step(Jitted):
         return self.run(self._of(args), args, lambda results: results[own + self._has_state])
 
     def _of(self, args: Sequence[Any]) -> Any:
-        return self._held if args and is_train_state(args[0]) else self._apart
+        holds = bool(args) and is_train_state(args[0])
+        if isinstance(self._mesh, int) and any(map(_lies_on_several, jax.tree.leaves(args[2 - holds :]))):
+            return self._spread[holds]
+        return self._held if holds else self._apart
 
     def trace(self, *args: Any) -> Any:
         return in_automatic_axes(self._mesh, self._of(args).trace)(*args)
@@ -114,6 +126,21 @@ class Step(Jitted):
         if name == "_apart":  # of an object that is being copied
             raise AttributeError(name)
         return getattr(self._apart, name)
+
+
+def _by_compiler(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of `simulate` whose workers XLA lays on devices."""
+
+    def only_sums(*args: Any) -> Any:
+        with collectives.sums_only():
+            return step(*args)
+
+    return only_sums
+
+
+def _lies_on_several(x: Any) -> bool:
+    lies = getattr(x, "sharding", None)
+    return lies is not None and lies.num_devices > 1 and not lies.is_fully_replicated
 
 
 def held(step: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

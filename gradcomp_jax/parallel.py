@@ -18,6 +18,7 @@ from gradcomp_jax.entry import require_key
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.jitted import Jitted, emulates
 from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
+from gradcomp_jax.modules import is_module
 from gradcomp_jax.placing import require_divisible
 from gradcomp_jax.returned import Returned, along, returned
 from gradcomp_jax.sharding import local_state, marked, specs_of
@@ -118,6 +119,11 @@ class Parallel:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = list(self._bound(args, kwargs))
+        if any(map(is_module, given)):
+            raise ValueError(
+                "data_parallel takes steps of arrays, and a module of Flax's NNX is changed in place: use "
+                "train_step(loss_fn, tx), whose step takes (model, optimizer, batch)"
+            )
         for k, x in enumerate(given):
             if k in self._batches:
                 self._caller.require_of_all(x)

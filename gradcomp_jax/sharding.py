@@ -202,7 +202,7 @@ def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
                 raise ValueError(
                     f"opt_state is of {sorted(got)} workers along {along!r}, mesh={mesh} has {has}: pass "
                     "the mesh of the step, or the state through resize_workers(opt_state, mesh) first, which keeps "
-                    "what the residuals owe"
+                    "what the residuals owe; in the place of tx.init(params), make it by init(tx, params, mesh)"
                 )
 
 

@@ -1,6 +1,7 @@
 """The data-parallel training step over a mesh, and its twin that simulates the workers on one device."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from gradcomp_jax.jitted import Step, emulates
 from gradcomp_jax.loss import UntypedError, accumulated_gradients, own_gradients, require_unconstrained
 from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
 from gradcomp_jax.mesh import automatic, require_mesh
+from gradcomp_jax.modules import on_modules
 from gradcomp_jax.notes import note
 from gradcomp_jax.placing import require_divisible
 from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
@@ -92,11 +94,14 @@ def train_step(
       `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
       `init(tx, params, mesh)`, every leaf of the batch is split along its first axis, and loss is the mean
       over the workers. With has_state: `step(params, opt_state, model_state, batch) -> (params, opt_state,
-      model_state, loss)`. A Flax `TrainState`, or another object with params, opt_state, tx, step and replace, may
-      stand in the place of params and opt_state: `step(state, batch) -> (state, loss)`. It may be fresh from its
-      `create`; its step counts the steps that are not skipped. The step has jax.jit's `lower`. Parameters and model
-      state that lie elsewhere, such as new ones on one device, are placed on the mesh first, see `place`. Where the
-      mesh is of several processes, make each process's rows a batch by `shard_batch(rows, mesh)`.
+      model_state, loss)`. The step has jax.jit's `lower`. Parameters and model state that lie elsewhere, such as new
+      ones on one device, are placed on the mesh first, see `place`. Where the mesh is of several processes, make each
+      process's rows a batch by `shard_batch(rows, mesh)`.
+
+      In the place of params and opt_state may stand a Flax `TrainState`, fresh too, or another object with params,
+      opt_state, tx, step and replace: `step(state, batch) -> (state, loss)`. Its step counts the steps that are not
+      skipped. So may a module of Flax's NNX and its `nnx.Optimizer`, for a loss_fn of the module:
+      `step(model, optimizer, batch) -> loss`, or (loss, aux), changes both in place.
 
     Raises:
       ValueError: when called with a batch that does not divide among the workers, or is one process's of several, a
@@ -105,9 +110,9 @@ def train_step(
         codec in some steps only.
     """
     form = Form(has_state, has_aux, rng, shared)
-    loss_fn, mesh = checked(loss_fn, tx, form, accumulate), automatic(require_mesh(mesh, or_workers=False))
+    own_loss, mesh = checked(loss_fn, tx, form, accumulate), automatic(require_mesh(mesh, or_workers=False))
     axes = tuple(mesh.axis_names)
-    with_rest = _with_rest(loss_fn, form)
+    with_rest = _with_rest(own_loss, form)
     worker = _worker_step(with_rest, tx, mesh.shape, form, accumulate, reduce_aux, in_shards=True)
     rest_specs = tuple(P(axes) if name == "batch" else P() for name in form.names)
 
@@ -136,8 +141,27 @@ def train_step(
             )
         return sharded(params, opt_state, rest, False)
 
+    again = functools.partial(
+        train_step, tx=tx, mesh=mesh, reduce_aux=reduce_aux, check_vma=check_vma, compiler_options=compiler_options
+    )
     options = None if compiler_options is None else dict(compiler_options)
-    return Step(step, mesh, has_state, donate, options)
+    return Step(step, mesh, has_state, donate, options, _on_modules(again, loss_fn, axes, form, accumulate, donate))
+
+
+def _on_modules(
+    make: Callable[..., Step], loss_fn: Any, axes: tuple[str, ...], form: Form, accumulate: int, donate: bool
+) -> Callable[[], Callable[..., Any]]:
+    """What makes a step of modules of Flax's NNX, of what makes one of parameters."""
+
+    def made() -> Callable[..., Any]:
+        if form.has_state:
+            raise ValueError("has_state=True is for a state beside parameters; a module holds its own: leave it out")
+        settings = {"has_aux": form.has_aux, "has_state": True, "accumulate": accumulate, "rng": form.rng}
+        return on_modules(
+            functools.partial(make, shared=True, donate=donate, **settings), loss_fn, axes, form.has_aux, form.shared
+        )
+
+    return made
 
 
 def _on_global_state(worker: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
@@ -167,6 +191,11 @@ def simulate(
 ) -> Step:
     """The twin of `train_step` with all workers on one device, by vmap: the same numbers, no mesh.
 
+    On several devices it is data parallelism by XLA's own partitioning, under plain `jax.jit`. Give it a batch that
+    lies on them, by `shard_batch(batch)`, and `place((params, opt_state))`. A codec that sums sends there what
+    `wire_bits` counts, or less: GradiVeQ's bases are counted, but XLA need not send them. One that gathers, shuffles or
+    goes round a ring is refused there.
+
     Args:
       loss_fn: as in `train_step`.
       tx: as in `train_step`.
@@ -184,12 +213,13 @@ def simulate(
       A step as `train_step` returns it, for an opt_state from `init(tx, params, workers)`.
 
     Raises:
-      ValueError: when called, as in `train_step`; a loss that is reduced already cannot be seen here.
+      ValueError: when called, as in `train_step`; a loss that is reduced already cannot be seen here. Or a codec does
+        not sum, and the batch lies on several devices.
     """
     form = Form(has_state, has_aux, rng, shared)
-    loss_fn, workers = checked(loss_fn, tx, form, accumulate), own("workers", workers)
+    own_loss, workers = checked(loss_fn, tx, form, accumulate), own("workers", workers)
     require_whole("workers", workers, 1)
-    with_rest = _with_rest(loss_fn, form)
+    with_rest = _with_rest(own_loss, form)
     worker = _worker_step(with_rest, tx, {axis_name: workers}, form, accumulate, reduce_aux, in_shards=False)
 
     def step(params, opt_state, *rest):
@@ -205,7 +235,9 @@ def simulate(
         simulated = jax.vmap(worker, in_axes=in_axes, out_axes=out_axes, axis_name=axis_name)
         return simulated(params, opt_state, *rest[:has_state], batch, *rest[has_state + 1 :])
 
-    return Step(step, workers, has_state, donate, None)
+    again = functools.partial(simulate, tx=tx, workers=workers, axis_name=axis_name, reduce_aux=reduce_aux)
+    modules = _on_modules(again, loss_fn, (axis_name,), form, accumulate, donate)
+    return Step(step, workers, has_state, donate, None, modules)
 
 
 def _require_divisible(batch: Any, workers: int, accumulate: int, whom: str) -> None:
