@@ -14,7 +14,8 @@ import experiments
 import gradcomp_jax as gcj
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ["README.md", "WORKSPACE.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
+PAGES = ["README.md", "WORKSPACE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 # What fences on pages may begin with: "python" runs here, "sh" is for a shell, "text" is neither.
 FENCES = {"python", "sh", "text"}
 # These bring compilers or a web site's generator, which the other parts do without.
