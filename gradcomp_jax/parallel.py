@@ -185,7 +185,8 @@ class Parallel:
         out = jax.tree.unflatten(treedef, jax.extend.core.jaxpr_as_fun(closed)(*jax.tree.leaves(mine)))
         passed = [x for k, x in enumerate(mine) if k not in own]
         rows = {x.shape[0] for k in self._batches for x in jax.tree.leaves(mine[k])}
-        return returned(out, jax.tree.unflatten(treedef, differs), passed, rows)
+        keys = [mine[k] for k in self._keys]
+        return returned(out, jax.tree.unflatten(treedef, differs), passed, keys, rows)
 
 
 def _places(names: Sequence[str], setting: str, given: str | Sequence[str]) -> tuple[int, ...]:

@@ -44,17 +44,18 @@ def _names(x: PerWorker) -> Axes:
     return frozenset(name for axis in x.leading for name in axis_names(axis))
 
 
-def returned(out: Any, differs: Any, passed: Sequence[Any], rows: set[int]) -> Returned:
+def returned(out: Any, differs: Any, passed: Sequence[Any], keys: Sequence[Any], rows: set[int]) -> Returned:
     """What a worker returns, of what its step gave.
 
     Args:
       out: the outputs.
       differs: the axes along which each leaf may differ.
       passed: the arguments that a step may pass on.
+      keys: this worker's random keys, of which none that differs may be passed on.
       rows: of the leaves of the worker's part of the batch.
 
     Raises:
-      ValueError: what is passed on differs between the workers.
+      ValueError: what is passed on differs between the workers, or a random key does.
     """
     alone = type(out) is not tuple
     parts, differ = ((out,), (differs,)) if alone else (out, differs)
@@ -64,6 +65,7 @@ def returned(out: Any, differs: Any, passed: Sequence[Any], rows: set[int]) -> R
     for name, part, its, stay in zip(names, parts, differ, stays, strict=True):
         if stay:
             _require_same(name, part, its)
+        _require_no_key(name, part, its, keys)
     metrics = {name: (part, its) for name, part, its, stay in zip(names, parts, differ, stays, strict=True) if not stay}
     parts = _kept(parts, before)
     reduced = _reduced(metrics, rows, parts)
@@ -88,6 +90,17 @@ def _require_same(name: str, part: Any, differs: Any) -> None:
         if axes:
             where = f"{name}{jax.tree_util.keystr(path)}"
             raise ValueError(_DIFFERS.format(leaf=where, axes=tuple(sorted(axes))))
+
+
+def _require_no_key(name: str, part: Any, differs: Any, keys: Sequence[Any]) -> None:
+    """Raises ValueError, by name, for a random key of one worker; of the old kind by its shape and type."""
+    kinds = {(x.shape, x.dtype) for x in keys}
+    for (path, x), axes in zip(jax.tree_util.tree_leaves_with_path(part), jax.tree.leaves(differs), strict=True):
+        if axes and (jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or (x.shape, x.dtype) in kinds):
+            raise ValueError(
+                f"the step returns at {name}{jax.tree_util.keystr(path)} a random key that differs by worker: "
+                "make the next step's key outside of the step, such as jax.random.fold_in(key, step)"
+            )
 
 
 def _kept(parts: Sequence[Any], before: Sequence[Any]) -> list[Any]:

@@ -196,6 +196,14 @@ class TestRefusals:
         with refuses("['x']", "does not divide among the mesh's 4 workers"):
             gcj.data_parallel(of_state, mesh=self.mesh)(new_state(problem.optimizer(gcj.none())), batch)
 
+    @pytest.mark.parametrize("key", [jax.random.key(0), jax.random.PRNGKey(0)], ids=["new", "old"])
+    def test_a_key_that_is_passed_on(self, key):
+        step = gcj.data_parallel(
+            lambda params, batch, key: (params, jax.random.split(key)[0]), rng="key", mesh=self.mesh
+        )
+        with refuses("output 1 a random key that differs by worker", "outside of the step"):
+            step(problem.params(), self.batch, key)
+
     def test_no_key(self):
         step = gcj.data_parallel(lambda params, batch, key: params, rng="key", mesh=self.mesh)
         with refuses("argument 'key' is an array of shape () and type int32, it must be one random key"):

@@ -81,7 +81,7 @@ def test_the_code_on_the_pages_runs(page):
 @every_page
 def test_the_pages_name_files_and_headings_that_exist(page):
     text, folder = (ROOT / page).read_text(), (ROOT / page).parent
-    named = {ROOT / name for name in re.findall(r"\b(?:gradcomp_jax|experiments|tests)/[\w/.\-]*[\w/]", text)}
+    named = {ROOT / name for name in re.findall(r"\b(?:gradcomp_jax|experiments|examples|tests)/[\w/.\-]*[\w/]", text)}
     links = re.findall(r"\]\(([\w./\-]+)(?:#([^)]+))?\)", text)
     named |= {folder / name for name, _ in links}
     assert not [name for name in named if not name.exists()]
