@@ -1,14 +1,16 @@
 # make demo    train on the handwritten digits with each codec: a table, and a figure in out/
 # make test    lint, types, tests
 # make certify the tests that need the compilers of TPUs and GPUs, which look for these devices, in $(VENV)-certify
+# make docs    the documentation as a web site, in site/; any warning is an error
 # make wheel   what a release is, in dist/; installed with nothing else in $(VENV)-wheel, and tried there
-# CI runs the last three. Each makes its environment in $(VENV) if there is none; PYTHON=python3.13 VENV=.venv313 makes another.
+# CI runs the last four. Each makes its environment, $(VENV) or $(VENV)-<its name>; PYTHON=python3.13 VENV=.venv313 makes
+# another.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test certify wheel lint clean
+.PHONY: demo test certify docs wheel lint clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/installed
@@ -19,6 +21,9 @@ test: lint
 
 certify: $(VENV)-certify/installed
 	$(VENV)-certify/bin/python -m pytest -n auto --dist loadgroup tests/test_certify.py tests/test_certified_rows.py
+
+docs: $(VENV)-docs/installed
+	$(VENV)-docs/bin/python -m mkdocs build --strict
 
 # The wheel is made of the sdist, so both are tried.
 wheel:
@@ -35,12 +40,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-$(VENV)-certify/installed: EXTRAS := [certify]
-$(VENV)/installed $(VENV)-certify/installed: requirements.txt pyproject.toml
+$(VENV)/installed: NEEDS := -r requirements.txt -e .
+$(VENV)-certify/installed: NEEDS := -r requirements.txt -e '.[certify]'
+$(VENV)-docs/installed: NEEDS := -e '.[docs]'
+$(VENV)/installed $(VENV)-certify/installed $(VENV)-docs/installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --upgrade pip
-	$(@D)/bin/python -m pip install --quiet -r requirements.txt -e '.$(EXTRAS)'
+	$(@D)/bin/python -m pip install --quiet $(NEEDS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-certify $(VENV)-build $(VENV)-wheel build dist out
+	rm -rf $(VENV) $(VENV)-certify $(VENV)-docs $(VENV)-build $(VENV)-wheel build dist out site

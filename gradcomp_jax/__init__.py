@@ -1,8 +1,8 @@
 """Gradient compression for data-parallel training in JAX, as optax transformations.
 
 >>> import optax
->>> from gradcomp_jax import powersgd
->>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
+>>> import gradcomp_jax as gcj
+>>> tx = optax.chain(gcj.powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
 """
 
 from collections.abc import Callable

@@ -24,17 +24,18 @@ _UPDATES_DIFFER = (
     "after the codec, by optax.chain(codec, optax.freeze(mask), ...), or see train_step"
 )
 _STATE_DIFFERS = (
-    "the state of tx would differ between the workers along {axes} at {leaf!r}: what keeps anything of the gradients "
-    "(momentum, adam, optax.apply_every, zero_nans) must come after the codec, which makes them the same on all"
+    "the state of tx would differ between the workers along {axes} at {leaf!r}: transformations "
+    "that keep anything of the gradients (momentum, adam, optax.apply_every, zero_nans) must come after the codec, "
+    "which makes the gradients the same on all"
 )
 _AROUND = (
-    "tx calls a codec in some steps only, or with what is already the same on all workers along {axes}: there is a "
+    "tx calls a codec in some steps only, or with gradients already the same on all workers along {axes}: there is a "
     "wrapper around the codec, such as optax.MultiSteps, apply_if_finite, conditionally_transform or "
     "conditionally_mask, or a second codec behind it. Workers could part, or wait for each other for ever. Put the "
     "wrapper after the codec: optax.chain(codec, optax.MultiSteps(...)). Steps that are not finite the codec skips by "
-    "itself; to send once for several batches, let loss_fn average over them. Without a wrapper or second codec, what "
-    "stands before the codec mixes, in its control flow, what differs between workers with what does not: let it "
-    "start from vary(zeros, axis)"
+    "itself; to send once for several batches, let loss_fn average over them. Without a wrapper or second codec, a "
+    "transformation before the codec mixes, in its control flow, values that differ between workers with values that "
+    "do not: let it start from vary(zeros, axis)"
 )
 _SEARCHES = (
     "a transformation in tx asks for {asked}, as line searches do. They evaluate the loss at other parameters, on the "

@@ -37,7 +37,7 @@ def factory(make: Callable[P, R]) -> Callable[P, R]:
         return make(*(given[name] for name in first), *more, **{name: given[name] for name in kwargs})  # type: ignore
 
     def uncalled(*args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{make.__name__} is passed uncalled: pass what it returns, such as {make.__name__}(...)")
+        raise TypeError(f"{make.__name__} is passed uncalled: call it, such as {make.__name__}(...)")
 
     # What optax reads of a transformation.
     for name in ("init", "update"):
@@ -53,8 +53,8 @@ def own(name: str, value: Any) -> Any:
     """
     if isinstance(value, jax.Array):
         raise ValueError(
-            f"{name} is an array of jax, and must be a number of Python's, as it decides what is compiled: under "
-            f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
+            f"{name} is an array of jax, and must be a number of Python's, because the compiled program depends on it: "
+            f"under optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
         )
     scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if scalar else value

@@ -58,8 +58,8 @@ def over_parts(aux: Any, hows: Any) -> Any:
 def _require_number(path: Any, x: Any, how: str) -> None:
     if how != "workers" and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         raise ValueError(
-            f"auxiliary output {jax.tree_util.keystr(path) or 'aux'} is a random key, of which there is no mean or "
-            "sum: keep each worker's by reduce_aux='workers' for it"
+            f"auxiliary output {jax.tree_util.keystr(path) or 'aux'} is a random key, and keys have no mean or "
+            "sum: give reduce_aux='workers' for it, which keeps each worker's"
         )
 
 
@@ -150,7 +150,7 @@ def model_state_parts(model_state: Any) -> tuple[list[jax.Array], list[jax.Array
     for path, x in jax.tree_util.tree_leaves_with_path(model_state):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             raise TypeError(
-                f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, of which there is no "
+                f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, and keys have no "
                 "mean: pass the workers' keys in the batch"
             )
         (floats if jnp.issubdtype(x.dtype, jnp.inexact) else others).append(x)

@@ -1,4 +1,4 @@
-"""What a compiled program sends: its collectives, read from the text of its HLO, to check what is declared."""
+"""The collectives of a compiled program, read from the text of its HLO, to check declared bytes."""
 
 import math
 import re
@@ -19,12 +19,12 @@ class Collective(NamedTuple):
       workers: how many workers take part.
       branch: the branches of conditionals in which it stands, outermost first, such as "cond.3/1"; "" if
         it always runs.
-      ring_bytes: what one worker sends for it by the ring laws.
-      operands: how many arrays it is given, each of which CPUs send as a message of its own; all-to-all is given one
-        for each worker there.
-      groups: which devices take part together; empty where it goes between the slices of a TPU, of which each takes
-        part by one chip.
-      name: of the instruction.
+      ring_bytes: bytes that one worker sends for it, by the ring laws.
+      operands: how many arrays it is given. CPUs send each one in a message of its own; all-to-all is given one for
+        each worker there.
+      groups: which devices take part together; empty between the slices of a TPU, where one chip of each slice takes
+        part.
+      name: the instruction's name.
     """
 
     kind: str
@@ -93,7 +93,7 @@ def collective_bytes(compiled: Any) -> list[Collective]:
     []
     """
     if not isinstance(compiled, str) and not hasattr(compiled, "as_text"):
-        raise ValueError(f"compiled={shown(compiled)} must be a compiled program, as of step.lower(...).compile()")
+        raise ValueError(f"compiled={shown(compiled)} must be a compiled program, such as step.lower(...).compile()")
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     devices = 1
     for key in ("replica_count", "num_partitions"):
@@ -101,7 +101,7 @@ def collective_bytes(compiled: Any) -> list[Collective]:
             devices *= int(found[1])
     computations, entry = _parse(text)
     if not entry:
-        raise ValueError("this is not the text of an HLO module: pass what lower(...).compile() returns")
+        raise ValueError("this is not the text of an HLO module: pass the result of lower(...).compile()")
     return _walk(computations, entry, "", 1, devices)
 
 
@@ -277,7 +277,7 @@ def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times:
     peers = re.search(r'_xla_megascale_target="?\{+([\d,]+|\d+->\d+)\}', i.rest)
     operand = re.match(r"%?([\w.\-]+)", i.rest)
     if not named or named[1] not in _BETWEEN_SLICES or not peers or not operand or operand[1] not in shapes:
-        raise ValueError(f"cannot read what {i.name} sends between slices: {i.rest[:200]!r}")
+        raise ValueError(f"cannot read the bytes of {i.name} between slices: {i.rest[:200]!r}")
     if times < 0:
         raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
     kind, n = _BETWEEN_SLICES[named[1]], len(re.split(",|->", peers[1]))

@@ -347,7 +347,7 @@ def of_whole(call):
 
 
 REFUSED = {
-    "delayed": (lambda: gc.delayed(gc.across(gc.topk(), inside=LIES)), "of whose gradients none can wait"),
+    "delayed": (lambda: gc.delayed(gc.across(gc.topk(), inside=LIES)), "their gradients cannot wait"),
     "init": (of_whole(lambda tx, params, _: gc.init(tx, params, mesh())), "give param_specs="),
     "specs": (of_whole(lambda tx, params, _: gc.state_specs(tx, params)), "give param_specs="),
     "flush": (

@@ -147,16 +147,16 @@ def known_different(x: Any, axis_name: AxisName) -> bool:
 def vary(tree: T, axis_name: AxisName) -> T:
     """Marks every leaf of `tree` as this worker's own, so that `jax.grad` with respect to it stays local.
 
-    Under `shard_map(check_vma=True)` the gradient with respect to a replicated parameter is summed over
-    the workers before anyone sees it. `jax.grad(loss)(vary(params, "data"), batch)` gives the worker's own
-    gradient in every context; where types are not tracked this function returns `tree` as it is.
+    Under `shard_map(check_vma=True)` jax sums the gradient with respect to a replicated parameter over the workers.
+    `jax.grad(loss)(vary(params, "data"), batch)` gives the worker's own gradient in every context. If types are not
+    tracked, this function returns `tree` as it is.
 
     Args:
       tree: arrays, usually the parameters.
       axis_name: the mesh axis, or axes, over which the batch is split.
 
     Returns:
-      The same values, of a type that varies along `axis_name`.
+      The same values, with a type that varies along `axis_name`.
 
     Raises:
       ValueError: no such axis is bound.
