@@ -83,8 +83,8 @@ def require_rest(rest: tuple[Any, ...], form: Form) -> None:
     given = ", ".join(("params", "opt_state", *form.names))
     if len(rest) != len(form.names):
         raise ValueError(
-            f"a step with {form.flags} takes ({given}), got {2 + len(rest)} arguments; a batch of several arrays is one "
-            "tuple or dict of them, and a TrainState stands in the place of the first two"
+            f"a step with {form.flags} takes ({given}), got {2 + len(rest)} arguments; a batch of several arrays is "
+            "one tuple or dict of them, and a TrainState stands in the place of the first two"
         )
     batch = rest[form.has_state]
     if compressor_states(batch):

@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ["README.md", "WORKSPACE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 # What fences on pages may begin with: "python" runs here, "sh" is for a shell, "text" is neither.
-FENCES = {"python", "sh", "text"}
+FENCES = {"python", "sh", "text", "diff"}
 # These bring compilers or a web site's generator, which the other parts do without.
 APART = {"certify", "docs"}
 every_page = pytest.mark.parametrize("page", PAGES)

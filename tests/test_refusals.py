@@ -582,7 +582,7 @@ class TestStep:
             ):
                 with refuses(words):
                     step(*args)
-        with refuses("with has_state=True takes (params, opt_state, model_state, batch), got 3 arguments"):
+        with refuses("has_state=True takes (params, opt_state, model_state, batch), got 3 arguments"):
             gc.simulate(lambda params, stats, batch: 0, tx, 4, has_state=True)(params, state, batch)
 
     def test_random_keys_in_the_model_state(self):
