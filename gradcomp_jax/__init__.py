@@ -18,6 +18,7 @@ from gradcomp_jax.codecs.onebit import OneBitState, onebit
 from gradcomp_jax.codecs.powersgd import PowerSGDState, powersgd
 from gradcomp_jax.codecs.qsgd import QSGDState, qsgd
 from gradcomp_jax.codecs.randomk import SubsetState, randomblock, randomk
+from gradcomp_jax.codecs.scheduled import ScheduledState, scheduled
 from gradcomp_jax.codecs.signnorm import signnorm
 from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.coder import CodeLength
@@ -78,6 +79,7 @@ __all__ = [
     "PerWorker",
     "PowerSGDState",
     "QSGDState",
+    "ScheduledState",
     "SubsetState",
     "WireBits",
     "WireCount",
@@ -110,6 +112,7 @@ __all__ = [
     "randomk",
     "resize_workers",
     "restore",
+    "scheduled",
     "shard_batch",
     "signnorm",
     "simulate",
