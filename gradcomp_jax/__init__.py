@@ -32,6 +32,7 @@ from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
+from gradcomp_jax.per_layer import PerLayerState, per_layer
 from gradcomp_jax.restore import restore
 from gradcomp_jax.sharding import (
     PerWorker,
@@ -76,6 +77,7 @@ __all__ = [
     "GradiVeQState",
     "LossScaleState",
     "OneBitState",
+    "PerLayerState",
     "PerWorker",
     "PowerSGDState",
     "QSGDState",
@@ -105,6 +107,7 @@ __all__ = [
     "make_mesh",
     "none",
     "onebit",
+    "per_layer",
     "place",
     "powersgd",
     "qsgd",

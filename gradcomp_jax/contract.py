@@ -16,7 +16,7 @@ are and are summed on the way. Codecs and coders are frozen dataclasses: made al
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -265,6 +265,10 @@ class Codec(abc.ABC):
     def strength(self) -> Strength | None:
         """What of it can be switched; None if nothing."""
         return None
+
+    def require_leaves(self, paths: Sequence[str]) -> None:
+        """Raises ValueError, by name, for a tree of leaves with which it cannot be meant."""
+        del paths
 
     def default(self, path: str, leaf: Any) -> bool:
         """Whether the paper compresses such a leaf; by default those of two axes or more."""

@@ -26,6 +26,15 @@ class Switching(Codec):
 
     inner: Any
 
+    def of(self, path: str) -> Codec:
+        """The codec of one leaf, for what depends on its shape."""
+        del path
+        return self.inner
+
+    def to(self, ctx: Context) -> tuple[Codec, Context]:
+        """The codec that talks of one leaf, and what it is told."""
+        return self.inner, ctx
+
     @property
     def coder(self) -> Any:
         return self.inner.coder
@@ -35,28 +44,28 @@ class Switching(Codec):
         return self.inner.phases
 
     def default(self, path: str, leaf: Any) -> bool:
-        return self.inner.default(path, leaf)
+        return self.of(path).default(path, leaf)
 
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
-        return self.inner.shrinks(path, leaf, uncompressed)  # which judges by the strongest one
+        return self.of(path).shrinks(path, leaf, uncompressed)  # which judges by the strongest one
 
     def cut(self, path: str, leaf: Any) -> Cut:
-        return self.inner.cut(path, leaf)
+        return self.of(path).cut(path, leaf)
 
     def arrives(self, path: str, leaf: Any) -> int | None:
-        return self.inner.arrives(path, leaf)
+        return self.of(path).arrives(path, leaf)
 
     def of_shards(self, state: Any, f: Callable[[Any, str], Any]) -> Any:
         return state._replace(codec=self.inner.of_shards(state.codec, f))
 
     def shard_cut(self, name: str, path: str, leaf: Any) -> Cut | None:
-        return self.inner.shard_cut(name, path, leaf)
+        return self.of(path).shard_cut(name, path, leaf)
 
     def view(self, path: str, leaf: Any) -> str:
-        return self.inner.view(path, leaf)
+        return self.of(path).view(path, leaf)
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
-        return {"codec": self.inner.init(path, leaf, salt)}
+        return {"codec": self.of(path).init(path, leaf, salt)}
 
     def inner_start(self, leaves: dict[str, dict[str, Any]]) -> Any:
         """The other's first state, of what `init` gives."""
@@ -78,13 +87,15 @@ class Switching(Codec):
         return self.inner.phase(state.codec)
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
-        result = yield from self.inner.talk(phase, d, leaf.codec, ctx)
+        codec, ctx = self.to(ctx)
+        result = yield from codec.talk(phase, d, leaf.codec, ctx)
         return result._replace(news={"codec": result.news})
 
     def absorb(
         self, leaf: Any, d: tuple[jax.Array, ...], mean: jax.Array, ok: jax.Array, ctx: Context
     ) -> dict[str, Any]:
-        return {"codec": self.inner.absorb(leaf.codec, d, mean, ok, ctx)}
+        codec, ctx = self.to(ctx)
+        return {"codec": codec.absorb(leaf.codec, d, mean, ok, ctx)}
 
     def adopt(self, leaf: Any, mean: jax.Array, ok: jax.Array) -> dict[str, Any]:
         return {"codec": self.inner.adopt(leaf.codec, mean, ok)}
@@ -93,7 +104,8 @@ class Switching(Codec):
         return self.inner.due(state.codec)
 
     def refresh(self, before: Any, after: Any, mean: jax.Array, ctx: Context) -> Any:
-        news = yield from self.inner.refresh(before.codec, after.codec, mean, ctx)
+        codec, ctx = self.to(ctx)
+        news = yield from codec.refresh(before.codec, after.codec, mean, ctx)
         return {"codec": news}
 
     def kept(self, leaf: Any) -> dict[str, Any]:

@@ -172,6 +172,7 @@ def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
       ValueError: none would be compressed, and that is not allowed; or what the codec refuses.
     """
     leaves, treedef = flatten(tree)
+    codec.require_leaves(tuple(leaves))
     compressed, kept, cuts, arriving, why = {}, {}, {}, {}, {}
     for path, leaf in leaves.items():
         _require_real(codec.name, path, leaf)
