@@ -45,6 +45,7 @@ from gradcomp_jax.sharding import (
     state_specs,
 )
 from gradcomp_jax.step import make_mesh, simulate, train_step
+from gradcomp_jax.swap import swap
 from gradcomp_jax.transform import transformed
 
 CODECS: dict[str, Callable[..., Compressor]] = {
@@ -121,6 +122,7 @@ __all__ = [
     "simulate",
     "skipped",
     "state_specs",
+    "swap",
     "topk",
     "train_step",
     "transformed",
