@@ -58,7 +58,8 @@ class Patterns:
                 continue
             taken = [path for path in paths if re.search(text, path)]
             if taken:
-                why = f"for leaf {taken[0]!r} the earlier {self.texts[self.place(taken[0])]!r} decides: put it first"
+                earlier = self.texts[self.place(taken[0])]
+                why = f"for leaf {taken[0]!r} the earlier {earlier!r} does: put {text!r} before that"
             else:
                 some = ", ".join(map(repr, paths[:4])) + ", ..." * (len(paths) > 4)
                 why = f"it is found in no path, there are {some}: correct it, or leave it out"

@@ -101,7 +101,7 @@ def scheduled(codecs: Sequence[Compressor], schedule: optax.Schedule) -> Compres
     >>> codec = gcj.scheduled([gcj.powersgd(1), gcj.powersgd(2), gcj.powersgd(4)], wanted)
     >>> tx = optax.chain(codec, optax.sgd(0.1, momentum=0.9))
     """
-    if not isinstance(codecs, list | tuple) or len(codecs) < 2:
+    if isinstance(codecs, Compressor) or not isinstance(codecs, list | tuple) or len(codecs) < 2:
         raise ValueError(
             f"codecs={shown(codecs)} must be a list of two strengths of one codec or more, such as [powersgd(1), "
             "powersgd(4)]; a single one needs no schedule"

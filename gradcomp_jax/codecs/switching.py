@@ -83,6 +83,9 @@ class Switching(Codec):
     def with_coder_state(self, state: Any, coder_state: Any) -> Any:
         return state._replace(codec=self.inner.with_coder_state(state.codec, coder_state))
 
+    def step(self, state: Any) -> jax.Array:
+        return state.step if hasattr(state, "step") else self.inner.step(state.codec)
+
     def phase(self, state: Any) -> jax.Array:
         return self.inner.phase(state.codec)
 
