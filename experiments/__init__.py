@@ -18,9 +18,11 @@ PACKAGES = {
     "jinja2": "jinja2",
     "matplotlib": "matplotlib",
     "orbax-checkpoint": "orbax.checkpoint",
+    "pooch": "pooch",
     "rich": "rich",
     "scikit-learn": "sklearn",
     "tensorboardX": "tensorboardX",
+    "tqdm": "tqdm",  # of which pooch makes its bar
 }
 
 

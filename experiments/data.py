@@ -53,7 +53,6 @@ CIFAR = {
         test_rows=10_000,
         archive=download.Archive(
             url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-            size=170_498_071,
             sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
             folder="cifar-10-batches-py",
             files=(*_CIFAR10_TRAIN_FILES, "test_batch"),
@@ -68,7 +67,6 @@ CIFAR = {
         test_rows=10_000,
         archive=download.Archive(
             url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-            size=169_001_437,
             sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
             folder="cifar-100-python",
             files=("train", "test"),
@@ -189,8 +187,8 @@ def cifar(name: str, data_dir: str | None) -> tuple[Split, Split]:
     layout = CIFAR[name]
     archive, cache = layout.archive, download.cache_dir()
     by_hand = (
-        f"download {archive.url} by hand, unpack it, and give the directory that holds {archive.folder} as --data_dir "
-        f"or in the environment variable GRADCOMP_DATA_DIR, or move {archive.folder} to {cache}; or use "
+        f"download {archive.url} (sha256 {archive.sha256}) by hand to {cache}, or unpack it and give the directory "
+        f"that holds {archive.folder} as --data_dir or in the environment variable GRADCOMP_DATA_DIR; or use "
         "--dataset=digits, which needs no files"
     )
     given = data_dir or os.environ.get("GRADCOMP_DATA_DIR")
@@ -201,9 +199,9 @@ def cifar(name: str, data_dir: str | None) -> tuple[Split, Split]:
     else:
         try:
             folder = download.fetch(archive, cache)
-        except download.DownloadError as error:
-            raise DataError(f"{error}: {by_hand}") from error
-        way_out = f"delete {folder} to have it downloaded anew"
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot bring {archive.url} to {cache} ({error}): {by_hand}") from error
+        way_out = f"delete {folder} to have it unpacked anew"
     try:
         train = _cifar_split(folder, layout.train_files, layout.train_rows, layout)
         return train, _cifar_split(folder, (layout.test_file,), layout.test_rows, layout)

@@ -30,21 +30,16 @@ from gradcomp_jax.feedback import EF21, Feedback
 from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
+from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
+from gradcomp_jax.parallel import data_parallel
 from gradcomp_jax.per_layer import PerLayerState, per_layer
+from gradcomp_jax.placing import init, place, shard_batch
+from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
-from gradcomp_jax.sharding import (
-    PerWorker,
-    global_state,
-    init,
-    local_state,
-    place,
-    resize_workers,
-    shard_batch,
-    state_specs,
-)
-from gradcomp_jax.step import make_mesh, simulate, train_step
+from gradcomp_jax.sharding import PerWorker, global_state, local_state, state_specs
+from gradcomp_jax.step import simulate, train_step
 from gradcomp_jax.swap import swap
 from gradcomp_jax.transform import transformed
 
@@ -96,6 +91,7 @@ __all__ = [
     "code_bits",
     "collective_bytes",
     "compiler_options",
+    "data_parallel",
     "delayed",
     "ef_momentum",
     "flush",

@@ -10,7 +10,6 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -88,19 +87,6 @@ def require_transformation(tx: Any) -> None:
         "The order of arguments is train_step(loss_fn, tx, mesh), simulate(loss_fn, tx, workers), "
         "init(tx, params, mesh), state_specs(tx, params)"
     )
-
-
-def require_mesh(mesh: Any, or_workers: bool = True) -> Any:
-    """`mesh`, a mesh or a number of workers.
-
-    Raises:
-      ValueError: it is neither, or a number where only a mesh will do.
-    """
-    mesh = own("mesh", mesh)
-    if isinstance(mesh, Mesh) or (or_workers and is_whole(mesh)):
-        return mesh
-    workers = ", or, for simulate, the number of workers" if or_workers else "; simulate takes a number of workers"
-    raise ValueError(f"mesh={shown(mesh)} must be a mesh, such as make_mesh(4){workers}")
 
 
 def require_arrays(what: str, tree: Any) -> None:

@@ -33,8 +33,9 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax import known
 from gradcomp_jax.exchange.bits import Links, WireCount, wire_bits
 from gradcomp_jax.hlo import Collective, Span, collective_bytes, schedule
-from gradcomp_jax.sharding import global_init, state_specs
-from gradcomp_jax.step import make_mesh
+from gradcomp_jax.mesh import make_mesh
+from gradcomp_jax.placing import global_init
+from gradcomp_jax.sharding import state_specs
 
 # What differs by less is not told of.
 LITTLE = 4096

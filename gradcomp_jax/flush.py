@@ -14,16 +14,10 @@ from gradcomp_jax.agreement import update_of
 from gradcomp_jax.compressor import is_compressor_state, skipped
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
-from gradcomp_jax.sharding import (
-    PerWorker,
-    alone,
-    in_automatic_axes,
-    is_per_worker,
-    place,
-    require_state,
-    shard_batch,
-    whole_of,
-)
+from gradcomp_jax.mesh import in_automatic_axes, require_mesh
+from gradcomp_jax.placing import place, shard_batch
+from gradcomp_jax.resizing import alone, whole_of
+from gradcomp_jax.sharding import PerWorker, is_per_worker, require_state
 from gradcomp_jax.step import simulate, train_step
 from gradcomp_jax.views import widen
 
@@ -37,7 +31,7 @@ def flush(
     tx: optax.GradientTransformation,
     params: Any,
     opt_state: Any,
-    mesh: Mesh | int,
+    mesh: Mesh | int | None = None,
     *,
     learning_rate: float | jax.Array | None = None,
     at_least: float = 0.9,
@@ -61,7 +55,7 @@ def flush(
       tx: the optimiser, as in `train_step`.
       params: the parameters.
       opt_state: the optimiser state, in its global form.
-      mesh: the workers; or, for an opt_state of `simulate`, how many there are.
+      mesh: the workers, by default all devices; or, for an opt_state of `simulate`, how many there are.
       learning_rate: by which to multiply what is owed, past the rest of the chain; None goes through it.
       at_least: the least share of what is owed that the chain may apply.
 
@@ -73,6 +67,7 @@ def flush(
         the codec inside it; the chain would apply less than `at_least` of what is owed; or no parameter changed, as
         under a learning rate of zero or in `optax.MultiSteps`.
     """
+    mesh = require_mesh(mesh)
     require_state(tx, params, opt_state, mesh)
     if not jax.tree.leaves(_owed(opt_state)):
         return params, opt_state

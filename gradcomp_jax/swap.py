@@ -11,13 +11,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gradcomp_jax.arguments import require_mesh, require_transformation
+from gradcomp_jax.arguments import require_transformation
 from gradcomp_jax.codecs.powersgd import PowerSGDState, of_rank
 from gradcomp_jax.compressor import CompressorState, Estimated, compressor_states, is_compressor_state
 from gradcomp_jax.cuts import Cut
 from gradcomp_jax.exchange.bits import total_bits
+from gradcomp_jax.mesh import in_automatic_axes, require_mesh
 from gradcomp_jax.notes import note
-from gradcomp_jax.sharding import global_init, in_automatic_axes, init_parts, is_per_worker, place, require_state
+from gradcomp_jax.placing import global_init, init_parts, place
+from gradcomp_jax.sharding import is_per_worker, require_state
 
 # Leaves that a message names.
 MOST_NAMED = 4
@@ -28,7 +30,7 @@ def swap(
     new_tx: optax.GradientTransformation,
     params: Any,
     opt_state: Any,
-    mesh: Mesh | int,
+    mesh: Mesh | int | None = None,
 ) -> Any:
     """The optimiser's state for another codec, or another strength, in the middle of a run.
 
@@ -53,7 +55,7 @@ def swap(
       new_tx: the same chain with another codec.
       params: the parameters.
       opt_state: the optimiser's state, in its global form.
-      mesh: the workers; or, for an opt_state of `simulate`, how many there are.
+      mesh: the workers, by default all devices; or, for an opt_state of `simulate`, how many there are.
 
     Returns:
       The state for new_tx, in its global form, as `init` makes it.

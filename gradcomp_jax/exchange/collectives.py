@@ -59,6 +59,29 @@ def in_order() -> Iterator[None]:
         _ordering.reset(token)
 
 
+_sums_only = contextvars.ContextVar("sums_only", default=False)
+
+
+@contextlib.contextmanager
+def sums_only() -> Iterator[None]:
+    """Here gathers, shuffles and rings are refused: of vmap's the compiler makes what sends more than is counted."""
+    token = _sums_only.set(True)
+    try:
+        yield
+    finally:
+        _sums_only.reset(token)
+
+
+def _require_free() -> None:
+    if _sums_only.get():
+        raise ValueError(
+            "simulate is given a batch that lies on several devices, and a codec in tx gathers codes, shuffles them, "
+            "or passes them in a ring: XLA would send more than that, up to the whole gradients. Use "
+            "train_step(loss_fn, tx, mesh), which is called alike, or a codec that sums, such as powersgd, randomk, "
+            "or qsgd(shared_scale=True)"
+        )
+
+
 def after(tree: T, results: Any) -> T:
     """`tree`, such that what is sent of it waits for `results`; outside `in_order` nothing waits.
 
@@ -260,6 +283,7 @@ class Wire:
         Returns:
           The message of part w + 1, see `of_ring`; the outputs of all parts, [n, ...]; the bits this worker sent.
         """
+        _require_free()
         n = self.workers
         # Part (w - i) mod n is the i-th here; the map is its own inverse.
         order = (self.index - jnp.arange(n, dtype=jnp.int32)) % n
@@ -275,11 +299,13 @@ class Wire:
 
     def gather(self, x: jax.Array) -> tuple[jax.Array, int]:
         """All-gathers a vector `x` [k] into [n, k], the same on all workers."""
+        _require_free()
         sent = filled(x, -(-x.size // TILE) * TILE) if platform() == "tpu" else x
         return self._all_gather(sent)[:, : x.size], (self.workers - 1) * _size_bits(sent)
 
     def scatter(self, x: jax.Array) -> tuple[jax.Array, int]:
         """Sends row j of `x` [n, ...] to worker j: gives what all sent to this one, [n, ...] by sender."""
+        _require_free()
         n = self.workers
         return self._all_to_all(x), (n - 1) * _size_bits(x) // n
 

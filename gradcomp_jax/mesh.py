@@ -1,0 +1,104 @@
+"""The mesh of workers that a step runs on."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+
+from gradcomp_jax.arguments import is_whole, own, shown
+
+
+def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
+    """A device mesh for `train_step` and `data_parallel`.
+
+    Args:
+      workers: how many devices to lay along the axis "data"; or axis names with their sizes, such as
+        `{"node": 2, "local": 4}`; by default all devices there are, along "data".
+
+    Returns:
+      A mesh with automatic axes, which take ordinary arrays.
+
+    Raises:
+      ValueError: there are fewer devices.
+    """
+    available = jax.device_count()
+    if not isinstance(workers, Mapping):
+        workers = {"data": available if workers is None else workers}
+    if not workers:
+        raise ValueError("a mesh needs an axis of workers, such as make_mesh({'data': 4})")
+    needed = 1
+    for name, size in workers.items():
+        if not is_whole(size) or size < 1:
+            raise ValueError(
+                f"axis {name!r} of the mesh has {shown(size)} workers, it needs at least 1, a whole number"
+            )
+        needed *= size
+    if needed > available:
+        raise ValueError(
+            f"a mesh of {dict(workers)} needs {needed} devices, jax has {available}; a CPU can stand for "
+            f"several: jax.config.update('jax_num_cpu_devices', {needed}) before jax is first used, or use "
+            "simulate(), which needs one device only"
+        )
+    devices = jax.devices()[:needed]
+    return jax.make_mesh(
+        tuple(workers.values()), tuple(workers), axis_types=(AxisType.Auto,) * len(workers), devices=devices
+    )
+
+
+def require_mesh(mesh: Any, or_workers: bool = True) -> Any:
+    """`mesh`, a mesh or a number of workers; of None one over all devices.
+
+    Raises:
+      ValueError: it is neither, or a number where only a mesh will do.
+    """
+    mesh = own("mesh", mesh)
+    if mesh is None:
+        return make_mesh()
+    if isinstance(mesh, Mesh) or (or_workers and is_whole(mesh)):
+        return mesh
+    workers = ", or, for simulate, the number of workers" if or_workers else "; simulate takes a number of workers"
+    raise ValueError(f"mesh={shown(mesh)} must be a mesh, such as make_mesh(4){workers}")
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """`mesh` with automatic axes, which take ordinary arrays; those of `jax.make_mesh` are explicit."""
+    return Mesh(mesh.devices, mesh.axis_names)
+
+
+def in_automatic_axes(mesh: Mesh | int, f: Callable[..., Any]) -> Callable[..., Any]:
+    """`f`, called where the axes of all meshes are automatic, whatever mesh the caller has set.
+
+    Under `jax.set_mesh(jax.make_mesh(...))`, whose axes are explicit, arrays carry their sharding in their types, and
+    those on a mesh with automatic axes are refused. So arguments come from the caller's types, and results go to them;
+    the memory stays where it is.
+
+    Args:
+      mesh: for which f computes; or a number of workers, for any.
+      f: a function of trees of arrays to one.
+    """
+
+    def called(*args: Any) -> Any:
+        theirs = jax.sharding.get_abstract_mesh()
+        if theirs.empty:
+            return f(*args)
+        ours = theirs if isinstance(mesh, int) else mesh.abstract_mesh
+        ours = ours.update_axis_types(dict.fromkeys(ours.axis_names, AxisType.Auto))
+        with jax.sharding.use_abstract_mesh(ours):
+            results = f(*_typed(args, {}))
+        return _typed(results, dict(zip(theirs.axis_names, theirs.axis_types, strict=True)))
+
+    return called
+
+
+def _typed(tree: Any, types: dict[str, AxisType]) -> Any:
+    """The arrays of a tree where they lie, on meshes whose axes are of these types, or automatic."""
+
+    def typed(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) or not isinstance(getattr(x, "sharding", None), NamedSharding):
+            return x
+        old = x.sharding.mesh
+        new = Mesh(old.devices, old.axis_names, tuple(types.get(name, AxisType.Auto) for name in old.axis_names))
+        return x if new == old else jax.device_put(x, NamedSharding(new, x.sharding.spec))
+
+    return jax.tree.map(typed, tree)

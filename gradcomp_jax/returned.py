@@ -1,0 +1,130 @@
+"""What becomes of what workers' own steps return: passed on, averaged, or refused; see `data_parallel`."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from gradcomp_jax import beside
+from gradcomp_jax.compressor import compressor_states, skipped_steps
+from gradcomp_jax.exchange import collectives
+from gradcomp_jax.exchange.collectives import Wire, axis_names
+from gradcomp_jax.placing import is_train_state
+from gradcomp_jax.sharding import PerWorker, global_state, is_per_worker, map_per_worker, marked
+from gradcomp_jax.step import apart, keep_state, once_stored
+from gradcomp_jax.varying import Axes
+
+_DIFFERS = (
+    "what the step returns at {leaf} differs between the workers along {axes}, and is passed on to the next step: the "
+    "optimiser needs a codec, none() or average() first in its chain, with the mesh's axis as its axis_name; "
+    "accumulation, skipping and momentum go after it, as in optax.chain(codec, optax.MultiSteps(...)). Average by "
+    "jax.lax.pmean(x, {axes}) what else the step keeps, such as batch statistics"
+)
+
+
+class Returned(NamedTuple):
+    """What a worker returns.
+
+    Attributes:
+      out: its outputs, state in its global form.
+      leads: the leading axes of each leaf; none where it is the same on all workers.
+    """
+
+    out: Any
+    leads: list[tuple[Any, ...]]
+
+
+def along(tree: Any, axes: Sequence[str]) -> Any:
+    """The axes along which each leaf of an argument may differ: these, and those of what differs between workers."""
+    return map_per_worker(lambda x: jax.tree.map(lambda _: _names(x), x), tree, lambda _: frozenset(axes))
+
+
+def _names(x: PerWorker) -> Axes:
+    return frozenset(name for axis in x.leading for name in axis_names(axis))
+
+
+def returned(out: Any, differs: Any, passed: Sequence[Any], keys: Sequence[Any], rows: set[int]) -> Returned:
+    """What a worker returns, of what its step gave.
+
+    Args:
+      out: the outputs.
+      differs: the axes along which each leaf may differ.
+      passed: the arguments that a step may pass on.
+      keys: this worker's random keys, of which none that differs may be passed on.
+      rows: of the leaves of the worker's part of the batch.
+
+    Raises:
+      ValueError: what is passed on differs between the workers, or a random key does.
+    """
+    alone = type(out) is not tuple
+    parts, differ = ((out,), (differs,)) if alone else (out, differs)
+    names = ["its output"] if alone else [f"output {k}" for k in range(len(parts))]
+    before = [next((x for x in passed if _alike(x, part)), None) for part in parts]
+    stays = [old is not None or bool(marked(part)) for old, part in zip(before, parts, strict=True)]
+    for name, part, its, stay in zip(names, parts, differ, stays, strict=True):
+        if stay:
+            _require_same(name, part, its)
+        _require_no_key(name, part, its, keys)
+    metrics = {name: (part, its) for name, part, its, stay in zip(names, parts, differ, stays, strict=True) if not stay}
+    parts = _kept(parts, before)
+    reduced = _reduced(metrics, rows, parts)
+    parts = [reduced.get(name, part) for name, part in zip(names, parts, strict=True)]
+    whole = global_state(parts[0] if alone else tuple(parts))
+    leaves = jax.tree.leaves(whole, is_leaf=is_per_worker)
+    leads = [[x.leading] * len(jax.tree.leaves(x)) if is_per_worker(x) else [()] for x in leaves]
+    return Returned(whole, [lead for of_leaf in leads for lead in of_leaf])
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Whether a step that is given the one returns it as the other: they have one structure, and are no scalars."""
+    shapes = [[np.shape(x) for x in jax.tree.leaves(tree)] for tree in (old, new)]
+    return len({jax.tree.structure(old), jax.tree.structure(new)}) == 1 and shapes[0] == shapes[1] and any(shapes[0])
+
+
+def _require_same(name: str, part: Any, differs: Any) -> None:
+    """Raises ValueError, by name, for a leaf that differs between the workers and is not marked to do so."""
+    leaves = jax.tree_util.tree_leaves_with_path(part, is_leaf=is_per_worker)
+    for (path, x), its in zip(leaves, jax.tree.leaves(differs, is_leaf=is_per_worker), strict=True):
+        axes = frozenset().union(*jax.tree.leaves(its)) - (_names(x) if is_per_worker(x) else frozenset())
+        if axes:
+            where = f"{name}{jax.tree_util.keystr(path)}"
+            raise ValueError(_DIFFERS.format(leaf=where, axes=tuple(sorted(axes))))
+
+
+def _require_no_key(name: str, part: Any, differs: Any, keys: Sequence[Any]) -> None:
+    """Raises ValueError, by name, for a random key of one worker; of the old kind by its shape and type."""
+    kinds = {(x.shape, x.dtype) for x in keys}
+    for (path, x), axes in zip(jax.tree_util.tree_leaves_with_path(part), jax.tree.leaves(differs), strict=True):
+        if axes and (jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or (x.shape, x.dtype) in kinds):
+            raise ValueError(
+                f"the step returns at {name}{jax.tree_util.keystr(path)} a random key that differs by worker: "
+                "make the next step's key outside of the step, such as jax.random.fold_in(key, step)"
+            )
+
+
+def _kept(parts: Sequence[Any], before: Sequence[Any]) -> list[Any]:
+    """What is passed on, as it was before in a step that a codec skipped."""
+    mine = [part for part, old in zip(parts, before, strict=True) if old is not None]
+    if not compressor_states(mine):
+        return list(parts)
+    kept = skipped_steps(mine) == skipped_steps(list(before))
+    params = [x.params if is_train_state(x) else x for x in mine[:1]]
+    kept = once_stored(kept, [] if compressor_states(params) else params)
+    return [part if old is None else keep_state(kept, part, old) for part, old in zip(parts, before, strict=True)]
+
+
+def _reduced(metrics: dict[str, Any], rows: set[int], states: Any) -> dict[str, Any]:
+    """Outputs, each with the axes along which its leaves differ, as they are over all workers."""
+    trees = {name: part for name, (part, _) in metrics.items()}
+    leaves = jax.tree_util.tree_leaves_with_path(trees)
+    axes = jax.tree.leaves({name: its for name, (_, its) in metrics.items()})
+    found = {jax.tree_util.keystr(path): x for path, x in leaves}
+    for along_axes in sorted(set(axes) - {frozenset()}, key=sorted):
+        wire = Wire(tuple(sorted(along_axes)))
+        mine = {name: x for (name, x), its in zip(found.items(), axes, strict=True) if its == along_axes}
+        hows = beside.reductions(None, mine, rows)
+        sent = collectives.after(beside.sent(mine, hows, wire.workers), compressor_states(states))
+        means = apart(sent, wire)
+        found |= beside.arrived(mine, hows, means, wire.workers, own=lambda x: x)
+    return jax.tree.unflatten(jax.tree.structure(trees), list(found.values()))
