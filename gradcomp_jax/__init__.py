@@ -18,6 +18,7 @@ from gradcomp_jax.codecs.onebit import OneBitState, onebit
 from gradcomp_jax.codecs.powersgd import PowerSGDState, powersgd
 from gradcomp_jax.codecs.qsgd import QSGDState, qsgd
 from gradcomp_jax.codecs.randomk import SubsetState, randomblock, randomk
+from gradcomp_jax.codecs.scheduled import ScheduledState, scheduled
 from gradcomp_jax.codecs.signnorm import signnorm
 from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.coder import CodeLength
@@ -33,11 +34,13 @@ from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
 from gradcomp_jax.parallel import data_parallel
+from gradcomp_jax.per_layer import PerLayerState, per_layer
 from gradcomp_jax.placing import init, place, shard_batch
 from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
 from gradcomp_jax.sharding import PerWorker, global_state, local_state, state_specs
 from gradcomp_jax.step import simulate, train_step
+from gradcomp_jax.swap import swap
 from gradcomp_jax.transform import transformed
 
 CODECS: dict[str, Callable[..., Compressor]] = {
@@ -70,9 +73,11 @@ __all__ = [
     "GradiVeQState",
     "LossScaleState",
     "OneBitState",
+    "PerLayerState",
     "PerWorker",
     "PowerSGDState",
     "QSGDState",
+    "ScheduledState",
     "SubsetState",
     "WireBits",
     "WireCount",
@@ -99,6 +104,7 @@ __all__ = [
     "make_mesh",
     "none",
     "onebit",
+    "per_layer",
     "place",
     "powersgd",
     "qsgd",
@@ -106,11 +112,13 @@ __all__ = [
     "randomk",
     "resize_workers",
     "restore",
+    "scheduled",
     "shard_batch",
     "signnorm",
     "simulate",
     "skipped",
     "state_specs",
+    "swap",
     "topk",
     "train_step",
     "transformed",

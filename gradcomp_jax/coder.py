@@ -133,6 +133,11 @@ class Coder(abc.ABC):
         del feedback
         return self
 
+    def at(self, strength: Any) -> "Coder":
+        """The coder of a tensor of this strength, of which a message may be of that alone."""
+        del strength
+        return self
+
     @abc.abstractmethod
     def encode(self, y: jax.Array, part: Part) -> Message:
         """The message of a part [..., length]."""
@@ -233,6 +238,9 @@ class Switched(Coder):
 
     def under(self, feedback: bool) -> "Switched":
         return dataclasses.replace(self, coders=tuple(coder.under(feedback) for coder in self.coders))
+
+    def at(self, strength: Any) -> Coder:
+        return self.coders[strength] if isinstance(strength, int) else self
 
     def fronts(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(coder.size(shape) for coder in self.coders)

@@ -16,7 +16,7 @@ and are summed on the way. Codecs and coders are frozen dataclasses: made alike,
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -192,7 +192,8 @@ class Context(NamedTuple):
       salt: a whole number that is this leaf's own, the same on all workers and in every run.
       feedback: whether the part that is left out comes back in a later step.
       fresh: whether the first term is a gradient that this program computes.
-      strength: int32, the place of the leaf's strength among those of the codec; None where it has one.
+      strength: the place of the leaf's strength among those of the codec, int32, or a whole number where it never
+        changes; None where the codec has one.
       learning_rate: as given to the transformation's update, or None.
       shards: in how many shards the leaf lies; the talk sees one.
       shard: int32, which of them, so that its random draws can differ; None if there is one.
@@ -203,7 +204,7 @@ class Context(NamedTuple):
     salt: int
     feedback: bool
     fresh: bool = False
-    strength: jax.Array | None = None
+    strength: Any = None
     learning_rate: Any = None
     shards: int = 1
     shard: jax.Array | None = None
@@ -263,6 +264,10 @@ class Codec(abc.ABC):
     def strength(self) -> Strength | None:
         """What of it can be switched; None if nothing."""
         return None
+
+    def require_leaves(self, paths: Sequence[str]) -> None:
+        """Raises ValueError, by name, for a tree of leaves with which it cannot be meant."""
+        del paths
 
     def default(self, path: str, leaf: Any) -> bool:
         """Whether the paper compresses such a leaf; by default those of two axes or more."""
@@ -344,9 +349,9 @@ class Codec(abc.ABC):
         del state
         return jnp.int32(0)
 
-    def strengths(self, state: Any, learning_rate: Any) -> dict[str, jax.Array]:
-        """int32, each leaf's place among the strengths; empty where there is one."""
-        del state, learning_rate
+    def strengths(self, state: Any, paths: Iterable[str], learning_rate: Any) -> dict[str, Any]:
+        """Each leaf's place among the strengths, int32, or a whole number where it never changes; empty if one."""
+        del state, paths, learning_rate
         return {}
 
     @abc.abstractmethod

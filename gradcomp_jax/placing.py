@@ -46,14 +46,20 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int | None 
     require_transformation(tx)
     require_arrays("params", params)
     mesh = require_mesh(mesh)
-    first = functools.partial(global_init, tx, mesh)
+    if isinstance(mesh, int) or param_specs is None:
+        return init_parts(tx, params, mesh, lambda state: state)
+    mesh = automatic(mesh)
+    return in_automatic_axes(mesh, functools.partial(_init_in_shards, tx, mesh, param_specs))(params)
+
+
+def init_parts(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int, choose: Callable[[Any], Any]) -> Any:
+    """What `choose` takes of the first state in its global form; nothing else is made."""
+    first = lambda params: choose(global_init(tx, mesh, params))  # noqa: E731
     if isinstance(mesh, int):
         return in_automatic_axes(mesh, jax.jit(first))(params)
     mesh = automatic(mesh)
-    if param_specs is not None:
-        return in_automatic_axes(mesh, functools.partial(_init_in_shards, tx, mesh, param_specs))(params)
     jax.eval_shape(first, params)  # refuses a wrong axis before a sharding is made of it
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), state_specs(tx, params))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), choose(state_specs(tx, params)))
     made = jax.jit(first, out_shardings=shardings)
     return in_automatic_axes(mesh, lambda params: made(place(params, mesh)))(params)
 

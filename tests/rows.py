@@ -10,7 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gradcomp_jax import Compressor, accordion, adaptive, cast, none, onebit, powersgd, qsgd, randomk, transformed
+from gradcomp_jax import (
+    Compressor,
+    accordion,
+    adaptive,
+    cast,
+    none,
+    onebit,
+    powersgd,
+    qsgd,
+    randomk,
+    scheduled,
+    transformed,
+)
 from gradcomp_jax.codecs.randomk import Draw, block, scattered
 from gradcomp_jax.exchange.plan import salt
 from gradcomp_jax.random import scattered as hashed
@@ -404,40 +416,78 @@ def with_norms(row: Row) -> Row:
     return row._replace(payload=payload)
 
 
-def accordion_powersgd_row(id: str, low: int, high: int) -> Row:
-    ranks = low, high
+class Switch(NamedTuple):
+    """What switches between two strengths of a codec: from the first, in the steps `LOW`, to the second.
+
+    Attributes:
+      around: two codecs -> the codec that switches between them.
+      place: (the state before a step, a path) -> which of them is in use.
+      norms: how many floats a leaf ride beside it.
+    """
+
+    around: Callable[..., Compressor]
+    place: Callable[[Any, str], int]
+    norms: int
+
+    def row(self, row: Row) -> Row:
+        """With the norms."""
+        return with_norms(row) if self.norms else row
+
+
+def grows(step):
+    """A schedule of ranks: between 1 and 4 in the first two steps, and then above."""
+    return jnp.where(step < len(LOW), 3, 5)
+
+
+def falls(step):
+    """A schedule of fractions."""
+    return jnp.where(step < len(LOW), jnp.float32(0.3), jnp.float32(0.1))
+
+
+def by_schedule(schedule):
+    return Switch(lambda *codecs: scheduled(codecs, schedule), lambda state, path: int(state.step >= len(LOW)), 0)
+
+
+ACCORDION = Switch(functools.partial(accordion, interval=2), lambda state, path: int(state.level[path]), 1)
+
+
+def switched_powersgd_row(id: str, ranks: tuple[int, int], switch: Switch) -> Row:
+    """Between two ranks; in the steps `LOW` of the first."""
 
     def make(**kwargs: Any) -> Compressor:
-        return accordion(powersgd(low, **kwargs), powersgd(high, **kwargs), interval=2)
+        return switch.around(*(powersgd(rank, **kwargs) for rank in ranks))
 
     def rebuild(recorded, state, shapes, riding):
         p, q = map(Flat, decoders.reduced(recorded))
         rode, factors = p.take((riding,)), {}
         for path in sorted(shapes):
-            (n, m), r = matrix(shapes[path]), ranks[int(state.level[path])]
+            (n, m), r = matrix(shapes[path]), ranks[switch.place(state, path)]
             factors[path] = p.take((r, n)), q.take((r, m))
-            p.take((1,))  # the norm
+            p.take((switch.norms,))
         return factored(shapes, factors), rode
 
     def payload(shapes, step):
-        return payload_powersgd(low if step in LOW else high)(shapes, step)
+        return payload_powersgd(ranks[step not in LOW])(shapes, step)
 
-    return with_norms(Row(id, make, False, payload, rebuild, (REDUCE, REDUCE), NOISE, 2, fills=LOW))
+    fills = LOW if ranks[0] > ranks[1] else tuple({*NOISE} - {*LOW})
+    return switch.row(Row(id, make, False, payload, rebuild, (REDUCE, REDUCE), NOISE, 2, fills=fills))
 
 
-def accordion_coded_row(id: str, make_level, levels, decode, size, aggregate: str, bucket: int | None = None) -> Row:
+def switched_coded_row(
+    id: str, make_level, levels, decode, size, aggregate: str, switch: Switch, bucket: int | None = None
+) -> Row:
     """Of a codec that encodes: each leaf's payload at its own level, one after another."""
 
     def make(**kwargs: Any) -> Compressor:
-        low, high = (make_level(level, aggregate=aggregate, **kwargs) for level in levels)
-        return accordion(low, high, interval=2)
+        return switch.around(*(make_level(level, aggregate=aggregate, **kwargs) for level in levels))
 
     def rebuild(recorded, state, shapes, riding):
-        recorded, rode = decoders.alone(recorded, len(shapes) + riding, aggregate, first=True)
+        floats = switch.norms * len(shapes)
+        recorded, rode = decoders.alone(recorded, floats + riding, aggregate, first=True)
         payloads = recorded[-1]
         shards, mean = 1 if aggregate == "gather" else len(payloads), {}
         for path in sorted(shapes):
-            level, one = levels[int(state.level[path])], {path: shapes[path]}
+            level, one = levels[switch.place(state, path)], {path: shapes[path]}
             length = size(level)([shapes[path]], shards)
             pieces, payloads = payloads[:, :length], payloads[:, length:]
             parts = decoders.mean(decode(level), aggregate, pieces, one)
@@ -445,14 +495,14 @@ def accordion_coded_row(id: str, make_level, levels, decode, size, aggregate: st
                 mean |= decoders.of_buckets(bucket, np.concatenate(parts[""]), one)
             else:
                 mean[path] = decoders.joined(parts[path], shapes[path])
-        return mean, rode[len(shapes) :]
+        return mean, rode[floats:]
 
     def payload(shapes, step):
         of_leaves = lambda shapes, shards: sum(size(levels[step not in LOW])([x], shards) for x in shapes)  # noqa: E731
         return payload_coded(of_leaves, aggregate)(shapes, step)
 
     messages, beside = messages_coded(aggregate), TINY if aggregate == "gather" else ()
-    return with_norms(Row(id, make, False, payload, rebuild, messages, NOISE, 2, aggregate, LOW, beside=beside))
+    return switch.row(Row(id, make, False, payload, rebuild, messages, NOISE, 2, aggregate, LOW, beside=beside))
 
 
 def transformed_row(row: Row, kind: str, block: int) -> Row:

@@ -4,13 +4,15 @@ from gradcomp_jax import EF21, Feedback, randomblock, randomk, signnorm, topk
 from tests import decoders
 from tests.gradiveq_rows import Cycle, accordion_gradiveq_row, gradiveq_row, quantized_gradiveq_row
 from tests.rows import (
+    ACCORDION,
     TINY,
-    accordion_coded_row,
-    accordion_powersgd_row,
     adaptive_row,
+    by_schedule,
     cast_row,
     coded_row,
+    falls,
     gained,
+    grows,
     level_of_qsgd,
     none_row,
     onebit_row,
@@ -23,6 +25,8 @@ from tests.rows import (
     size_signnorm,
     size_topk,
     subset_row,
+    switched_coded_row,
+    switched_powersgd_row,
     transformed_row,
 )
 
@@ -85,12 +89,16 @@ ROWS = [
     coded_row("signnorm", signnorm, decoders.signnorm, size_signnorm, "gather")._replace(beside=("two", "small")),
     coded_row("signnorm-shuffle", signnorm, decoders.signnorm, size_signnorm, "shuffle"),
     coded_row("signnorm-vote", signnorm, decoders.signnorm, size_signnorm, "shuffle", majority=True),
-    accordion_powersgd_row("accordion-powersgd", 4, 1),
-    accordion_coded_row("accordion-topk", topk, (0.3, 0.1), decoders.topk, size_topk, "shuffle"),
-    accordion_coded_row(
-        "accordion-qsgd", level_of_qsgd, (8, 2), gained, lambda bits: size_qsgd(bits, 32), "gather", bucket=32
+    switched_powersgd_row("accordion-powersgd", (4, 1), ACCORDION),
+    switched_coded_row("accordion-topk", topk, (0.3, 0.1), decoders.topk, size_topk, "shuffle", ACCORDION),
+    switched_coded_row(
+        "accordion-qsgd", level_of_qsgd, (8, 2), gained, lambda bits: size_qsgd(bits, 32), "gather", ACCORDION, 32
     ),
     accordion_gradiveq_row("accordion-gradiveq", Cycle(0, 3, 5), 32, 16, 32),
+    switched_powersgd_row("scheduled-powersgd", (1, 4), by_schedule(grows)),
+    switched_coded_row(
+        "scheduled-topk", topk, (0.3, 0.1), decoders.topk, size_topk, "gather", by_schedule(falls)
+    )._replace(beside=()),
 ]
 BY_ID = {row.id: row for row in ROWS}
 # What real processes train with: each collective, and each way to choose what is sent.
@@ -115,5 +123,6 @@ EACH = [
         "randomk",
         "signnorm",
         "accordion-powersgd",
+        "scheduled-powersgd",
     )
 ]

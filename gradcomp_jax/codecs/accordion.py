@@ -23,7 +23,7 @@ anew on each switch (`reset_on_switch=True`). Their top-k reducer sums where the
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -33,9 +33,9 @@ import optax
 from jax import lax
 
 from gradcomp_jax.arguments import factory
+from gradcomp_jax.codecs.switching import Switching, require_strengths
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import (
-    Codec,
     Context,
     First,
     Mine,
@@ -47,8 +47,6 @@ from gradcomp_jax.contract import (
     bare,
     require_whole,
 )
-from gradcomp_jax.cuts import Cut
-from gradcomp_jax.feedback import as_given
 from gradcomp_jax.sharding import PerWorker
 from gradcomp_jax.views import inverse_power, l2_norm
 
@@ -93,10 +91,9 @@ def next_level(previous: jax.Array, norm: jax.Array, threshold: float) -> jax.Ar
 
 
 @dataclasses.dataclass(frozen=True)
-class Accordion(Codec):
-    """The controller, around a codec of two strengths, the weaker compression first; see `accordion`."""
+class Accordion(Switching):
+    """The controller, around a codec of two strengths; see `accordion`."""
 
-    inner: Any
     interval: int
     window: int
     threshold: float
@@ -107,44 +104,15 @@ class Accordion(Codec):
 
     name: ClassVar[str] = "accordion"
 
-    @property
-    def coder(self) -> Any:
-        return self.inner.coder
-
-    @property
-    def phases(self) -> int:
-        return self.inner.phases
-
-    def default(self, path: str, leaf: Any) -> bool:
-        return self.inner.default(path, leaf)
-
-    def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
-        return self.inner.shrinks(path, leaf, uncompressed)  # which judges by the stronger one
-
-    def cut(self, path: str, leaf: Any) -> Cut:
-        return self.inner.cut(path, leaf)
-
-    def arrives(self, path: str, leaf: Any) -> int | None:
-        return self.inner.arrives(path, leaf)
-
-    def of_shards(self, state: AccordionState, f: Callable[[Any, str], Any]) -> AccordionState:
-        return state._replace(codec=self.inner.of_shards(state.codec, f))
-
-    def shard_cut(self, name: str, path: str, leaf: Any) -> Cut | None:
-        return self.inner.shard_cut(name, path, leaf)
-
-    def view(self, path: str, leaf: Any) -> str:
-        return self.inner.view(path, leaf)
-
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
-        return {"codec": self.inner.init(path, leaf, salt), "gradients": jnp.zeros(leaf.shape, jnp.float32)}
+        return super().init(path, leaf, salt) | {"gradients": jnp.zeros(leaf.shape, jnp.float32)}
 
     def start(self, leaves: dict[str, dict[str, Any]]) -> AccordionState:
         def each(value: Any) -> dict[str, jax.Array]:
             return {path: jnp.asarray(value) for path in leaves}
 
         return AccordionState(
-            codec=self.inner.start({path: x["codec"] for path, x in leaves.items()}),
+            codec=self.inner_start(leaves),
             level=each(jnp.int32(LOW)),
             gradients=Mine({path: x["gradients"] for path, x in leaves.items()}),
             previous=each(jnp.float32(0)),
@@ -159,23 +127,13 @@ class Accordion(Codec):
     def leaf(self, state: AccordionState, path: str) -> Any:
         restart = state.restart[path] if self.reset_on_switch else False
         mine = {"level": state.level[path], "gradients": bare(state.gradients)[path], "restart": restart}
-        return state._replace(codec=self.inner.leaf(state.codec, path), **mine)
+        return super().leaf(state, path)._replace(**mine)
 
     def merge(self, state: AccordionState, news: dict[str, dict[str, Any]]) -> AccordionState:
-        codec = self.inner.merge(state.codec, {path: x.get("codec", {}) for path, x in news.items()})
         norm = {path: x["norm"] for path, x in news.items() if "norm" in x}
         sums = {path: x["gradients"] for path, x in news.items() if "gradients" in x}
         gradients = Mine({**bare(state.gradients), **sums})
-        return state._replace(codec=codec, norm={**state.norm, **norm}, gradients=gradients)
-
-    def coder_state(self, state: AccordionState) -> Any:
-        return self.inner.coder_state(state.codec)
-
-    def with_coder_state(self, state: AccordionState, coder_state: Any) -> AccordionState:
-        return state._replace(codec=self.inner.with_coder_state(state.codec, coder_state))
-
-    def phase(self, state: AccordionState) -> jax.Array:
-        return self.inner.phase(state.codec)
+        return super().merge(state, news)._replace(norm={**state.norm, **norm}, gradients=gradients)
 
     def rate(self, state: AccordionState, learning_rate: Any) -> jax.Array:
         """The learning rate of this step, float32; 0 if it is not known."""
@@ -183,9 +141,9 @@ class Accordion(Codec):
             learning_rate = 0.0 if self.schedule is None else self.schedule(state.step)
         return jnp.asarray(learning_rate, jnp.float32)
 
-    def strengths(self, state: AccordionState, learning_rate: Any) -> dict[str, jax.Array]:
+    def strengths(self, state: AccordionState, paths: Iterable[str], learning_rate: Any) -> dict[str, jax.Array]:
         fell = self.rate(state, learning_rate) < state.learning_rate
-        return {path: jnp.where(fell, LOW, level) for path, level in state.level.items()}
+        return {path: jnp.where(fell, LOW, state.level[path]) for path in paths}
 
     def window_sum(self, leaf: Any, gradient: jax.Array) -> jax.Array:
         """The sum of gradients over the window so far, this one included."""
@@ -199,10 +157,10 @@ class Accordion(Codec):
         return state.step % self.interval == self.window - 1
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
-        inner = leaf.codec
         if self.reset_on_switch:
             assert ctx.strength is not None
-            inner = self.inner.forget(inner, leaf.restart | (ctx.strength != leaf.level))
+            restart = leaf.restart | (ctx.strength != leaf.level)
+            leaf = leaf._replace(codec=self.inner.forget(leaf.codec, restart))
         sums = self.window_sum(leaf, d[0])
         # The norm rides in every step, of meaning in those that check: a float a leaf is less than a conditional.
         # Of finite gradients it is finite, or the step would be skipped, and the next, for ever.
@@ -216,33 +174,20 @@ class Accordion(Codec):
             down = inverse_power(largest)
             norm = jnp.minimum(jnp.sqrt((yield OverShards((norm * down) ** 2))) / down, MOST)
         ask = First(norm) if self.norm_source == "first_worker" else Say(norm, exact=True)
-        result, heard = yield from alongside(self.inner.talk(phase, d, inner, ctx), ask)
+        result, heard = yield from alongside(super().talk(phase, d, leaf, ctx), ask)
         agreed = heard if self.norm_source == "first_worker" else heard.mean
         if ctx.shards > 1:  # the same on all chips, which types do not know of what travelled beside shards
             agreed = yield OverShards(agreed, largest=True)
-        return result._replace(news={"codec": result.news, "norm": agreed})
+        return result._replace(news=result.news | {"norm": agreed})
 
     def absorb(
         self, leaf: Any, d: tuple[jax.Array, ...], mean: jax.Array, ok: jax.Array, ctx: Context
     ) -> dict[str, Any]:
         sums = jnp.where(ok, self.window_sum(leaf, d[0]), leaf.gradients)
-        return {"codec": self.inner.absorb(leaf.codec, d, mean, ok, ctx), "gradients": sums}
-
-    def adopt(self, leaf: Any, mean: jax.Array, ok: jax.Array) -> dict[str, Any]:
-        return {"codec": self.inner.adopt(leaf.codec, mean, ok)}
-
-    def due(self, state: AccordionState) -> jax.Array | None:
-        return self.inner.due(state.codec)
-
-    def refresh(self, before: Any, after: Any, mean: jax.Array, ctx: Context) -> Any:
-        news = yield from self.inner.refresh(before.codec, after.codec, mean, ctx)
-        return {"codec": news}
-
-    def kept(self, leaf: Any) -> dict[str, Any]:
-        return {"codec": self.inner.kept(leaf.codec)}
+        return super().absorb(leaf, d, mean, ok, ctx) | {"gradients": sums}
 
     def tick(self, state: AccordionState, after: AccordionState, ctx: Context) -> AccordionState:
-        rate, level = self.rate(state, ctx.learning_rate), self.strengths(state, ctx.learning_rate)
+        rate, level = self.rate(state, ctx.learning_rate), self.strengths(state, state.level, ctx.learning_rate)
         fell, check = rate < state.learning_rate, self.checks(state)
         norm = after.norm  # of this step, agreed on
         if not self.per_layer:
@@ -253,20 +198,16 @@ class Accordion(Codec):
             by_norm = jnp.where(fell, LOW, next_level(state.norm[path], now, self.threshold))
             decided[path] = jnp.where(check, by_norm, level[path])
         choose = lambda new, old: {path: jnp.where(check, new[path], old[path]) for path in level}  # noqa: E731
+        after = super().tick(state, after, ctx)
         return after._replace(
-            codec=self.inner.tick(state.codec, after.codec, ctx),
             level=decided,
             previous=choose(state.norm, state.previous),
             norm=choose(norm, state.norm),
             restart={path: decided[path] != level[path] for path in state.restart},
-            step=state.step + 1,
             checked=jnp.where(check, state.step + 1, state.checked),
             dropped=jnp.where(fell, state.step, state.dropped),
             learning_rate=rate,
         )
-
-    def flushed(self, state: AccordionState) -> AccordionState:
-        return state._replace(codec=self.inner.flushed(state.codec))
 
 
 @factory
@@ -325,7 +266,7 @@ def accordion(
         raise ValueError(f"threshold={threshold} must be above 0, it is a relative change")
     if norm_source not in NORM_SOURCES:
         raise ValueError(f"norm_source={norm_source!r} must be one of {', '.join(map(repr, NORM_SOURCES))}")
-    weak, strong = _require_strengths(low, high)
+    weak, strong = _weak_and_strong(low, high)
     inner = weak.at((weak.value, strong.value))
     codec = Accordion(inner, interval, window, threshold, per_layer, learning_rate, norm_source, reset_on_switch)
     return compressor(codec, low.settings)
@@ -367,36 +308,9 @@ def _reason(state: AccordionState, path: str) -> str:
     )
 
 
-def _require_strengths(low: Compressor, high: Compressor) -> tuple[Strength, Strength]:
+def _weak_and_strong(low: Compressor, high: Compressor) -> tuple[Strength, Strength]:
     """Their strengths; ValueError unless low and high are two of one codec, the weaker first."""
-    strengths = []
-    for name, given in (("low", low), ("high", high)):
-        if not isinstance(given, Compressor):
-            raise ValueError(f"{name}={given!r} must be a codec such as powersgd(rank=2)")
-        if given.codec.strength is None:
-            raise ValueError(
-                f"{name}: codec {given.codec.name!r} in these settings has one strength only; accordion switches the "
-                "rank of powersgd, the fraction of topk, randomk and randomblock, the bits of qsgd (code='packed', "
-                "without levels= and shared_scale), the proportion of adaptive, the ratio of gradiveq "
-                "(select='ratio'), without a quantizer inside"
-            )
-        strengths.append(given.codec.strength)
-    weak, strong = strengths
-    if low.codec.name != high.codec.name or weak.setting != strong.setting:
-        raise ValueError(
-            f"low is {low.codec.name} by {weak.setting}, high is {high.codec.name} by {strong.setting}: accordion "
-            "switches between two strengths of one codec, which share its state"
-        )
-    for name, a, b in [
-        *((name, x, strong.others[name]) for name, x in weak.others.items()),
-        *zip(low.settings._fields, low.settings, high.settings, strict=True),
-    ]:
-        if a != b:
-            a, b = (as_given(x) if name == "error_feedback" else x for x in (a, b))
-            raise ValueError(
-                f"low has {name}={a!r}, high has {name}={b!r}: they must agree in all but {weak.setting} (pass one "
-                "function object to both)"
-            )
+    weak, strong = require_strengths("accordion", {"low": low, "high": high})
     if (weak.value > strong.value) != weak.more_sends_more or weak.value == strong.value:
         order = "above" if weak.more_sends_more else "below"
         raise ValueError(

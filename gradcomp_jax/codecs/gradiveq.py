@@ -27,7 +27,7 @@ everything. `select="holdout"` measures the loss on samples that the basis has n
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -355,7 +355,7 @@ class GradiVeQ(Codec):
         training = jnp.where(state.position >= 0, TRAINING, DENSE) if self.numbers else DENSE
         return jnp.where(state.position >= self.train_steps, COMPRESSED, training).astype(jnp.int32)
 
-    def strengths(self, state: GradiVeQState, learning_rate: Any) -> dict[str, jax.Array]:
+    def strengths(self, state: GradiVeQState, paths: Iterable[str], learning_rate: Any) -> dict[str, jax.Array]:
         return state.rung
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:

@@ -89,6 +89,20 @@ def tamed(rows: jax.Array) -> jax.Array:
     return rows * inverse_power(jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True))
 
 
+def of_rank(old: jax.Array, new: jax.Array) -> jax.Array:
+    """Q^T of another rank: the columns of Q that an old one has too, and beyond them those of a new one.
+
+    Both are made of like magnitudes, as products with a gradient need them, and bases do not depend on them.
+
+    Args:
+      old: [layers, r, m].
+      new: [layers, another r, m].
+    """
+    if new.shape[1] <= old.shape[1]:
+        return old[:, : new.shape[1]]
+    return jnp.concatenate([tamed(old), tamed(new[:, old.shape[1] :])], axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class PowerSGD(Codec):
     """The algorithm; see `powersgd` for its settings.

@@ -29,7 +29,7 @@ from gradcomp_jax.exchange.shards import (
     sound,
     uncut,
 )
-from gradcomp_jax.exchange.ways import Sent, agreed, parts_of, within
+from gradcomp_jax.exchange.ways import Sent, agreed, parts_of, sizes_of, within
 from gradcomp_jax.views import add_window, halved, pack_front, unpack_front, widen
 from gradcomp_jax.wire.packing import pack_arrays, pack_terms, unpack_arrays, unpack_sum
 
@@ -205,13 +205,13 @@ def _send_fronts(
     fronts = [group.coder.fronts(group.shape) or () for group in groups]
     used = [jnp.array(f, jnp.int32)[group.strength] for f, group in zip(fronts, groups, strict=True)]
     beside = riding.shape[-1]
-    least, most = (beside + sum(end(f) for f in fronts) for end in (min, max))
+    sizes = sizes_of(fronts, [group.strength for group in groups], beside)
     pack = lambda *pieces: pack_front(pieces, used)  # noqa: E731
     pieces = [message["data"] for message in messages]
     buffer = (jax.vmap(pack) if riding.ndim > 1 else pack)(*pieces)
     buffer = jnp.concatenate([riding, buffer], axis=-1) if beside else buffer
     length = functools.reduce(jnp.add, used) + beside
-    received, bits, inside = wire.front(collective, buffer, length, least, most)
+    received, bits, inside = wire.front(collective, buffer, length, sizes)
     got = jax.vmap(lambda data: unpack_front(data, used, [max(f) for f in fronts]))(received[..., beside:])
     return consume(_unpacked([{"data": x} for x in got]), received[..., :beside]), bits, inside
 

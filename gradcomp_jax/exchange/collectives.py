@@ -39,10 +39,6 @@ T = TypeVar("T")
 # is summed between slices the compiler fills up by itself.
 TILE, LANES = 1024, 128
 
-# What `front` rounds up by at most: 17 sizes from 1/32 to 1, each with a collective to compile.
-FRONT_STEP = 1.25
-
-
 _ordering = contextvars.ContextVar("ordering", default=False)
 
 
@@ -369,28 +365,22 @@ class Wire:
         collective: Callable[[jax.Array], tuple[jax.Array, Bits]],
         buffer: jax.Array,
         length: jax.Array,
-        least: int,
-        most: int,
+        sizes: Sequence[int],
     ) -> tuple[jax.Array, jax.Array, int]:
         """Sends the first `length` elements of `buffer`'s last axis through a collective, and little more than those.
 
-        Shapes are static, so one of some fixed sizes from `least` to `most` is sent, the smallest that holds them;
-        each is at most `FRONT_STEP` times the one before.
+        Shapes are static, so one of some fixed sizes is sent, the smallest that holds them.
 
         Args:
           collective: what sends: an array to an array of the same last axis, and its bits.
-          buffer: an array of at least `most` elements along its last axis.
-          length: int32, the same on all workers, from `least` to `most`.
-          least: the smallest length there can be, at least 1.
-          most: the largest.
+          buffer: an array of at least as many elements along its last axis as the largest size.
+          length: int32, the same on all workers, at most the largest size.
+          sizes: rising, each at least 1.
 
         Returns:
           What the collective gave, its last axis as long as the buffer's, zero beyond what was sent; the bits this
           worker sent, as a pair; and those that a chip of it sent inside.
         """
-        sizes = [least]
-        while sizes[-1] < most:
-            sizes.append(min(most, max(sizes[-1] + 1, int(sizes[-1] * FRONT_STEP))))
 
         def send(size: int):
             received, bits = collective(buffer[..., :size])

@@ -172,6 +172,7 @@ def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
       ValueError: none would be compressed, and that is not allowed; or what the codec refuses.
     """
     leaves, treedef = flatten(tree)
+    codec.require_leaves(tuple(leaves))
     compressed, kept, cuts, arriving, why = {}, {}, {}, {}, {}
     for path, leaf in leaves.items():
         _require_real(codec.name, path, leaf)
@@ -341,7 +342,14 @@ class Route(NamedTuple):
     ride: bool
 
 
-def route(coder: Coder, xs: Sequence[tuple[str, Any]], riding: int, aggregate: str | None, workers: int) -> Route:
+def route(
+    coder: Coder,
+    xs: Sequence[tuple[str, Any]],
+    strengths: Sequence[Any],
+    riding: int,
+    aggregate: str | None,
+    workers: int,
+) -> Route:
     """How codes of some tensors travel, beside so many bytes of riders; by default in whichever way sends less.
 
     That is "gather" for two workers, which encodes once and where both send the same, but for rounding. What is chosen
@@ -350,6 +358,7 @@ def route(coder: Coder, xs: Sequence[tuple[str, Any]], riding: int, aggregate: s
     Args:
       coder: the coder.
       xs: the tensors with their names, of which only shapes count.
+      strengths: of each, as in its `Context`.
       riding: bytes that ride.
       aggregate: the way, or None.
       workers: how many there are.
@@ -357,48 +366,53 @@ def route(coder: Coder, xs: Sequence[tuple[str, Any]], riding: int, aggregate: s
     Raises:
       ValueError: tensors of two strengths that share a buffer which an int32 cannot count.
     """
-    chosen = _choose(coder, [x for _, x in xs], riding, aggregate, workers)
+    chosen = _choose(coder, [x for _, x in xs], strengths, riding, aggregate, workers)
     shards = 1 if chosen.way == "gather" else workers
-    _require_countable(coder, xs, shards, -(-riding // shards) if chosen.ride else 0)
+    _require_countable(coder, xs, strengths, shards, -(-riding // shards) if chosen.ride else 0)
     return chosen
 
 
-def _choose(coder: Coder, xs: Sequence[Any], riding: int, aggregate: str | None, workers: int) -> Route:
+def _choose(
+    coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], riding: int, aggregate: str | None, workers: int
+) -> Route:
     if aggregate not in (None, "gather"):
         return Route(aggregate, aggregate == "shuffle")
     alone = -(-2 * (workers - 1) * riding // workers)
-    gathered = payload_bytes(coder, xs, 1)
+    gathered = _payload_bytes(coder, xs, strengths, 1)
     ride = workers <= 2 or (workers - 1) * riding - alone <= RIDE * ((workers - 1) * gathered + alone)
     by_gather = Route("gather", ride)
     if aggregate is not None or workers <= 2:
         return by_gather
     sent = {
         "gather": (workers - 1) * gathered + ((workers - 1) * riding if ride else alone),
-        "shuffle": 2 * (workers - 1) * (payload_bytes(coder, xs, workers) + -(-riding // workers)),
+        "shuffle": 2 * (workers - 1) * (_payload_bytes(coder, xs, strengths, workers) + -(-riding // workers)),
     }
     chosen = min(sent, key=lambda way: sent[way])
     note(logging.INFO, f"aggregate={chosen!r} among {workers} workers: a worker sends {sent} bytes in a step")
     return by_gather if chosen == "gather" else Route("shuffle", True)
 
 
-def payload_bytes(coder: Coder, xs: Sequence[Any], shards: int) -> int:
+def _payload_bytes(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> int:
     """The bytes of one shard's payload, of some tensors cut into so many; in a shorter form if there is one."""
-    groups = _groups(coder, xs, shards)
+    groups = _groups(coder, xs, strengths, shards)
     compact = coder.compact(groups[0].each // coder.unit)
-    return sum(coder.size(group.shape) for group in groups) if compact is None else compact.size
+    return sum(group.coder.size(group.shape) for group in groups) if compact is None else compact.size
 
 
-def _groups(coder: Coder, xs: Sequence[Any], shards: int) -> list[Group]:
+def _groups(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> list[Group]:
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
     ys = [jax.eval_shape(coder.lay, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in xs]
-    return grouped(coder, ys, shards, key, [None] * len(ys), draws=False)
+    return grouped(coder, ys, shards, key, strengths, draws=False)
 
 
-def _require_countable(coder: Coder, xs: Sequence[tuple[str, Any]], shards: int, riding: int) -> None:
+def _require_countable(
+    coder: Coder, xs: Sequence[tuple[str, Any]], strengths: Sequence[Any], shards: int, riding: int
+) -> None:
     """Raises ValueError, by name, for tensors of two strengths whose buffer an int32 cannot count."""
-    if not isinstance(coder, Switched):
+    groups = _groups(coder, [x for _, x in xs], strengths, shards) if isinstance(coder, Switched) else []
+    if not any(isinstance(group.coder, Switched) for group in groups):
         return
-    sizes = [coder.size(group.shape) for group in _groups(coder, [x for _, x in xs], shards)]
+    sizes = [group.coder.size(group.shape) for group in groups]
     if (most := sum(sizes) + riding) >= 2**31:
         path = xs[sizes.index(max(sizes))][0]
         raise ValueError(

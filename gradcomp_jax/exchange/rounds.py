@@ -138,7 +138,7 @@ class Exchange(NamedTuple):
         terms = {path: d for bucket in buckets for path, d in bucket.terms.items()}
         told = Context(codec.step(state), 0, self.feedback, self.fresh, None, learning_rate, wire.shards)
         told = told._replace(shard=wire.inside.index if wire.fast is not None else None)
-        strengths = codec.strengths(state, learning_rate)
+        strengths = codec.strengths(state, terms, learning_rate)
         contexts = {
             path: told._replace(salt=plan.salt(path), strength=strengths.get(path), whole=bucket.whole[path])
             for bucket in buckets
@@ -265,7 +265,8 @@ class Exchange(NamedTuple):
         if coded and not coder.shares_scale:
             riding = sum(x.size * x.dtype.itemsize for x in (*riders, *(say.x for say in exact.values())))
             xs = [(path, say.x) for (path, _), say in coded.items()]
-            ride = plan.route(coder, xs, riding, self.aggregate, self.wire.workers)
+            each = [contexts[path].strength for path, _ in xs]
+            ride = plan.route(coder, xs, each, riding, self.aggregate, self.wire.workers)
         if not (ride and ride.ride) and (exact or riders):
             ring = self.aggregate == "ring" and coder is None
             strengths = [contexts[path].strength for path, _ in exact]

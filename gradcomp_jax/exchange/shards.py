@@ -82,14 +82,15 @@ def grouped(
         # As data, of which any part can be taken: jax's check for keys that are used twice takes it for all of them.
         keys = [x[0] for x in split(jax.random.key_data(keys), [1] * len(ys), axis=0)]
     for places in [list(range(len(ys)))] if coder.pooled else [[place] for place in range(len(ys))]:
-        mine = [ys[i] for i in places]
-        if shards == 1 and not coder.rowwise:
+        mine, strength = [ys[i] for i in places], strengths[places[0]]
+        one = coder.at(strength)
+        if shards == 1 and not one.rowwise:
             each = mine[0].shape[-1]
         else:
-            units = sum(-(-y.shape[-1] // coder.unit) for y in mine)
-            each = max(1, -(-units // shards)) * coder.unit
+            units = sum(-(-y.shape[-1] // one.unit) for y in mine)
+            each = max(1, -(-units // shards)) * one.unit
         of_these = [keys[i] for i in places] if len(keys) else ()
-        groups.append(Group(coder, mine, each, shards, of_these, strengths[places[0]]))
+        groups.append(Group(one, mine, each, shards, of_these, strength if one is coder else None))
     return groups
 
 

@@ -27,6 +27,8 @@ from gradcomp_jax.exchange.bits import Bits, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, after
 from gradcomp_jax.views import HALVES, on_cpus, others_are_automatic, pack_front, split, unpack_front, widen
 
+# What the sizes of fronts round up by at most: 17 from 1/32 to 1, each with a collective to compile.
+FRONT_STEP = 1.25
 # A whole gradient of more bytes is a message of its own: it needs no copy, and can overlap with others.
 APART = 2**20
 
@@ -189,13 +191,13 @@ def _fronts(
     beside = jnp.concatenate([jnp.zeros(0, wide), *(x.reshape(-1).astype(wide) for x in riders)])
     unchecked = sum(x.size for x in riders[: len(riders) - checked])
     buffer = jnp.concatenate([beside, pack_front([say.x.reshape(-1).astype(wide) for say in says], used)])
-    least, most = (beside.size + sum(end(f) for f in fronts) for end in (min, max))
+    sizes = sizes_of(fronts, strengths, beside.size)
 
     def average(x: jax.Array) -> tuple[jax.Array, Bits]:
         (mean,), bits = _mean([x], wire, ring)
         return mean, bits
 
-    received, bits, inside = wire.front(average, buffer, functools.reduce(jnp.add, used) + beside.size, least, most)
+    received, bits, inside = wire.front(average, buffer, functools.reduce(jnp.add, used) + beside.size, sizes)
     ok = agreed([within(received[unchecked:], max(say.growth for say in says))], before)
     pieces = unpack_front(received[beside.size :], used, [say.x.size for say in says])
     heard = []
@@ -205,6 +207,28 @@ def _fronts(
         heard.append(Heard(mean, jnp.where(counts, say.x, 0)))
     rode = [x.astype(like.dtype) for x, like in zip(parts_of(received, riders), riders, strict=True)]
     return Sent(heard, [*rode[len(rode) - checked :], *rode[: len(rode) - checked]], ok, bits, inside=inside)
+
+
+def sizes_of(fronts: Sequence[tuple[int, ...]], strengths: Sequence[Any], beside: int) -> list[int]:
+    """The sizes in which a buffer travels that is filled from its front, rising.
+
+    Where all are of one strength, as the same tracer says, these are known; else each is at most `FRONT_STEP` times the
+    one before.
+
+    Args:
+      fronts: how much of each counts at each strength; of what all counts, at any number of them.
+      strengths: int32 for each, or None.
+      beside: what leads, and counts always.
+    """
+    varying = [(f, s) for f, s in zip(fronts, strengths, strict=True) if min(f) < max(f)]
+    least, most = (beside + sum(end(f) for f in fronts) for end in (min, max))
+    if varying and all(s is varying[0][1] for _, s in varying):
+        rest = most - sum(max(f) for f, _ in varying)
+        return sorted({rest + sum(of_each) for of_each in zip(*(f for f, _ in varying), strict=True)})
+    sizes = [least]
+    while sizes[-1] < most:
+        sizes.append(min(most, max(sizes[-1] + 1, int(sizes[-1] * FRONT_STEP))))
+    return sizes
 
 
 def _flat(arrays: Sequence[jax.Array]) -> jax.Array:

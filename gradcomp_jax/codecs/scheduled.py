@@ -1,0 +1,127 @@
+"""A codec whose strength follows a schedule of the exchanges done.
+
+Such as the warm-up of Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887, section
+3.3, in which 25, 6.25, 1.5625, 0.4 and 0.1 per cent of the gradients are sent, an epoch each; or a rank that grows.
+With v_0, v_1, ... the values that were given, those that send more first, and w what the schedule wants,
+
+    the first v_i that sends no more than w does, else the last
+
+is in use. So w is rounded to the next value that sends less, and what sends the least stands for all below it.
+
+The strengths share one state, and all of it is inside the compiled step, as with `accordion`; what is sent is really
+less where the strength is.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradcomp_jax.arguments import factory, shown
+from gradcomp_jax.codecs.switching import Switching, require_strengths
+from gradcomp_jax.compressor import Compressor, compressor
+
+# By which share a wanted value may miss that of a codec: schedules multiply in float32.
+ROUNDING = 1e-5
+
+
+class ScheduledState(NamedTuple):
+    """State of `scheduled`, the same on all workers.
+
+    Attributes:
+      codec: the codec's, which serves all strengths.
+      step: int32, exchanges done, at which the schedule is asked.
+    """
+
+    codec: Any
+    step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheduled(Switching):
+    """The controller, around a codec of several strengths; see `scheduled`.
+
+    Attributes:
+      values: of the strengths, those that send more first.
+      schedule: exchanges done -> the wanted value.
+    """
+
+    values: tuple[float, ...]
+    schedule: optax.Schedule
+
+    name: ClassVar[str] = "scheduled"
+
+    def start(self, leaves: dict[str, dict[str, Any]]) -> ScheduledState:
+        return ScheduledState(self.inner_start(leaves), jnp.int32(0))
+
+    def strengths(self, state: ScheduledState, paths: Iterable[str], learning_rate: Any) -> dict[str, jax.Array]:
+        return dict.fromkeys(paths, self.place(self.schedule(state.step)))
+
+    def place(self, wanted: Any) -> jax.Array:
+        """The place among the values of that which stands for a wanted one, int32."""
+        wanted, values = jnp.asarray(wanted).astype(jnp.float32), jnp.array(self.values, jnp.float32)
+        falls = self.values[0] > self.values[-1]
+        enough = values <= wanted * (1 + ROUNDING) if falls else values >= wanted * (1 - ROUNDING)
+        return jnp.minimum(jnp.sum(~enough, dtype=jnp.int32), len(self.values) - 1)
+
+
+@factory
+def scheduled(codecs: Sequence[Compressor], schedule: optax.Schedule) -> Compressor:
+    """A codec whose strength follows a schedule: a warm-up of top-k's fraction, a rank that grows.
+
+    The schedule gives the wanted value of the setting that makes the codec's strength, such as the rank of powersgd,
+    the fraction of topk, the bits of qsgd. Of the codecs that one is in use that sends the most among those that send
+    no more than the wanted value would; where all send more, the one that sends the least. So with ranks 1, 2 and 4 a
+    wanted 3.9 is rank 2, and a wanted 0.5 is rank 1. With proportions or ratios, which send less the larger they are,
+    a wanted value is rounded up. A value that misses one of the codecs' by less than 1e-5 of it counts as that.
+
+    The strengths share one state and one residual, and switching compiles nothing. What all codecs take is taken from
+    the codecs, which must agree in it. The codec that sends the least decides which leaves are compressed; at another
+    strength a leaf may take more bytes than uncompressed. Each strength has a collective of its own size.
+
+    Args:
+      codecs: two strengths of one codec or more, in any order, such as `[powersgd(1), powersgd(2), powersgd(4)]`.
+      schedule: exchanges done -> the wanted value, one number; any of optax's schedules. Steps that were skipped are
+        not counted, and under `delayed` the first exchange, which is of zeros, is. Computed by jax: `jnp.where`, no if.
+
+    Returns:
+      A `Compressor`.
+
+    Raises:
+      ValueError: codecs are no list of two strengths of one codec or more, with the same settings otherwise; or the
+        schedule does not give one real number.
+
+    >>> import optax
+    >>> import gradcomp_jax as gcj
+    >>> epoch = 390
+    >>> wanted = optax.piecewise_constant_schedule(1, {10 * epoch: 2, 20 * epoch: 2})  # ranks 1, 2, 4
+    >>> codec = gcj.scheduled([gcj.powersgd(1), gcj.powersgd(2), gcj.powersgd(4)], wanted)
+    >>> tx = optax.chain(codec, optax.sgd(0.1, momentum=0.9))
+    """
+    if isinstance(codecs, Compressor) or not isinstance(codecs, list | tuple) or len(codecs) < 2:
+        raise ValueError(
+            f"codecs={shown(codecs)} must be a list of two strengths of one codec or more, such as [powersgd(1), "
+            "powersgd(4)]; a single one needs no schedule"
+        )
+    given = {f"codecs[{i}]": codec for i, codec in enumerate(codecs)}
+    strengths = require_strengths("scheduled", given)
+    values = tuple(sorted((one.value for one in strengths), reverse=strengths[0].more_sends_more))
+    if twice := [value for value in values if values.count(value) > 1]:
+        raise ValueError(f"codecs has {strengths[0].setting}={twice[0]} more than once: give each strength once")
+    _require_number_of(schedule)
+    return compressor(Scheduled(strengths[0].at(values), values, schedule), codecs[0].settings)
+
+
+def _require_number_of(schedule: optax.Schedule) -> None:
+    """Raises ValueError for a schedule that does not give one real number."""
+    given = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
+    number = isinstance(given, jax.ShapeDtypeStruct) and given.shape == ()
+    if not number or not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):
+        described = f"{given.dtype}{list(given.shape)}" if isinstance(given, jax.ShapeDtypeStruct) else shown(given)
+        raise ValueError(
+            f"schedule gives {described}, and must give one real number, the wanted value of the setting: the leaves "
+            "share one schedule; for other settings by leaf see per_layer"
+        )
