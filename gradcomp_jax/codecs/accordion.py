@@ -38,6 +38,7 @@ from gradcomp_jax.contract import (
     Codec,
     Context,
     First,
+    Gain,
     Mine,
     OverShards,
     Say,
@@ -136,6 +137,9 @@ class Accordion(Codec):
     def view(self, path: str, leaf: Any) -> str:
         return self.inner.view(path, leaf)
 
+    def gain(self, path: str, leaf: Any) -> Gain | None:
+        return self.inner.gain(path, leaf)
+
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         return {"codec": self.inner.init(path, leaf, salt), "gradients": jnp.zeros(leaf.shape, jnp.float32)}
 
@@ -176,6 +180,14 @@ class Accordion(Codec):
 
     def phase(self, state: AccordionState) -> jax.Array:
         return self.inner.phase(state.codec)
+
+    def kinds(self, state: AccordionState) -> dict[str, AccordionState]:
+        found = {}
+        for name, inner in self.inner.kinds(state.codec).items():
+            for what, level in (("high", HIGH), ("low", LOW)):
+                levels = dict.fromkeys(state.level, jnp.int32(level))
+                found[f"{name}, {what}" if name else what] = state._replace(codec=inner, level=levels)
+        return found
 
     def rate(self, state: AccordionState, learning_rate: Any) -> jax.Array:
         """The learning rate of this step, float32; 0 if it is not known."""
