@@ -6,6 +6,7 @@ Nothing is compiled, placed or allocated, however large the parameters are.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -181,10 +182,7 @@ def _cut(path: str, leaf: Any, axis: int, chips: int) -> Any:
 
 
 def _size(mesh: AbstractMesh, axis: Any) -> int:
-    size = 1
-    for name in axis_names(axis):
-        size *= mesh.shape[name]
-    return size
+    return math.prod(mesh.shape[name] for name in axis_names(axis))
 
 
 def _traced(tx: Any, params: Any, mesh: AbstractMesh) -> Dry:
