@@ -51,7 +51,8 @@ def _call(name: str, parameters: Mapping[str, inspect.Parameter], given: Mapping
     key, first = next(iter(parameters.items()))
     main = {} if first.default in (None, first.empty) else {key: first.default}
     said = []
-    for key, value in (main | dict(given)).items():
+    all_given = main | dict(given)
+    for key, value in ((key, all_given[key]) for key in parameters if key in all_given):
         codec = getattr(value, "name", None) if hasattr(value, "named") else None
         text = codec or (getattr(value, "__name__", None) if callable(value) else None) or shown(value)
         said.append(text if codec and key in ("codec", "tx") else f"{key}={text}")

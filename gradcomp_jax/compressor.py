@@ -85,19 +85,19 @@ class Delivered(NamedTuple):
 
 
 class Called(NamedTuple):
-    """Remarked where one of the two functions of a codec's transformation is called.
+    """Remarked where one of the two functions of a codec's transformation was called.
 
     Attributes:
       made: the function.
-      tree: parameters or gradients.
-      state: what update is given; None in init.
+      tree: parameters, or updates.
       plan: that of update; None in init.
+      state: what update returns; None in init.
     """
 
     made: Any
     tree: Any
-    state: CompressorState | None = None
     plan: Plan | None = None
+    state: CompressorState | None = None
 
 
 class Kind(NamedTuple):
@@ -267,7 +267,6 @@ class _Update(_Made):
         if wire.workers == 1 and not flush and not isinstance(codec, Uncompressed):
             alone()
         the = plan(codec, settings, updates, wire.shards)
-        remark(lambda: Called(self, updates, state, the))
         _require_state_of(codec.name, state, jax.eval_shape(_Init(codec, settings), updates))
         narrower, extra = None if flush else settings.dense_dtype, jax.tree.leaves(beside)
         parcels = pack(the, leaves, extra, wire, settings.inside is not True, narrower)
@@ -281,6 +280,7 @@ class _Update(_Made):
         updates = jax.tree.unflatten(the.treedef, applied)
         count = add_bits(state.wire, done.bits, sum_bits(done.inside, parcels.bits + sent))
         state = state._replace(wire=count)
+        remark(lambda: Called(self, updates, the, state))
         if beside is None:
             return updates, state
         return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), more))

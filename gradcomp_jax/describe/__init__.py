@@ -9,19 +9,17 @@ import collections
 import functools
 import json
 import math
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh
 
 from gradcomp_jax import known
 from gradcomp_jax.compressor import Called, CompressorState, Kind, compressor_states, kinds
 from gradcomp_jax.cuts import whole
 from gradcomp_jax.delayed import DelayedState
 from gradcomp_jax.describe import table
-from gradcomp_jax.describe.dry import DO_NOT_FIT, FIT, Dry, dry_run, shapes_of
+from gradcomp_jax.describe.dry import DO_NOT_FIT, FIT, Dry, Workers, dry_run, shapes_of
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.exchange.shares import Round, Shares, shares
 
@@ -138,7 +136,7 @@ class Description(NamedTuple):
         return json.dumps(self._asdict() | plain | {"totals": self.totals._asdict()})
 
 
-def describe(tx: optax.GradientTransformation, params: Any, workers: int | Mapping[str, int] | Mesh) -> Description:
+def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) -> Description:
     """Tells what the codecs of an optimiser would do with each parameter; nothing is sent, placed or allocated.
 
     The optimiser's update is traced for so many workers, and what its codecs say, and count, is read. So bytes are what
@@ -153,8 +151,8 @@ def describe(tx: optax.GradientTransformation, params: Any, workers: int | Mappi
     Args:
       tx: the optimiser, with one codec or several anywhere in it.
       params: the parameters, or their shapes; whole, also where they are to lie in shards.
-      workers: how many workers there are; or along each axis, such as {"node": 2, "local": 4} for `across`; or a mesh,
-        whose devices need not be there.
+      workers: how many workers there are; or how many along each axis, such as {"node": 2, "local": 4} for `across`; or
+        a mesh, whose devices need not be there, such as `jax.sharding.AbstractMesh`.
 
     Returns:
       Rows, parts and totals; `str` of it is a table of at most 110 columns.

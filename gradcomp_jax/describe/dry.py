@@ -27,6 +27,8 @@ from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.exchange.shares import Began, Round
 from gradcomp_jax.notes import listening
 
+Workers = int | Mapping[str, int] | Mesh | AbstractMesh
+
 # Where it hangs on data whether codes fit their buffer: they do, or they do not.
 FIT, DO_NOT_FIT = -1, 0
 
@@ -107,7 +109,7 @@ def shapes_of(params: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), params)
 
 
-def dry_run(tx: optax.GradientTransformation, params: Any, workers: int | Mapping[str, int] | Mesh) -> Dry:
+def dry_run(tx: optax.GradientTransformation, params: Any, workers: Workers) -> Dry:
     """Traces a step.
 
     Args:
@@ -134,7 +136,7 @@ def _mesh(workers: Any, called: list[Called]) -> AbstractMesh:
     """The workers as a mesh of no devices."""
     workers = own("workers", workers)
     axes = tuple(dict.fromkeys(name for one in called for name in one.made.settings.axes))
-    if isinstance(workers, Mesh):
+    if isinstance(workers, Mesh | AbstractMesh):
         mesh = workers.abstract_mesh
         mesh = mesh.update_axis_types(dict.fromkeys(mesh.axis_names, AxisType.Auto))
     else:
@@ -192,43 +194,38 @@ def _traced(tx: Any, params: Any, mesh: AbstractMesh) -> Dry:
     places: list[int] = []
 
     def step(params: Any, state: Any) -> Any:
-        mine = compressor_states(state)
         _, state = update_of(tx, mesh.shape, params, state, params, jnp.float32(0))
-        for one in _calls(said):
-            assert one.state is not None
-            places.extend(i for i, x in enumerate(mine) if x.skipped is one.state.skipped)
-        return [x.wire for x in compressor_states(state)]
+        after = compressor_states(state)
+        for called, _ in _calls(said):
+            places.extend(i for i, x in enumerate(after) if called.state and x.skipped is called.state.skipped)
+        return [x.wire for x in after]
 
     with listening() as said:
         program, counts = jax.make_jaxpr(on_mesh(step), return_shape=True)(params, first)
     calls = _calls(said)
+    # What a conditional returns is not what was returned to it.
     if len(places) != len(calls) or sorted(places) != list(range(len(compressor_states(first)))):
         raise ValueError(
             "tx calls a codec in some steps only, or more than once: there is a wrapper around the codec, such as "
             "optax.MultiSteps, which train_step refuses. Put it after the codec"
         )
-    order = sorted(range(len(places)), key=places.__getitem__)
-    rounds = _rounds(said)
-    return Dry(
-        mesh, program, params, first, [calls[i] for i in order], [rounds[i] for i in order], jax.tree.structure(counts)
-    )
+    called, rounds = zip(*(calls[places.index(i)] for i in range(len(places))), strict=True)
+    return Dry(mesh, program, params, first, list(called), list(rounds), jax.tree.structure(counts))
 
 
-def _calls(said: list[Any]) -> list[Called]:
-    return [x for x in said if isinstance(x, Called) and x.plan is not None]
-
-
-def _rounds(said: list[Any]) -> list[list[tuple[Began, Round]]]:
-    """What was remarked after each call of update."""
-    found: list[list[tuple[Began, Round]]] = []
+def _calls(said: list[Any]) -> list[tuple[Called, list[tuple[Began, Round]]]]:
+    """The calls of updates, and what was remarked in each."""
+    found: list[tuple[Called, list[tuple[Began, Round]]]] = []
+    rounds: list[tuple[Began, Round]] = []
     began: Any = None
     for x in said:
         if isinstance(x, Called) and x.plan is not None:
-            found.append([])
+            found.append((x, rounds))
+            rounds = []
         elif isinstance(x, Began):
             began = x
         elif isinstance(x, Round):
-            found[-1].append((began, x))
+            rounds.append((began, x))
     return found
 
 

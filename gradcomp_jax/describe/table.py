@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from gradcomp_jax.describe import Description, Part, Row
 
 WIDTH, GAP = 110, 2
-# The names of leaves are cut at so many characters; what they are taken for gets so many at least.
-LONGEST, LEAST = 40, 24
+# Columns for what leaves are taken for, at least, and for their names, where they have to be cut.
+LEAST, SHORTEST = 24, 16
 HEADING = ("leaf", "shape and type", "sent", "ratio", "residual", "taken for")
 NUMBERS = (2, 3, 4)
 UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
@@ -56,12 +56,11 @@ def ratio(fewer: float | None) -> str:
 
 def _cells(path: str, row: "Row", count: int, several: bool) -> tuple[str, ...]:
     """The cells of rows that are alike."""
-    short = path if len(path) <= LONGEST else f"{path[: LONGEST // 2 - 2]}...{path[1 - LONGEST // 2 :]}"
     name = row.codec.partition("(")[0]
     taken = f"{name}: {row.view}" if several and row.view else row.view or name
     taken = f"dense: {row.why}" if row.codec == "" else taken + (f"; {row.advice}" if row.advice else "")
     return (
-        short + (f" x {count}" if count > 1 else ""),
+        path + (f" x {count}" if count > 1 else ""),
         f"{'x'.join(map(str, row.shape)) or 'scalar'} {row.dtype}",
         size(row.sent * count),
         ratio(row.ratio),
@@ -70,13 +69,22 @@ def _cells(path: str, row: "Row", count: int, several: bool) -> tuple[str, ...]:
     )
 
 
+def _short(name: str, room: int) -> str:
+    """A name without its middle where there is no room for all of it."""
+    ends = (room - 3) // 2
+    return name if len(name) <= room else f"{name[:ends]}...{name[-ends:]}"
+
+
 def _kept(residual: int) -> str:
     return size(residual) if residual else "-"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """Rows in columns, of which the last is as wide as it may be, and goes on below."""
-    *widths, _ = (max(map(len, column)) for column in zip(*rows, strict=True))
+    others = [max(map(len, column)) for column in zip(*(row[1:-1] for row in rows), strict=True)]
+    room = max(SHORTEST, WIDTH - LEAST - sum(others) - GAP * len(HEADING[1:]))
+    rows = [(_short(name, room), *cells) for name, *cells in rows]
+    widths = [max(len(row[0]) for row in rows), *others]
     before = sum(widths) + GAP * len(widths)
     last = max(LEAST, WIDTH - before)
     for row in rows:
