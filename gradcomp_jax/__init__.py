@@ -21,7 +21,7 @@ from gradcomp_jax.codecs.randomk import SubsetState, randomblock, randomk
 from gradcomp_jax.codecs.signnorm import signnorm
 from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.coder import CodeLength
-from gradcomp_jax.compressor import Compressor, CompressorState, skipped
+from gradcomp_jax.compressor import Compressor, CompressorState, MeasuredState, skipped
 from gradcomp_jax.delayed import DelayedState, delayed
 from gradcomp_jax.exchange.bits import WireBits, WireCount, code_bits, wire_bits
 from gradcomp_jax.exchange.collectives import vary
@@ -29,6 +29,7 @@ from gradcomp_jax.feedback import EF21, Feedback
 from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
+from gradcomp_jax.metrics import LeafMetrics, Metrics, measured, metrics
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
 from gradcomp_jax.restore import restore
@@ -73,7 +74,10 @@ __all__ = [
     "EFMomentumState",
     "Feedback",
     "GradiVeQState",
+    "LeafMetrics",
     "LossScaleState",
+    "MeasuredState",
+    "Metrics",
     "OneBitState",
     "PerWorker",
     "PowerSGDState",
@@ -101,6 +105,8 @@ __all__ = [
     "loss_scale",
     "loss_scaled",
     "make_mesh",
+    "measured",
+    "metrics",
     "none",
     "onebit",
     "place",

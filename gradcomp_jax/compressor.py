@@ -465,6 +465,11 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
             f"quantizer=qsgd(dense_dtype='{quantizer.settings.dense_dtype}') of codec {codec!r} sends nothing dense: "
             f"give dense_dtype to {codec}"
         )
+    if quantizer.settings.measured:
+        raise ValueError(
+            f"quantizer of codec {codec!r} is measured, and loses nothing by itself: measure the whole, as in "
+            f"measured({codec}(..., quantizer=qsgd(4)))"
+        )
     if aggregate != "psum":
         raise ValueError(
             f"aggregate={aggregate!r} beside a quantizer, with which codec {codec!r} is not linear: say there how "

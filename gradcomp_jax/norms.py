@@ -1,4 +1,4 @@
-"""How much a codec lost of a step's gradients: norms by leaf, which are a part of its state where they are asked for."""
+"""What a codec lost of a step's gradients: norms by leaf, which its state keeps where it is `measured`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from jax import lax
 
 from gradcomp_jax.contract import Sparse
 from gradcomp_jax.feedback import EF21, Feedback
-from gradcomp_jax.views import STEP, inverse_power, narrow, on_cpus, others_are_automatic
+from gradcomp_jax.views import STEP, inverse_power, on_cpus, others_are_automatic
 
 Arrays = tuple[jax.Array, ...]
 
@@ -20,6 +20,12 @@ LEAST = 2.0**-80
 def no_norms() -> jax.Array:
     """The norms of a leaf before the first step; see `MeasuredState`."""
     return jnp.zeros(3, jnp.float32)
+
+
+def norm(x: jax.Array) -> jax.Array:
+    """The 2-norm of all elements of an array, however it lies; their squares neither overflow nor vanish."""
+    down = _scale((x,))
+    return jnp.sqrt(jnp.sum((x * down) ** 2)) * inverse_power(down)
 
 
 def of_terms(terms: Arrays) -> jax.Array:
@@ -59,8 +65,14 @@ def _norms(xs: Arrays, of: Callable[..., Arrays], beside: Any = 0.0) -> jax.Arra
 
 
 def _scaled(xs: Arrays, of: Callable[..., Arrays]) -> jax.Array:
-    down = inverse_power(jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in xs])))
-    return jnp.sqrt(_sums_of_squares(of(*(x * down for x in xs)))) / down
+    down = _scale(xs)
+    return jnp.sqrt(_sums_of_squares(of(*(x * down for x in xs)))) * inverse_power(down)
+
+
+def _scale(xs: Arrays) -> jax.Array:
+    """The power of two that takes the largest magnitude to about 1; 1 of zeros, as XLA squares that of a constant."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in xs]))
+    return inverse_power(jnp.where(largest > 0, largest, 1))
 
 
 def _sums_of_squares(xs: Arrays) -> jax.Array:

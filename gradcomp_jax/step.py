@@ -330,9 +330,7 @@ def _keep_state(kept: jax.Array, new: Any, old: Any) -> Any:
             return new
         if is_compressor_state(new):
             # Another codec of the chain may have seen nothing wrong.
-            return new._replace(
-                codec=_kept(kept, new.codec, old.codec), residual=_kept(kept, new.residual, old.residual)
-            )
+            return _kept(kept, new, old)._replace(wire=new.wire, skipped=new.skipped)
         if is_loss_scale(new):
             return new._replace(inner=_keep_state(kept, new.inner, old.inner))
         return _kept(kept, new, old)
