@@ -76,7 +76,8 @@ def measured(codec: Compressor) -> Compressor:
     They are float32, this worker's, of the last step that was compressed: the norm of the gradient, of what was to be
     sent, and of what of that was not sent. What was sent is what this worker added to the mean, times the number of
     workers; so the error that a worker makes when it encodes the mean again, as by aggregate="shuffle", is its error
-    too. Squares neither overflow nor vanish: of gradients of any finite magnitude the norms are right.
+    too. Squares neither overflow nor vanish: of gradients of any finite magnitude the norms are right. Only a norm that
+    is 10^8 times less than the largest of the three may be rounded to zero.
 
     Nothing else changes: what is sent, its bits, and what is applied are the codec's own, but for last bits where
     another program computes them in another order. With error feedback a step reads 3 arrays of the gradient's size

@@ -13,8 +13,8 @@ from gradcomp_jax.views import STEP, inverse_power, on_cpus, others_are_automati
 
 Arrays = tuple[jax.Array, ...]
 
-# A sum of squares above it has lost nothing that counts to squares that vanish.
-LEAST = 2.0**-80
+# A sum of squares above it has lost nothing that counts, which squares do of magnitudes below 2^-63.
+LEAST = 2.0**-46
 
 
 def no_norms() -> jax.Array:
@@ -41,7 +41,7 @@ def of_lost(feedback: Feedback | EF21 | None, gradient: jax.Array, memory: Any, 
       gradient: of this worker.
       memory: that the step left; None without feedback.
       own: what this worker added to the mean, times the number of workers.
-      beside: norms of the terms, next to which a loss that is 10^7 times smaller may count as zero.
+      beside: norms of the terms, next to which a loss that is 10^8 times less may count as zero.
     """
     if feedback is not None:
         gradient, memory = lax.optimization_barrier((gradient, memory))
