@@ -146,8 +146,8 @@ def metrics(opt_state: Any) -> Metrics:
     states = compressor_states(opt_state)
     if not states:
         raise ValueError(
-            f"opt_state holds no codec's state, so there are no figures: got {type(opt_state).__name__}; give that of an "
-            "optimiser with a codec in it, such as optax.chain(measured(topk(0.01)), optax.sgd(0.1))"
+            f"opt_state holds no codec's state, so there are no figures: got {type(opt_state).__name__}; give that of "
+            "an optimiser with a codec in it, such as optax.chain(measured(topk(0.01)), optax.sgd(0.1))"
         )
     paths = [path for state in states for path in _paths(state)]
     if double := sorted(path for path in set(paths) if paths.count(path) > 1):

@@ -13,7 +13,7 @@ from gradcomp_jax.views import STEP, inverse_power, on_cpus, others_are_automati
 
 Arrays = tuple[jax.Array, ...]
 
-# A sum of squares above it has lost nothing that counts, which squares do of magnitudes below 2^-63.
+# Beside a sum of squares above it nothing that counts has vanished; squares of magnitudes below 2^-63 do.
 LEAST = 2.0**-46
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gcj
 from gradcomp_jax.exchange.plan import flatten
-from gradcomp_jax.norms import norm
+from gradcomp_jax.norms import norm, of_terms
 from tests import problem, slices, trees
 from tests.contexts import every_context, map_state, run
 from tests.table import BY_ID, ROWS
@@ -256,6 +256,13 @@ class TestMagnitudes:
         x = np.random.default_rng(size).standard_normal(size).astype(np.float32)
         np.testing.assert_allclose(norm(jnp.asarray(x)), np.linalg.norm(x), rtol=1e-6)
         np.testing.assert_allclose(jax.jit(lambda: norm(jnp.zeros(size)))(), 0)
+
+    def test_accelerators_find_the_same(self, monkeypatch):
+        g, owed = (trees.noise((40, 24), seed) * np.float32(1e25) for seed in (5, 6))
+        for there in (False, True):
+            monkeypatch.setattr("gradcomp_jax.norms.on_cpus", lambda there=there: there)
+            got = of_terms((jnp.asarray(g), jnp.asarray(owed)))
+            np.testing.assert_allclose(got / 1e25, [np.linalg.norm(x / 1e25) for x in (g, g + owed)], rtol=1e-5)
 
     def test_leaves_of_16_bits_and_without_elements(self):
         grads = {"h": trees.noise((64, 24), 4, (2,)).astype(jnp.bfloat16), "none": np.zeros((2, 0, 3), np.float32)}
