@@ -1,12 +1,13 @@
 """Gradient compression for data-parallel training in JAX, as optax transformations.
 
 >>> import optax
->>> import gradcomp_jax as gcj
->>> tx = optax.chain(gcj.powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
+>>> from gradcomp_jax import powersgd
+>>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
 """
 
 from collections.abc import Callable
 
+from gradcomp_jax import testing
 from gradcomp_jax.across import across
 from gradcomp_jax.clipping import clip_by_global_norm
 from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
@@ -29,15 +30,20 @@ from gradcomp_jax.feedback import EF21, Feedback
 from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
-from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
-from gradcomp_jax.parallel import data_parallel
-from gradcomp_jax.placing import init, place, shard_batch
-from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
-from gradcomp_jax.sharding import PerWorker, global_state, local_state, state_specs
-from gradcomp_jax.step import simulate, train_step
+from gradcomp_jax.sharding import (
+    PerWorker,
+    global_state,
+    init,
+    local_state,
+    place,
+    resize_workers,
+    shard_batch,
+    state_specs,
+)
+from gradcomp_jax.step import make_mesh, simulate, train_step
 from gradcomp_jax.transform import transformed
 
 CODECS: dict[str, Callable[..., Compressor]] = {
@@ -86,7 +92,6 @@ __all__ = [
     "code_bits",
     "collective_bytes",
     "compiler_options",
-    "data_parallel",
     "delayed",
     "ef_momentum",
     "flush",
@@ -111,6 +116,7 @@ __all__ = [
     "simulate",
     "skipped",
     "state_specs",
+    "testing",
     "topk",
     "train_step",
     "transformed",

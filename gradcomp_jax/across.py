@@ -13,44 +13,44 @@ from gradcomp_jax.exchange.plan import axes_of
 def across(
     codec: Compressor, slow: AxisName = "node", fast: AxisName = "local", *, inside: bool | Predicate | Any = True
 ) -> Compressor:
-    """A codec between slices or nodes whose chips share a fast link.
+    """A codec between slices or nodes, whose chips are joined by a link that is fast.
 
-    A step has three stages. The chips of a slice sum their gradients into shards, with a reduce-scatter. Each chip
-    exchanges its shard with the chips of the same place in the other slices, with the codec. The chips join the means,
-    with an all-gather. With L chips in a slice, each sends 1 / L of the codec's bytes over the slow link that they
-    share, and has 1 / L of the codec's work and of its residual.
+    In each step the chips of a slice sum their gradients into shards, by a reduce-scatter; each exchanges its shard
+    with those of the same place in the other slices, by the codec; and the chips join what they heard, by an
+    all-gather. So with L chips in a slice each sends 1 / L of what the codec sends, over a slow link that they share,
+    and has 1 / L of the codec's work and of its residual.
 
-    A leaf is cut by rows, or like a vector if its rows do not divide. `onebit` and `adaptive` cut it by columns, and
-    `gradiveq` by whole slices. A leaf that does not divide is filled up with zeros. Each shard is compressed on its
-    own, with two exceptions: `powersgd` has one Q for the whole matrix and sends r (n + m) / L numbers, and `gradiveq`
-    has one basis. Both give the means that they give without `across`. `min_size`, `compress` and a codec's own rule
-    are asked about the whole leaf. A leaf whose shard would not shrink is sent dense. Dense leaves send 1 / L from each
+    A leaf is cut by rows, or as a vector where its rows do not divide; by columns for `onebit` and `adaptive`; by whole
+    slices for `gradiveq`. What does not divide is filled up with zeros. Shards are compressed by themselves, but
+    `powersgd` has one Q for the whole matrix and sends r (n + m) / L numbers, and `gradiveq` one basis; both give the
+    means that they give without `across`. `min_size`, `compress` and a codec's own rule are asked about the whole leaf.
+    A leaf of which a shard would not shrink is sent dense, and so are leaves that are not compressed: 1 / L from each
     chip.
 
     Args:
-      codec: a codec, such as `qsgd(4)`; leave its axis_name out, or give `slow`.
+      codec: a codec, such as `qsgd(4)`; its axis_name is left out, or is `slow`.
       slow: the mesh axis, or axes, of the slices or nodes.
       fast: the mesh axis, or axes, of the chips in each.
-      inside: whether gradients come whole, each chip's own; they are then summed and joined inside. False: they come in
-        shards, when parameters lie in shards over `fast` and a loss gathers them; the codec then runs on shards, and
-        gives shards. Or the parameters' layout, a tree of `PartitionSpec`s like them: leaves that it does not cut over
-        `fast`, such as those that do not divide, come whole. Or (path, leaf) -> bool, whether a leaf comes whole; the
-        others are cut along their first axis, or along the one behind the layers of powersgd's `stacked=`. Beside
-        shards, the chips' gradients of whole leaves are summed too. So the worker's gradient is the sum over its chips,
-        and a loss that is a mean divides by their number. `powersgd` and `gradiveq` see shards with the cut axis in
-        front, behind the axis of layers. `flush` is for whole parameters. For shards, the codec's
-        `update(zeros, state, flush=True)` in a step of your own gives what is owed at the end.
+      inside: whether gradients come whole, each chip's own, so that they are summed and joined inside. False: they are
+        shards, as where parameters lie in shards over `fast` and a loss gathers them; the codec then runs on these, and
+        gives shards. Or how the parameters lie, a tree of `PartitionSpec`s like them: leaves that it does not cut over
+        `fast`, such as those that do not divide, come whole. Or (path, leaf) -> bool, whether a leaf does, where the
+        others are cut along their first axis, or along the one behind the layers of powersgd's `stacked=`. Of leaves
+        that come whole beside shards the chips' gradients are summed, as those of shards are. So the worker's gradient
+        is the sum over its chips, and a loss that is a mean divides by their number. `powersgd` and `gradiveq` see
+        shards with the axis that is cut in front, but for that of layers. `flush` is for whole parameters; of shards,
+        what is owed at the end is what the codec's `update(zeros, state, flush=True)` gives in a step of your own.
 
     Returns:
       A `Compressor`, in the place of the codec. Its state is of shards; `init` makes it for a mesh.
 
     Raises:
-      ValueError: codec is no codec, is on another axis, or is across slices already; slow and fast share an axis;
-        inside is none of these; or inside cuts a leaf otherwise than along one axis over all of fast.
+      ValueError: codec is none, is on another axis, or is across slices already; slow and fast share an axis; or inside
+        is none of these, or cuts a leaf otherwise than along one axis over all of fast.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.across(gcj.qsgd(bits=4), slow="node", fast="local"), optax.sgd(0.1))
+    >>> from gradcomp_jax import across, qsgd
+    >>> tx = optax.chain(across(qsgd(bits=4), slow="node", fast="local"), optax.sgd(0.1))
     """
     if not isinstance(codec, Compressor):
         raise ValueError(f"codec={shown(codec)} must be a codec, as in across(qsgd(4), slow='node', fast='local')")

@@ -10,6 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,7 +38,7 @@ def factory(make: Callable[P, R]) -> Callable[P, R]:
         return make(*(given[name] for name in first), *more, **{name: given[name] for name in kwargs})  # type: ignore
 
     def uncalled(*args: Any, **kwargs: Any) -> Any:
-        raise TypeError(f"{make.__name__} is passed uncalled: call it, such as {make.__name__}(...)")
+        raise TypeError(f"{make.__name__} is passed uncalled: pass what it returns, such as {make.__name__}(...)")
 
     # What optax reads of a transformation.
     for name in ("init", "update"):
@@ -53,8 +54,8 @@ def own(name: str, value: Any) -> Any:
     """
     if isinstance(value, jax.Array):
         raise ValueError(
-            f"{name} is an array of jax, and must be a number of Python's, because the compiled program depends on it: "
-            f"under optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
+            f"{name} is an array of jax, and must be a number of Python's, as it decides what is compiled: under "
+            f"optax.inject_hyperparams name {name!r}, and all other settings of the codec, in static_args"
         )
     scalar = isinstance(value, np.generic) or (isinstance(value, np.ndarray) and value.ndim == 0)
     return value.item() if scalar else value
@@ -87,6 +88,19 @@ def require_transformation(tx: Any) -> None:
         "The order of arguments is train_step(loss_fn, tx, mesh), simulate(loss_fn, tx, workers), "
         "init(tx, params, mesh), state_specs(tx, params)"
     )
+
+
+def require_mesh(mesh: Any, or_workers: bool = True) -> Any:
+    """`mesh`, a mesh or a number of workers.
+
+    Raises:
+      ValueError: it is neither, or a number where only a mesh will do.
+    """
+    mesh = own("mesh", mesh)
+    if isinstance(mesh, Mesh) or (or_workers and is_whole(mesh)):
+        return mesh
+    workers = ", or, for simulate, the number of workers" if or_workers else "; simulate takes a number of workers"
+    raise ValueError(f"mesh={shown(mesh)} must be a mesh, such as make_mesh(4){workers}")
 
 
 def require_arrays(what: str, tree: Any) -> None:

@@ -42,24 +42,11 @@ def reductions(reduce_aux: Any, aux: Any, rows: set[int]) -> Any:
     return hows
 
 
-def over_parts(aux: Any, hows: Any) -> Any:
-    """One worker's outputs, of those of the parts of its batch [parts, ...]; where each keeps its own, as they are."""
-
-    def reduced(x: jax.Array, how: str) -> jax.Array:
-        if how == "workers":
-            return x
-        if how == "sum":
-            return jnp.sum(x, axis=0)
-        return jnp.mean(x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(jnp.float32), axis=0)
-
-    return jax.tree.map(reduced, aux, hows)
-
-
 def _require_number(path: Any, x: Any, how: str) -> None:
     if how != "workers" and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         raise ValueError(
-            f"auxiliary output {jax.tree_util.keystr(path) or 'aux'} is a random key, and keys have no mean or "
-            "sum: give reduce_aux='workers' for it, which keeps each worker's"
+            f"auxiliary output {jax.tree_util.keystr(path) or 'aux'} is a random key, of which there is no mean or "
+            "sum: keep each worker's by reduce_aux='workers' for it"
         )
 
 
@@ -150,7 +137,7 @@ def model_state_parts(model_state: Any) -> tuple[list[jax.Array], list[jax.Array
     for path, x in jax.tree_util.tree_leaves_with_path(model_state):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             raise TypeError(
-                f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, and keys have no "
+                f"leaf {jax.tree_util.keystr(path)} of the model state is a random key, of which there is no "
                 "mean: pass the workers' keys in the batch"
             )
         (floats if jnp.issubdtype(x.dtype, jnp.inexact) else others).append(x)
@@ -165,26 +152,20 @@ def model_state(like: Any, before: Any, floats: list[jax.Array], others: list[ja
     Raises:
       ValueError: loss_fn changed the structure, or a leaf's shape or kind of type.
     """
-    require_like(like, before)
     leaves, treedef = jax.tree.flatten(like)
+    given = jax.tree.structure(before)
+    if len({treedef, given}) > 1:
+        raise ValueError(f"loss_fn is given a model state {given}, and returns one of another structure: {treedef}")
     means, largest = iter(floats), iter(others)
     merged = []
-    for x, old in zip(leaves, jax.tree.leaves(before), strict=True):
+    for x, (path, old) in zip(leaves, jax.tree_util.tree_leaves_with_path(before), strict=True):
+        _require_like(path, x, old)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             merged.append(next(largest))
             continue
         mean = next(means)
         merged.append(jnp.where(kept | jnp.all(jnp.isfinite(mean)), mean.astype(old.dtype), old))
     return jax.tree.unflatten(treedef, merged)
-
-
-def require_like(new: Any, before: Any) -> None:
-    """Raises ValueError for a model state of another structure than before, or a leaf of another shape or kind."""
-    treedef, given = jax.tree.structure(new), jax.tree.structure(before)
-    if len({treedef, given}) > 1:
-        raise ValueError(f"loss_fn is given a model state {given}, and returns one of another structure: {treedef}")
-    for (path, old), x in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(new), strict=True):
-        _require_like(path, x, old)
 
 
 def _require_like(path: Any, new: jax.Array, old: jax.Array) -> None:

@@ -1,4 +1,4 @@
-"""Bytes that a step will send on hardware that is not there: it is compiled for that, and the program is read.
+"""What a step will send on hardware that is not there: it is compiled for that, and read.
 
     python -m gradcomp_jax.certify module:function --target=v5e:2x4 --slices=2
     python -m gradcomp_jax.certify module:function --target=h100:2x8 --json --plot=schedule.png
@@ -33,9 +33,8 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax import known
 from gradcomp_jax.exchange.bits import Links, WireCount, wire_bits
 from gradcomp_jax.hlo import Collective, Span, collective_bytes, schedule
-from gradcomp_jax.mesh import make_mesh
-from gradcomp_jax.placing import global_init
-from gradcomp_jax.sharding import state_specs
+from gradcomp_jax.sharding import global_init, state_specs
+from gradcomp_jax.step import make_mesh
 
 # What differs by less is not told of.
 LITTLE = 4096
@@ -46,11 +45,11 @@ QUANTISED = "xla_tpu_quantized_all_reduce_level"
 
 
 class Finding(NamedTuple):
-    """A surprise: the program differs from what was written, or does what does not pay.
+    """Something that a program does otherwise than it was written, or than pays.
 
     Attributes:
-      code: the kind.
-      text: the surprise, and the way out.
+      code: what kind of thing.
+      text: what it is, and the way out.
     """
 
     code: str
@@ -72,15 +71,15 @@ class Sent(NamedTuple):
 
 
 class Report(NamedTuple):
-    """The bytes of a step.
+    """What a step sends.
 
     Attributes:
-      target: the hardware for which it was compiled.
+      target: for what it was compiled.
       sent: the collectives, in the order of the program.
-      declared: bytes by link that `wire_bits` will count, if the arguments tell.
+      declared: bytes by link that `wire_bits` will count, if it is known from the arguments.
       temporaries: bytes of memory, beside arguments.
-      findings: surprises.
-      work: the places of other work in the program; for each place, whether it multiplies matrices.
+      findings: what is not as it seems.
+      work: the places of other work in the program, of each whether it multiplies matrices.
     """
 
     target: str
@@ -132,7 +131,7 @@ def absent_mesh(target: str, slices: int = 1, axes: tuple[str, str] = ("node", "
     Args:
       target: "h100:2x8" (hosts x devices), "a100:2x8", "b200:2x8", or a file in which XLA describes another GPU,
         "mine.txtpb:2x8"; "v5e:2x4" and the like, a TPU's topology; or "cpu:2x4", emulated devices, which are there.
-      slices: how many slices of that topology, for a TPU.
+      slices: of a TPU, how many slices of that topology.
       axes: the names of the slow axis and the fast one.
 
     Raises:
@@ -181,7 +180,7 @@ def shapes(tx: optax.GradientTransformation, params: Any, batch: Any, mesh: Mesh
     Args:
       tx: the optimiser.
       params: the parameters, or their shapes.
-      batch: the batch of all workers, or its shapes.
+      batch: of all workers, or its shapes.
       mesh: the mesh.
 
     Returns:
@@ -205,14 +204,14 @@ def certify(
     *,
     compiler_options: dict[str, Any] | None = None,
 ) -> Report:
-    """Compiles a step for the devices of a mesh, which need not be there, and reports its bytes.
+    """Compiles a step for the devices of a mesh, which need not be there, and tells what it sends.
 
     Args:
       step: a jitted function, such as `train_step` returns.
-      args: its arguments; their shapes will do, `jax.ShapeDtypeStruct`s with shardings on the mesh. If a codec has
-        several kinds of steps, its count is told only if the state's counts of steps are given as arrays.
-      mesh: a mesh of `absent_mesh`; its first axis is the slow one.
-      compiler_options: for XLA, such as those of `compiler_options(platform)`.
+      args: its arguments; their shapes will do, `jax.ShapeDtypeStruct`s with shardings on the mesh. What a codec of
+        several kinds of steps will count is told only if the state's counts of steps are given as arrays.
+      mesh: of `absent_mesh`: its first axis is the slow one.
+      compiler_options: for XLA, as `compiler_options(platform)` gives.
 
     Returns:
       A report; `str` of it is a table.
@@ -299,7 +298,7 @@ def _narrow_types(platform: str, traced: list[_Traced]) -> Iterator[Finding]:
             yield Finding(
                 "int16",
                 f"a sum of {t.size:,} bytes of {t.dtype} is widened to 32 bits on GPUs, and sends twice as much: sum "
-                "pairs in the halves of an int32, or use aggregate='shuffle'",
+                "pairs in the halves of an int32, or go by aggregate='shuffle'",
             )
 
 
@@ -322,8 +321,8 @@ def _merged(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
     if 0 < got < asked:
         yield Finding(
             "merged",
-            f"{asked} collectives between slices or nodes became {got}, and each waits for the last of its gradients: "
-            "give compiler_options(platform)",
+            f"{asked} collectives between slices or nodes became {got}, each of which waits for the last of what is in "
+            "it: give compiler_options(platform)",
         )
 
 

@@ -17,24 +17,23 @@ from gradcomp_jax.views import widen
 def clip_by_global_norm(
     max_norm: float, over: AxisName, *, inside: bool | Predicate | Any = False
 ) -> optax.GradientTransformation:
-    """`optax.clip_by_global_norm` for updates whose leaves lie in shards over a mesh axis, like their parameters.
+    """`optax.clip_by_global_norm` of updates whose leaves lie in shards over a mesh axis, as those of parameters do.
 
-    Optax's own takes the norm of one chip's shards, so each chip would clip otherwise.
+    Optax's takes the norm of what it sees, which is another on each chip.
 
     Args:
       max_norm: the largest norm of the whole tree.
       over: the mesh axis, or axes, of the chips that have a shard each.
-      inside: like that of `across`: the layout of the updates, a tree of `PartitionSpec`s like them; or (path, leaf) ->
-        whether a leaf is whole, and the same on all chips; False: none is. Leaves that shard_map's types know to be the
-        same on all chips are whole.
+      inside: as of `across`: how the updates lie, a tree of `PartitionSpec`s like them, or (path, leaf) -> whether a
+        leaf is whole, and the same on all chips; False: none is. What shard_map's types show to be the same is whole.
 
     Returns:
-      A stateless transformation, to stand after `across(codec, inside=...)`. Its update raises ValueError if the axis
-      is not bound.
+      A stateless transformation, to stand after `across(codec, inside=...)`. Its update raises ValueError where the
+      axis is not bound.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.across(gcj.qsgd(4), inside=False), gcj.clip_by_global_norm(1.0, "local"), optax.adam(1e-3))
+    >>> from gradcomp_jax import across, clip_by_global_norm, qsgd
+    >>> tx = optax.chain(across(qsgd(4), inside=False), clip_by_global_norm(1.0, "local"), optax.adam(1e-3))
     """
     require_number("max_norm", max_norm)
     lie = inside if isinstance(inside, bool) or takes(inside, 2) else axes_of(inside, (), over)

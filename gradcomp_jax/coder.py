@@ -1,8 +1,8 @@
-"""How numbers become bytes: the base of coders, which quantise or select, and their messages.
+"""How numbers become bytes: the base of coders, which quantise or select, and what travels of one.
 
-A coder sees a tensor in the form of `lay`, float32 [..., length]: flat, or a matrix whose columns the last axis counts.
-With aggregate="shuffle" or "ring" among n workers the last axis is cut into n shards. Its messages are dicts of arrays
-as narrow as they travel. A coder knows nothing of workers or of how its messages are sent.
+A coder looks at a tensor as `lay` gives it, float32 [..., length]: flat, or a matrix whose columns the last axis
+counts. Among n workers of aggregate="shuffle" or "ring" the last axis is cut into n shards. Its messages are dicts
+of arrays as narrow as they travel. A coder knows nothing of workers or of how its messages are sent.
 """
 
 import abc
@@ -29,9 +29,9 @@ class Part(NamedTuple):
     Attributes:
       index: int32, the place of the shard.
       shards: how many there are; 1: the part is the whole.
-      length: that of the whole tensor's last axis; the last shards are filled up with zeros beyond it.
-      key: a random key that no other part and no other worker has; None if nothing is drawn.
-      strength: int32, like `Context.strength`, or None.
+      length: of the whole tensor's last axis; the last shards are filled up with zeros beyond it.
+      key: a random key that no other part and no other worker has; None where nothing is drawn.
+      strength: int32, as `Context.strength`, or None.
     """
 
     index: Any
@@ -62,7 +62,7 @@ class Compact(NamedTuple):
 
 
 class CodeLength(NamedTuple):
-    """True length of one worker's codes in the last step, a part of a codec's state; `code_bits` reads it.
+    """True length of what one worker encoded in the last step, as part of a codec's state; `code_bits` reads it.
 
     Attributes:
       last: bits, a uint32 (high, low) pair, [2]; in the global form [workers, 2].
@@ -83,18 +83,18 @@ class Coder(abc.ABC):
     Class attributes:
       name: for messages.
       ways: the aggregations that it goes with.
-      rowwise: each unit is encoded on its own, and a message's arrays can be cut between units. A tensor is then
-        encoded whole, and its message is cut.
-      unit_axis: the axis of a message's arrays that counts units, for a rowwise coder: 0 or -1.
-      pooled: the units of all tensors count as one tensor's, and shards may cross tensors; rowwise only.
+      rowwise: each unit is encoded by itself, and a message's arrays can be cut between units, so that a tensor is
+        encoded whole and its message is cut.
+      unit_axis: which axis of a message's arrays counts units, of a rowwise coder: 0 or -1.
+      pooled: the units of all tensors count as one's, which shards cross; rowwise only.
       draws: whether it uses random keys.
-      votes: the mean of decoded tensors is encoded itself, like in a majority vote.
+      votes: the mean of what was decoded is itself encoded, as in a majority vote.
       tells_length: whether messages have unused room, and `code_length` tells of it.
-      shares_scale: its codes are integers of a scale that all workers share, and are summed; see `codes.shared`.
-      unbiased: whether the decoded tensor is on average the encoded one.
-      indexes: whether it numbers a tensor's elements with int32.
-      scales: the arrays of a message that bound the decoded tensor in magnitude. If one is not finite, the tensor was
-        not; if all are zero, the message decodes to zeros.
+      shares_scale: its codes are integers of a scale that all workers share, which are summed; see `codes.shared`.
+      unbiased: whether what is decoded is on average what was encoded.
+      indexes: whether it numbers a tensor's elements, by int32.
+      scales: the arrays of a message that bound in magnitude what it decodes to: where one is not finite the tensor
+        was not, and where all are zero it decodes to zeros.
     """
 
     name: ClassVar[str] = "coder"
@@ -116,7 +116,7 @@ class Coder(abc.ABC):
         return 1
 
     def lay(self, x: jax.Array) -> jax.Array:
-        """The tensor in the form in which it is coded, float32 [..., length]."""
+        """The tensor as it is coded, float32 [..., length]."""
         return x.reshape(-1).astype(jnp.float32)
 
     def unlay(self, y: jax.Array, like: Any) -> jax.Array:
@@ -129,7 +129,7 @@ class Coder(abc.ABC):
         return False
 
     def under(self, feedback: bool) -> "Coder":
-        """The coder to use with error feedback, or without."""
+        """The coder to use where what is lost comes back, or does not."""
         del feedback
         return self
 
@@ -146,12 +146,12 @@ class Coder(abc.ABC):
         return to + self.restore(message, to.shape, part) * share
 
     def sparse(self, message: Message, shape: tuple[int, ...]) -> Sparse | None:
-        """The decoded message of a flat part, for a coder that keeps few of its elements."""
+        """What a message of a flat part stands for, of a coder that keeps few of its elements."""
         del message, shape
         return None
 
     def bounds(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        """Numbers that bound the decoded message in magnitude; not all finite if anything was not."""
+        """Numbers that bound in magnitude what the message decodes to; not all finite where anything was not."""
         del shape, part
         return jnp.concatenate([message[name].reshape(-1) for name in self.scales])
 
@@ -161,7 +161,7 @@ class Coder(abc.ABC):
         return bool(self.scales)
 
     def silenced(self, message: Message, ok: jax.Array) -> Message:
-        """The message, or if not `ok` one that stands for zeros."""
+        """The message, or where not `ok` one that stands for zeros."""
         return {**message, **{name: jnp.where(ok, message[name], 0) for name in self.scales}}
 
     @abc.abstractmethod
@@ -169,7 +169,7 @@ class Coder(abc.ABC):
         """The bytes of the message of a part of this shape."""
 
     def fronts(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """If a message is bytes and only a front counts: how many bytes, at each strength. Else None."""
+        """Where a message is bytes of which a front counts: how many, at each strength. Else None."""
         del shape
         return None
 
@@ -179,16 +179,16 @@ class Coder(abc.ABC):
         return None
 
     def code_length(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        """The true length of a message's codes, in bits, as a pair; by default all of it."""
+        """The true length of what a message holds, in bits as a pair; by default all of it."""
         del message, part
         return jnp.array(divmod(8 * self.size(shape), 2**32), jnp.uint32)
 
     def start(self) -> Any:
-        """The coder's own state: () if it draws nothing, and else with a field `step` that counts rounds."""
+        """The coder's own state: () where it draws nothing, and else with a field `step` that counts rounds."""
         return ()
 
     def after(self, state: Any, length: jax.Array | None) -> Any:
-        """The state after a round in which this worker's messages had this true length, if that is told."""
+        """The state after a round in which this worker's messages had this true length, where that is told."""
         if state == ():
             return ()
         state = state._replace(step=state.step + 1)
@@ -197,7 +197,7 @@ class Coder(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Switched(Coder):
-    """A coder of several strengths, one for each tensor: a message is bytes, and only a front of them counts.
+    """A coder of several strengths, of which each tensor has its own: a message is bytes, of which a front counts.
 
     Attributes:
       coders: by strength; all lay a tensor alike.
@@ -282,7 +282,7 @@ def laid(coder: Coder, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coding(Codec):
-    """A codec that only codes: the tensor itself travels. Its state is the coder's.
+    """A codec that only codes: what travels is the tensor itself. Its state is the coder's.
 
     Attributes:
       transform: a `transform.Transform` that goes before the coder, or None.

@@ -1,16 +1,16 @@
-"""The contract between codecs and the engine: the types that the author of a codec needs.
+"""The contract between codecs and the engine: what the author of a codec has to know.
 
 A *codec* is the algorithm of one paper, for one tensor (a leaf of the gradients). Its `talk` is a generator: it
-yields numbers to be averaged over the workers, round by round, and is handed the answers. It returns its tensor's
-mean. It knows no other leaf, no axis, no bit and no collective. PowerSGD's, shortened:
+yields what it wants averaged over the workers, round by round, and is handed the answers; it returns what became of
+its tensor. It knows no other leaf, no axis, no bit and no collective. PowerSGD's, shortened:
 
     def talk(self, phase, d, leaf, ctx):
         p = yield Say(d Q)                       the engine sends what all leaves say in one message
         q = yield Say(d^T orthonormalize(p.mean))
         return Result(P q.mean^T, P q.own^T, {"q": q.mean})
 
-A *coder* (`gradcomp_jax.coder`) turns the numbers that a codec says into bytes. Without a coder they travel as they are
-and are summed on the way. Codecs and coders are frozen dataclasses: made alike, they are equal.
+A *coder* (`gradcomp_jax.coder`) is how the numbers that a codec says become bytes; without one they travel as they
+are and are summed on the way. Codecs and coders are frozen dataclasses: made alike, they are equal.
 """
 
 import abc
@@ -43,21 +43,21 @@ Bucketing = int | Callable[[str], int] | None
 
 
 class Say(NamedTuple):
-    """A request for the mean of numbers over the workers.
+    """Numbers of which a codec wants the mean over the workers.
 
     Attributes:
-      x: the numbers. With `fronts`, those that matter most come first in C order. Numbers of 16 bits, made with
-        `views.halved`, are for a sum in 16 bits, and go `exact`; the answer is float32.
+      x: the numbers. Where there are `fronts`, those that matter most come first in C order. Those of 16 bits, as
+        `views.halved` makes them, are for a sum in 16 bits, and go `exact`; the answer is float32.
       fronts: how many of the first elements count at each strength of `Context.strength`; None: all, always.
-      exact: send them as they are, whatever the coder: for steps before a codec compresses, or for a norm.
-      apart: they are a whole gradient, and travel in `dense_dtype` if there is one. If they are large, they get a
-        message of their own, which needs no copy and can overlap.
-      growth: how many times the codec's result may exceed the mean in magnitude. A mean whose result could leave the
-        type's range counts as not finite.
-      second: this worker's residual of the second stage of aggregate="shuffle" alone, of the shape of x, or None; x
-        contains it n-fold, on this worker's shard.
-      partial: if a talk sees a shard of its leaf: x is this shard's part of a sum over the shards, and the answer is
-        that of the sum. It is cut along its last axis on the way; `fronts` count whole rows of that.
+      exact: send them as they are, whatever the coder, as a codec does before it compresses, or for a norm.
+      apart: they are a whole gradient, which travels in `dense_dtype` if there is one: if large, they get a message of
+        their own, which needs no copy and can overlap.
+      growth: by how much what the codec makes of the mean can exceed it in magnitude; what could leave the type's
+        range counts as not finite.
+      second: what this worker owes of the second stage of aggregate="shuffle" alone, of the shape of x, or None; it
+        is n-fold in x, on this worker's shard.
+      partial: where a talk sees a shard of its leaf, x is this shard's part of a sum over the shards, and the answer is
+        of the sum. It is cut along its last axis on the way; `fronts` are of whole rows of that.
     """
 
     x: jax.Array
@@ -75,8 +75,9 @@ class Heard(NamedTuple):
     Attributes:
       mean: the mean over the workers, bit-identical on all; zeros beyond a front, and zeros in a step in which
         anything was not finite on any worker.
-      own: this worker's x after the wire; its mean over the workers is `mean`. It is x itself if nothing is lost.
-      second: this worker's new residual of the second stage; None if it was not asked for.
+      own: what this worker's x became on the wire, with the mean over the workers `mean`; x itself where nothing
+        is lost.
+      second: what this worker owes of the second stage now; None if it was not asked for.
     """
 
     mean: jax.Array
@@ -89,7 +90,7 @@ class First(NamedTuple):
 
     Attributes:
       x: the arrays.
-      of_first_shard: if a talk sees a shard of its leaf, ask for those of the first shard, on all.
+      of_first_shard: where a talk sees a shard of its leaf, those of the first shard, on all.
     """
 
     x: Any
@@ -97,7 +98,7 @@ class First(NamedTuple):
 
 
 class Together(NamedTuple):
-    """A request to compute something for all leaves at once, compiled once and not for each leaf; it sends nothing.
+    """A request to compute something for all leaves at once, which sends nothing: compiled once, not for each leaf.
 
     Attributes:
       function: [x of each leaf that asks for this function] -> [answer for each].
@@ -109,9 +110,9 @@ class Together(NamedTuple):
 
 
 class OverShards(NamedTuple):
-    """A request for the sum over the shards of a leaf; a talk may see one of them. It stays inside a slice or node.
+    """A request for the sum over the shards of a leaf, of which a talk may see one; it stays inside a slice or node.
 
-    If a talk sees the whole leaf, the answer is x.
+    Where a talk sees the whole leaf the answer is x.
 
     Attributes:
       x: numbers.
@@ -129,13 +130,13 @@ Ask = Say | First | Together | OverShards
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["indices", "values", "window"], meta_fields=["shape"])
 @dataclasses.dataclass(frozen=True)
 class Sparse:
-    """A tensor that is zero except at some places, and in a window of neighbours.
+    """A tensor that is zero but at some places, and in a window of neighbours.
 
     Attributes:
-      indices: int32 [k], different places in C order; places beyond the end are ignored.
+      indices: int32 [k], places in C order, different ones; of those beyond the end nothing is meant.
       values: [k].
       shape: the tensor's.
-      window: None, or a place in C order and the values that are added from there on, [w]; any of them may lie outside.
+      window: None, or a place in C order and what is added from there on, [w], of which any may lie outside.
     """
 
     indices: jax.Array
@@ -169,10 +170,10 @@ class Result(NamedTuple):
     """What a talk returns.
 
     Attributes:
-      mean: the update that every worker will apply, of the leaf's shape; made of heard numbers and state only.
-      own: this worker's share of the mean, times the number of workers; an array or `Sparse`.
-      news: fields of the leaf's state that change, by name; small ones, because they may pass through a conditional.
-      affine: whether the mean may differ from zero when all heard numbers are zero.
+      mean: what every worker will apply, of the leaf's shape; made only of what was heard and of state.
+      own: what this worker added to the mean, times the number of workers; an array or `Sparse`.
+      news: fields of the leaf's state that change, by name; small ones, as they may pass through a conditional.
+      affine: whether the mean may differ from zero where all that was heard is zero.
     """
 
     mean: jax.Array
@@ -185,17 +186,17 @@ Talk = Generator[Any, Any, Result]
 
 
 class Context(NamedTuple):
-    """Everything a talk is told beside its tensor and state.
+    """What a talk is told beside its tensor and state.
 
     Attributes:
-      step: int32, exchanges done, without skipped ones; the same on all workers.
+      step: int32, exchanges done, those that were skipped not counted; the same on all workers.
       salt: a whole number that is this leaf's own, the same on all workers and in every run.
-      feedback: whether the part that is left out comes back in a later step.
+      feedback: whether what is left out comes back in a later step.
       fresh: whether the first term is a gradient that this program computes.
       strength: int32, the place of the leaf's strength among those of the codec; None where it has one.
       learning_rate: as given to the transformation's update, or None.
-      shards: in how many shards the leaf lies; the talk sees one.
-      shard: int32, which of them, so that its random draws can differ; None if there is one.
+      shards: in how many shards the leaf lies, of which the talk sees one.
+      shard: int32, which of them, to be part of what is drawn at random for it; None where there is one.
       whole: the leaf's own shape.
     """
 
@@ -214,14 +215,14 @@ class Mine(NamedTuple):
     """Marks a part of a codec's state that differs between the workers.
 
     Attributes:
-      value: that part.
+      value: what does.
     """
 
     value: Any
 
 
 class Strength(NamedTuple):
-    """A codec's offer to those who switch its strength, such as `accordion`.
+    """What a codec offers to those who switch its strength, such as `accordion`.
 
     Attributes:
       setting: the name of the setting that makes the strength, such as "rank".
@@ -242,8 +243,8 @@ class Strength(NamedTuple):
 class Codec(abc.ABC):
     """An algorithm for one tensor. Subclasses are frozen dataclasses whose fields are the settings.
 
-    Its state is a NamedTuple. The fields that `by_leaf` names are dicts by path, perhaps in `Mine`, and a talk sees its
-    leaf's entry. The other fields are the whole's; among them `step` counts exchanges, and `quantizer` is the coder's.
+    Its state is a NamedTuple. The fields that `by_leaf` names are dicts by path, perhaps in `Mine`, of which a talk
+    sees its leaf's entry; the others are the whole's. Of those `step` counts exchanges, and `quantizer` is the coder's.
     """
 
     name: ClassVar[str]
@@ -256,7 +257,7 @@ class Codec(abc.ABC):
 
     @property
     def phases(self) -> int:
-        """How many kinds of steps there are; `phase` chooses one."""
+        """How many kinds of steps there are, of which `phase` chooses."""
         return 1
 
     @property
@@ -274,22 +275,22 @@ class Codec(abc.ABC):
         """Whether it can send such a leaf in fewer bytes than it takes uncompressed."""
 
     def cut(self, path: str, leaf: Any) -> Cut:
-        """How such a leaf is cut into shards; each is compressed on its own, except where `talk` asks all."""
+        """How such a leaf is cut into shards; each is compressed by itself, but for what `talk` asks of all."""
         del path
         return rows(leaf)
 
     def arrives(self, path: str, leaf: Any) -> int | None:
-        """The axis along which such a leaf has to be cut if gradients come in shards; None: any will do."""
+        """The axis of such a leaf along which it has to be cut where gradients come in shards; None: any will do."""
         del path, leaf
         return None
 
     def view(self, path: str, leaf: Any) -> str:
-        """What it takes such a leaf for, in words; empty if it takes the leaf as it is."""
+        """What it takes such a leaf for, in words; nothing if for what it is."""
         del path, leaf
         return ""
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
-        """The first state of one leaf, the fields of `by_leaf`; it may depend on the leaf's shape and dtype only.
+        """The first state of one leaf, of whose shape and dtype alone it may depend: the fields of `by_leaf`.
 
         The leaf may be a `Shard`.
         """
@@ -313,12 +314,12 @@ class Codec(abc.ABC):
         return state
 
     def shard_cut(self, name: str, path: str, leaf: Any) -> Cut | None:
-        """How the shards' entries of such a field join to the whole leaf's; None: the first's stands for all."""
+        """How the shards' entries of such a field join to that of the whole leaf; None: the first's stands for all."""
         del name, path, leaf
         return None
 
     def merge(self, state: Any, news: dict[str, dict[str, Any]]) -> Any:
-        """The state with its leaves' new fields, by path and then by field."""
+        """The state with what is new of its leaves, by path and then by field."""
         for name in self.by_leaf:
             old, new = getattr(state, name), {path: x[name] for path, x in news.items() if name in x}
             if new:
@@ -355,10 +356,10 @@ class Codec(abc.ABC):
 
         Args:
           phase: the kind of the step.
-          d: terms whose sum is to be averaged: the gradient, and the residual of error feedback. They come apart,
-            because some algorithms need no sum of the gradient's size.
+          d: terms whose sum is to be averaged: the gradient, and what error feedback owes. Apart, as some
+            algorithms need no sum of the gradient's size.
           leaf: the state, with this leaf's entries of the fields `by_leaf`.
-          ctx: everything else.
+          ctx: what else there is.
         """
 
     def absorb(
@@ -366,13 +367,13 @@ class Codec(abc.ABC):
     ) -> dict[str, Any]:
         """Large fields of the leaf's state that change, outside of any conditional, which would copy them.
 
-        They must stay as they are if not `ok`, that is, if something was not finite on some worker.
+        They must stay as they are where not `ok`, that is where something was not finite on some worker.
         """
         del leaf, d, mean, ok, ctx
         return {}
 
     def adopt(self, leaf: Any, mean: jax.Array, ok: jax.Array) -> dict[str, Any]:
-        """Like `absorb`, for fields that `refresh` reads as they were before the step."""
+        """As `absorb`, of fields that `refresh` reads as they were before the step."""
         del leaf, mean, ok
         return {}
 
@@ -388,12 +389,12 @@ class Codec(abc.ABC):
         return {}
 
     def kept(self, leaf: Any) -> dict[str, Any]:
-        """The fields that `refresh` renews, unchanged."""
+        """The fields that `refresh` renews, as they are."""
         del leaf
         return {}
 
     def tick(self, state: Any, after: Any, ctx: Context) -> Any:
-        """`after`, the state with its leaves renewed, with the whole's fields renewed too: `step`, if it counts."""
+        """`after`, the state with its leaves renewed, with what is the whole's renewed too: `step`, if it counts."""
         del ctx
         return after._replace(step=state.step + 1) if hasattr(state, "step") else after
 
@@ -402,7 +403,7 @@ class Codec(abc.ABC):
         return state
 
     def forget(self, leaf: Any, where: jax.Array) -> Any:
-        """A leaf's state, reset to know nothing, where `where`."""
+        """A leaf's state without what it learned, where `where`."""
         del where
         return leaf
 
@@ -451,15 +452,15 @@ class AlreadyReducedError(ValueError):
 
 
 def total(d: tuple[jax.Array, ...]) -> jax.Array:
-    """The sum of the terms in which a talk is given its tensor.
+    """The sum of the terms of which a talk is given its tensor.
 
-    NaN where the gradient, the first term, is not `moderate`.
+    NaN where the gradient, which is the first, is not `moderate`.
     """
     return d[0] if len(d) == 1 else moderate(d[0]) + d[1]
 
 
 def moderate(x: jax.Array) -> jax.Array:
-    """A gradient under error feedback: NaN where it is above `MOST`, for the step to be skipped.
+    """What is said of a gradient under error feedback: NaN above `MOST`, for the step to be skipped.
 
     A finite gradient could otherwise leave a residual so large that all later steps would be skipped.
     """
@@ -483,5 +484,5 @@ def require_indexable(codec: str, path: str, leaf: Any) -> None:
     if leaf.size >= 2**31:
         raise ValueError(
             f"leaf {path!r} of shape {leaf.shape} has 2^31 elements or more, which codec {codec!r} cannot number: "
-            "leave it out with compress=, or split it"
+            "leave it out by compress=, or split it"
         )

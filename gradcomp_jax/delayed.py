@@ -28,36 +28,36 @@ class DelayedState(NamedTuple):
 def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
     """Exchanges in each step the gradients of the step before, and keeps those of this step for the next.
 
-    It is the double buffering of 1-bit SGD (Seide et al., Interspeech 2014); QSGD's experiments use it too. The
-    exchange does not wait for this step's gradients, so a runtime with asynchronous collectives (GPU, TPU; not XLA's
-    CPU) can run it while they are computed. Gradients are applied one step late, to parameters one step newer than
-    those they were computed at.
+    Double buffering of 1-bit SGD (Seide et al., Interspeech 2014), which QSGD's experiments use too. The exchange
+    does not wait for this step's gradients, so that a runtime with asynchronous collectives (GPU, TPU; not XLA's CPU)
+    can run it while they are computed. Gradients are applied one step late, to parameters one step newer than those
+    they were computed at.
 
-    The first update is zero. Zeros are exchanged then, and a codec that counts or samples steps takes this one like
-    others (GradiVeQ without a warm-up, Accordion's first window). Over any steps, the sum of the applied updates, the
-    mean of the residuals and the mean of the pending gradients make up the sum of the mean gradients. A gradient that
-    is not finite is skipped in the step that would apply it. `flush` sends the pending gradients. State: the codec's,
-    and each worker's gradients.
+    The first update is zero: zeros are exchanged, which is a step like others for a codec that counts or samples them
+    (GradiVeQ without a warm-up, Accordion's first window). Over any steps, what was applied, the mean of the
+    residuals and the mean of the pending gradients make up the sum of the mean gradients. A gradient that is not
+    finite is skipped in the step that would apply it. `flush` sends what is pending. State: the codec's, and each
+    worker's gradients.
 
     Args:
       tx: a codec, such as `powersgd(rank=2)`.
 
     Returns:
-      A transformation to put first in `optax.chain`, like the codec itself.
+      A transformation to put first in `optax.chain`, as the codec itself.
 
     Raises:
       ValueError: tx is not a codec, or one for parameters in shards.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.delayed(gcj.onebit()), optax.sgd(0.1))
+    >>> from gradcomp_jax import delayed, onebit
+    >>> tx = optax.chain(delayed(onebit()), optax.sgd(0.1))
     """
     if not isinstance(tx, Compressor):
         raise ValueError(f"tx={tx!r} must be a codec, as in optax.chain(delayed(onebit()), optax.sgd(0.1))")
     if tx.settings.inside is not True:
         raise ValueError(
-            "tx is for parameters in shards, with across(..., inside=), and their gradients cannot wait: "
-            "leave delayed out"
+            "tx is for parameters in shards, by across(..., inside=), of whose gradients none can wait: "
+            "leave out delayed"
         )
     axes = tx.settings.axes
     axis_name = tx.settings.axis_name if tx.settings.fast is None else axes

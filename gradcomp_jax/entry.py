@@ -1,7 +1,7 @@
 """What a step is made of and called with, made sure of before jax meets it."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,68 +9,36 @@ import numpy as np
 
 from gradcomp_jax.arguments import require_arrays, require_transformation, shown, takes
 from gradcomp_jax.compressor import compressor_states
-from gradcomp_jax.contract import require_whole
+
+# What loss_fn takes and returns, by (has_state, has_aux).
+LOSSES = {
+    (False, False): ("(params, batch)", "loss"),
+    (False, True): ("(params, batch)", "(loss, aux)"),
+    (True, False): ("(params, model_state, batch)", "(loss, model_state)"),
+    (True, True): ("(params, model_state, batch)", "(loss, (model_state, aux))"),
+}
 
 
-class Form(NamedTuple):
-    """What a step is given after params and opt_state, and what loss_fn returns.
-
-    Attributes:
-      has_state: there is a model state.
-      has_aux: loss_fn returns auxiliary outputs.
-      rng: there is a random key.
-      shared: there is something that is the same on all workers.
-    """
-
-    has_state: bool
-    has_aux: bool
-    rng: bool
-    shared: bool
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of what a step is given after params and opt_state, and loss_fn after params, in order."""
-        return (*("model_state",) * self.has_state, "batch", *("key",) * self.rng, *("shared",) * self.shared)
-
-    @property
-    def given(self) -> str:
-        """The arguments of loss_fn, in words."""
-        return f"({', '.join(('params', *self.names))})"
-
-    @property
-    def returned(self) -> str:
-        """What loss_fn returns, in words."""
-        more = "(model_state, aux)" if self.has_state and self.has_aux else "model_state" if self.has_state else "aux"
-        return f"(loss, {more})" if self.has_state or self.has_aux else "loss"
-
-    @property
-    def flags(self) -> str:
-        """The settings by which a step has this form, in words."""
-        extra = [f"{name}=True" for name in ("rng", "shared") if getattr(self, name)]
-        return ", ".join((f"has_aux={self.has_aux}", f"has_state={self.has_state}", *extra))
-
-
-def checked(loss_fn: Callable[..., Any], tx: Any, form: Form, accumulate: Any) -> Callable[..., Any]:
+def checked(loss_fn: Callable[..., Any], tx: Any, has_aux: bool, has_state: bool) -> Callable[..., Any]:
     """`loss_fn`, which refuses what it returns where a step cannot use that.
 
     Raises:
-      ValueError: it does not take what a step gives, tx is no transformation, or accumulate no number of batches.
+      ValueError: it does not take what a step gives, or tx is no transformation.
     """
     require_transformation(tx)
-    require_whole("accumulate", accumulate, 1)
-    if not takes(loss_fn, 1 + len(form.names)):
-        raise ValueError(
-            f"loss_fn={shown(loss_fn)} must be a function {form.given} -> {form.returned}, with {form.flags}"
-        )
+    given, returned = LOSSES[has_state, has_aux]
+    flags = f"has_aux={has_aux}, has_state={has_state}"
+    if not takes(loss_fn, 2 + has_state):
+        raise ValueError(f"loss_fn={shown(loss_fn)} must be a function {given} -> {returned}, with {flags}")
 
     def loss_of(*args: Any) -> Any:
         out = loss_fn(*args)
-        _require_pairs(out, form.returned, form.flags, form.has_aux + form.has_state)
-        loss, more = out if form.has_aux or form.has_state else (out, None)
+        _require_pairs(out, returned, flags, has_aux + has_state)
+        loss, more = out if has_aux or has_state else (out, None)
         if not isinstance(loss, jax.Array) or loss.ndim or not jnp.issubdtype(loss.dtype, jnp.floating):
             raise ValueError(
                 f"loss_fn's loss is {_described(loss)}, it must be a scalar of real floating type, made of params and "
-                f"batch: take jnp.mean over the examples. It is to return {form.returned}, with {form.flags}"
+                f"batch: take jnp.mean over the examples. It is to return {returned}, with {flags}"
             )
         require_arrays("what loss_fn returns beside the loss", more)
         return out
@@ -78,36 +46,21 @@ def checked(loss_fn: Callable[..., Any], tx: Any, form: Form, accumulate: Any) -
     return loss_of
 
 
-def require_rest(rest: tuple[Any, ...], form: Form) -> None:
-    """Raises ValueError for what is given to a step after params and opt_state, where that is not of its form."""
-    given = ", ".join(("params", "opt_state", *form.names))
-    if len(rest) != len(form.names):
+def require_rest(rest: tuple[Any, ...], has_state: bool) -> None:
+    """Raises ValueError for what is given to a step after params and opt_state, where that is not batch or state."""
+    given = "params, opt_state, model_state, batch" if has_state else "params, opt_state, batch"
+    if len(rest) != 1 + has_state:
         raise ValueError(
-            f"a step with {form.flags} takes ({given}), got {2 + len(rest)} arguments; a batch of several arrays is one "
-            "tuple or dict of them, and a TrainState stands in the place of the first two"
+            f"a step with has_state={has_state} takes ({given}), got {2 + len(rest)} arguments; a batch of several "
+            "arrays is one tuple or dict of them"
         )
-    batch = rest[form.has_state]
-    if compressor_states(batch):
+    if compressor_states(rest[-1]):
         raise ValueError(f"the batch holds an optimiser's state: a step takes ({given})")
-    if not jax.tree.leaves(batch):
-        raise ValueError(f"batch={shown(batch)} holds no array: each leaf's first axis counts examples")
-    for path, x in jax.tree_util.tree_leaves_with_path(batch):
+    if not jax.tree.leaves(rest[-1]):
+        raise ValueError(f"batch={shown(rest[-1])} holds no array: each leaf's first axis counts examples")
+    for path, x in jax.tree_util.tree_leaves_with_path(rest[-1]):
         if 0 in np.shape(x)[:1]:
             raise ValueError(f"batch leaf {jax.tree_util.keystr(path)!r} of shape {np.shape(x)} has no examples")
-    if form.rng:
-        require_key("the step's key", rest[form.has_state + 1])
-
-
-def require_key(what: str, key: Any) -> None:
-    """Raises ValueError for what is not one random key, of the new kind or of the old."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
-    if dtype is None or not (
-        (jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()) or (dtype == jnp.uint32 and len(shape) == 1)
-    ):
-        raise ValueError(
-            f"{what} is {_described(key)}, it must be one random key, such as jax.random.key(0), a new one in each "
-            "step: each worker folds its index into it"
-        )
 
 
 def _require_pairs(out: Any, returned: str, flags: str, depth: int) -> None:

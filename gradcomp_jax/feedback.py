@@ -1,4 +1,4 @@
-"""Error feedback: the part of a gradient that a codec did not send, and its way into later steps.
+"""Error feedback: what becomes of the part of a gradient that a codec did not send.
 
 For worker w at step t, with codec C, whose exchange gives mean and own_w with pmean(own_w) = mean:
 
@@ -9,8 +9,8 @@ For worker w at step t, with codec C, whose exchange gives mean and own_w with p
 
 The first, at decay 1, is error feedback as of Seide et al. (Interspeech 2014) and Karimireddy et al. (ICML 2019): the
 memory is a debt, the *residual*. With a decay below 1 (SparseLoCo, arXiv 2508.15706) old debts are forgotten. EF21 is
-Richtárik, Sokolov, Fatkhullin, NeurIPS 2021, arXiv 2106.05203: the memory is the worker's estimate of its gradient. The
-worker sends the change of this estimate; all workers keep the mean of the estimates, and apply it.
+Richtárik, Sokolov, Fatkhullin, NeurIPS 2021, arXiv 2106.05203: the memory is the worker's estimate of its gradient, of
+which it sends what changed; all workers keep the mean of the estimates, and apply that.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ from gradcomp_jax.contract import Sparse
 
 @dataclasses.dataclass(frozen=True)
 class Feedback:
-    """Ordinary error feedback: the part that is not sent is added to the next gradient; see the module.
+    """Ordinary error feedback, what is not sent is added to the next gradient; see the module.
 
     Attributes:
-      decay: the share of a debt that remains after a step, above 0 and at most 1.
+      decay: what remains of a debt in each step, above 0 and at most 1.
     """
 
     decay: float = 1.0
@@ -39,9 +39,7 @@ class Feedback:
         require_number("decay", self.decay)
         object.__setattr__(self, "decay", own("decay", self.decay))
         if not 0 < self.decay <= 1:
-            raise ValueError(
-                f"decay={self.decay} must be above 0 and at most 1, the share that a step leaves of a residual"
-            )
+            raise ValueError(f"decay={self.decay} must be above 0 and at most 1, what remains of a residual in a step")
 
     def owe(self, gradient: jax.Array, memory: jax.Array) -> tuple[jax.Array, ...]:
         """The terms whose sum the codec is given."""
@@ -56,10 +54,10 @@ class Feedback:
 
 @dataclasses.dataclass(frozen=True)
 class EF21:
-    """EF21 (Richtárik et al., 2021): each worker sends the change of its gradient's estimate; see the module.
+    """EF21 (Richtárik et al., 2021): each worker sends what changed of its gradient; see the module.
 
-    All workers also keep the mean of the estimates, of the size of the compressed leaves. EF21 is for codecs that are
-    contractions; unbiased ones are scaled to be one.
+    Keeps the mean of the estimates too, of the size of the compressed leaves, the same on all workers. For codecs that
+    are contractions: those that are unbiased are scaled to be one.
     """
 
     owes = False

@@ -1,4 +1,4 @@
-"""The end of training: the gradients that residuals still hold are applied."""
+"""The end of training: what residuals still hold is applied."""
 
 import functools
 from collections.abc import Callable
@@ -14,10 +14,16 @@ from gradcomp_jax.agreement import update_of
 from gradcomp_jax.compressor import is_compressor_state, skipped
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
-from gradcomp_jax.mesh import in_automatic_axes, require_mesh
-from gradcomp_jax.placing import place, shard_batch
-from gradcomp_jax.resizing import alone, whole_of
-from gradcomp_jax.sharding import PerWorker, is_per_worker, require_state
+from gradcomp_jax.sharding import (
+    PerWorker,
+    alone,
+    in_automatic_axes,
+    is_per_worker,
+    place,
+    require_state,
+    shard_batch,
+    whole_of,
+)
 from gradcomp_jax.step import simulate, train_step
 from gradcomp_jax.views import widen
 
@@ -31,43 +37,42 @@ def flush(
     tx: optax.GradientTransformation,
     params: Any,
     opt_state: Any,
-    mesh: Mesh | int | None = None,
+    mesh: Mesh | int,
     *,
     learning_rate: float | jax.Array | None = None,
     at_least: float = 0.9,
 ) -> tuple[Any, Any]:
-    """Applies the gradients that residuals still hold, and those pending under `delayed`, at the end of training.
+    """Applies what residuals still hold, and what is pending under `delayed`, as at the end of training.
 
-    Every codec sends its residual uncompressed; the bits are counted. Then there are two ways:
+    Every codec sends its residual uncompressed; the bits are counted. Then either
 
-    - By default the rest of the chain sees the mean like any other gradient, in one step of `tx` in which the workers'
-      own gradients are zero. Momentum, weight decay and schedules go on by a step; state that follows the loss stays.
-      Some chains shrink gradients, and would shrink this one too: clipping, a schedule near its end, Adam's division by
-      earlier gradients. So the share that would be applied is computed first. It compares with the chain's result for a
-      gradient up to 256 times smaller, and with earlier values of its schedules. A share below `at_least` is refused.
-      Adam's steps hardly depend on the size of a gradient, so under Adam it is mostly refused.
-    - With `learning_rate` all of it is applied: the parameters move by learning_rate times the mean residual, and the
-      rest of the chain stays as it was.
+    - the rest of the chain sees the mean as a gradient like any other, in one step of `tx` in which the workers' own
+      gradients are zero: momentum, weight decay and schedules go on by a step, and what follows the loss stays as it
+      is. What makes gradients smaller would make that smaller too: clipping, a schedule near its end, the division by
+      what Adam has seen. So the share that would be applied is computed first, next to what the chain makes of a
+      gradient up to 256 times smaller, and where its schedules have been; a share below `at_least` is refused. Under
+      Adam, whose steps hardly depend on the size of a gradient, that is mostly so; or
+    - with `learning_rate`, all of it is applied: the parameters move by learning_rate times what is owed, and the rest
+      of the chain is as if nothing had been.
 
-    If no codec keeps residuals, nothing happens.
+    Where no codec keeps residuals nothing happens.
 
     Args:
-      tx: the optimiser, like in `train_step`.
+      tx: the optimiser, as in `train_step`.
       params: the parameters.
       opt_state: the optimiser state, in its global form.
-      mesh: the workers, by default all devices; or, for an opt_state of `simulate`, how many there are.
-      learning_rate: the factor for the mean residual, past the rest of the chain; None goes through the chain.
-      at_least: the least share of the mean residual that the chain may apply.
+      mesh: the workers; or, for an opt_state of `simulate`, how many there are.
+      learning_rate: by which to multiply what is owed, past the rest of the chain; None goes through it.
+      at_least: the least share of what is owed that the chain may apply.
 
     Returns:
       The new parameters and opt_state, whose residuals are zero. With 16-bit gradients their mean is rounded.
 
     Raises:
       ValueError: opt_state is not one of tx for the mesh; a transformation of tx does not pass extra arguments on to
-        the codec inside it; the chain would apply less than `at_least` of the mean residual; or no parameter changed,
-        because of a learning rate of zero or `optax.MultiSteps`.
+        the codec inside it; the chain would apply less than `at_least` of what is owed; or no parameter changed, as
+        under a learning rate of zero or in `optax.MultiSteps`.
     """
-    mesh = require_mesh(mesh)
     require_state(tx, params, opt_state, mesh)
     if not jax.tree.leaves(_owed(opt_state)):
         return params, opt_state
@@ -107,9 +112,9 @@ def _flush(
         return _moved(params, owed, learning_rate), _kept(opt_state, before, lambda x: not _of_codec(x))
     if _any_nonzero(owed) and not _any_nonzero(jax.tree.map(jnp.subtract, flushed, params)):
         raise ValueError(
-            "flush changed no parameter, though residuals held something: the learning rate is zero here, or a "
-            "transformation after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before "
-            "that, or give learning_rate="
+            "flush changed no parameter, though residuals held something: the learning rate is zero here, or what "
+            "comes after the codec (optax.MultiSteps, optax.apply_every) keeps the step back; flush before that, or "
+            "give learning_rate="
         )
     return flushed, _kept(opt_state, before, _of_losses)
 
@@ -199,10 +204,10 @@ def _require_share(
     if now < at_least * most:
         share = max(now, 0.0) / most
         raise ValueError(
-            f"flush would apply {share:.1%} of what residuals hold, less than at_least={at_least}: the rest of tx "
-            "shrinks it more than smaller or earlier gradients. Clipping does that, a learning rate that has fallen, "
-            "or Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a "
-            "learning_rate=, the factor for it; to accept the share give at_least=0"
+            f"flush would apply {share:.1%} of what is owed, less than at_least={at_least}: the rest of tx "
+            "shrinks it more than smaller or earlier gradients, as clipping does, a learning rate that has fallen, or "
+            "Adam's division. Nothing was changed. To apply all of it, past the rest of tx, give flush a "
+            "learning_rate= by which to multiply what is owed; to accept the share give at_least=0"
         )
 
 

@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from the text of its HLO, to check declared bytes."""
+"""What a compiled program sends: its collectives, read from the text of its HLO, to check what is declared."""
 
 import math
 import re
@@ -19,12 +19,12 @@ class Collective(NamedTuple):
       workers: how many workers take part.
       branch: the branches of conditionals in which it stands, outermost first, such as "cond.3/1"; "" if
         it always runs.
-      ring_bytes: bytes that one worker sends for it, by the ring laws.
-      operands: how many arrays it is given. CPUs send each one in a message of its own; all-to-all is given one for
-        each worker there.
-      groups: which devices take part together; empty between the slices of a TPU, where one chip of each slice takes
-        part.
-      name: the instruction's name.
+      ring_bytes: what one worker sends for it by the ring laws.
+      operands: how many arrays it is given, each of which CPUs send as a message of its own; all-to-all is given one
+        for each worker there.
+      groups: which devices take part together; empty where it goes between the slices of a TPU, of which each takes
+        part by one chip.
+      name: of the instruction.
     """
 
     kind: str
@@ -42,7 +42,8 @@ class Collective(NamedTuple):
         return not self.groups or any(len({device // devices for device in group}) > 1 for group in self.groups)
 
 
-_RING_LAW = {
+# Of each kind (n workers, p bytes of operands) -> bytes that one worker sends.
+RING_LAW = {
     "all-reduce": lambda n, p: 2 * (n - 1) * p / n,
     "all-gather": lambda n, p: (n - 1) * p,
     "reduce-scatter": lambda n, p: (n - 1) * p / n,
@@ -93,7 +94,7 @@ def collective_bytes(compiled: Any) -> list[Collective]:
     []
     """
     if not isinstance(compiled, str) and not hasattr(compiled, "as_text"):
-        raise ValueError(f"compiled={shown(compiled)} must be a compiled program, such as step.lower(...).compile()")
+        raise ValueError(f"compiled={shown(compiled)} must be a compiled program, as of step.lower(...).compile()")
     text = compiled if isinstance(compiled, str) else compiled.as_text()
     devices = 1
     for key in ("replica_count", "num_partitions"):
@@ -101,7 +102,7 @@ def collective_bytes(compiled: Any) -> list[Collective]:
             devices *= int(found[1])
     computations, entry = _parse(text)
     if not entry:
-        raise ValueError("this is not the text of an HLO module: pass the result of lower(...).compile()")
+        raise ValueError("this is not the text of an HLO module: pass what lower(...).compile() returns")
     return _walk(computations, entry, "", 1, devices)
 
 
@@ -192,7 +193,7 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
             found.append(_between_slices(i, shapes, branch, times))
         elif _repeats(i, kind, begins):
             continue
-        elif kind in _RING_LAW:
+        elif kind in RING_LAW:
             if times < 0:
                 raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
             found.append(_collective(i, kind, shapes, branch, times, devices))
@@ -261,14 +262,14 @@ def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str,
     groups = _groups(i.rest, devices) if kind != "collective-permute" else (tuple(range(devices)),)
     dtype = "+".join(sorted({part[0] for part in parts}))
     return Collective(
-        kind, dtype, size, len(groups[0]), branch, _RING_LAW[kind](len(groups[0]), size), len(operands), groups, i.name
+        kind, dtype, size, len(groups[0]), branch, RING_LAW[kind](len(groups[0]), size), len(operands), groups, i.name
     )
 
 
 def _repeats(i: _Instruction, kind: str, begins: bool) -> bool:
     """Whether it is a part of a collective that is counted elsewhere: where it arrives, or goes on in a chain."""
     receives = i.op in ("send-done", "recv", "recv-done") and "xla_megascale" in i.rest
-    return receives or (kind in _RING_LAW and _IN_CHAIN in i.rest and not begins)
+    return receives or (kind in RING_LAW and _IN_CHAIN in i.rest and not begins)
 
 
 def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times: int) -> Collective:
@@ -277,13 +278,13 @@ def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times:
     peers = re.search(r'_xla_megascale_target="?\{+([\d,]+|\d+->\d+)\}', i.rest)
     operand = re.match(r"%?([\w.\-]+)", i.rest)
     if not named or named[1] not in _BETWEEN_SLICES or not peers or not operand or operand[1] not in shapes:
-        raise ValueError(f"cannot read the bytes of {i.name} between slices: {i.rest[:200]!r}")
+        raise ValueError(f"cannot read what {i.name} sends between slices: {i.rest[:200]!r}")
     if times < 0:
         raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
     kind, n = _BETWEEN_SLICES[named[1]], len(re.split(",|->", peers[1]))
     parts = _SHAPE.findall(shapes[operand[1]])
     size = times * sum(_shape_bytes(*part) for part in parts)
-    return Collective(kind, parts[0][0], size, n, branch, _RING_LAW[kind](n, size), name=i.name)
+    return Collective(kind, parts[0][0], size, n, branch, RING_LAW[kind](n, size), name=i.name)
 
 
 def _arguments(rest: str) -> str:

@@ -1,10 +1,9 @@
 """What a traced program returns whatever else it is given: outputs that hang on known arguments alone, if on any."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.extend.core
 import numpy as np
 
 Value = Callable[[], Any]
@@ -75,11 +74,3 @@ def _output(equation: Any, operands: list[Value], k: int) -> Any:
     with jax.ensure_compile_time_eval():
         found = equation.primitive.bind(*(operand() for operand in operands), **params)
     return found[k] if equation.primitive.multiple_results else found
-
-
-def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[Any]:
-    """All equations, those of loops, branches and functions inside included."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)

@@ -5,19 +5,15 @@ types: a scan whose carry starts from a constant, a conditional with a constant 
 zeros. Their step is traced without types.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jax.extend.core
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gradcomp_jax import beside
-from gradcomp_jax.entry import Form
 from gradcomp_jax.exchange import collectives
-from gradcomp_jax.known import equations
-from gradcomp_jax.views import widen
 
 _CONSTRAINED = (
     "loss_fn constrains the sharding of an array{what}. In a step each worker computes on its own part of the batch, "
@@ -68,47 +64,6 @@ def own_gradients(loss_fn: Callable[..., Any], params: Any, rest: Any, axes: tup
     return beside, grads
 
 
-def accumulated_gradients(
-    loss_fn: Callable[..., Any], params: Any, rest: Any, axes: tuple[str, ...], scale: Any, form: Form, micro: int
-) -> Any:
-    """As `own_gradients`, over `micro` parts of the worker's batch, one after another in one loop.
-
-    The gradients are means over the parts, summed in float32 or wider. A model state passes from part to part. Each
-    part has a key of its own.
-
-    Args:
-      loss_fn: (params, rest) -> (loss, (model state, auxiliary outputs)).
-      params: the parameters, the same on all workers.
-      rest: what else loss_fn takes, of the given form.
-      axes: of the workers.
-      scale: by which the loss is multiplied before it is differentiated.
-      form: of rest.
-      micro: into how many parts the batch is cut, along the first axes.
-
-    Returns:
-      ((loss, (model state, auxiliary outputs)), gradients); auxiliary outputs with a leading axis of parts.
-    """
-    k = int(form.has_state)
-    parts = jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]), rest[k])
-
-    def turn(carry: Any, given: Any) -> tuple[Any, Any]:
-        total, state = carry
-        which, part = given
-        key = tuple(jax.random.fold_in(key, which) for key in rest[k + 1 : k + 1 + form.rng])
-        of_part = (*state, part, *key, *rest[k + 1 + form.rng :])
-        (loss, (new_state, aux)), grads = own_gradients(loss_fn, params, of_part, axes, scale)
-        if form.has_state:
-            beside.require_like(new_state, state[0])
-            state = (jax.tree.map(lambda new, old: new.astype(old.dtype), new_state, state[0]),)
-        return (jax.tree.map(lambda sum_, g: sum_ + widen(g) / micro, total, grads), state), (loss, aux)
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, widen(jnp.zeros((), x.dtype)).dtype), params)
-    first = collectives.vary((zeros, tuple(rest[:k])), axes)
-    (total, state), (losses, aux) = jax.lax.scan(turn, first, (jnp.arange(micro), parts))
-    grads = jax.tree.map(lambda x, like: x.astype(like.dtype), total, params)
-    return (jnp.mean(losses), (state[0] if state else None, aux)), grads
-
-
 def require_unconstrained(loss_fn: Callable[..., Any], params: Any, rest: Any, mesh: Mesh, specs: Any) -> None:
     """Refuses a sharding constraint in a model, which jax would notice when it compiles, in words of its own.
 
@@ -135,7 +90,7 @@ def require_unconstrained(loss_fn: Callable[..., Any], params: Any, rest: Any, m
         if "with_sharding_constraint" in str(error):
             raise ValueError(_CONSTRAINED.format(what="", axes=mesh.axis_names)) from error
         raise
-    for equation in equations(jaxpr.jaxpr):
+    for equation in _equations(jaxpr.jaxpr):
         if equation.primitive.name == "sharding_constraint" and not _everywhere(equation.params["sharding"]):
             what = f" of shape {equation.invars[0].aval.shape} to {equation.params['sharding']}"
             raise ValueError(_CONSTRAINED.format(what=what, axes=mesh.axis_names))
@@ -143,3 +98,11 @@ def require_unconstrained(loss_fn: Callable[..., Any], params: Any, rest: Any, m
 
 def _everywhere(sharding: Any) -> bool:
     return isinstance(sharding, NamedSharding) and not any(sharding.spec)
+
+
+def _equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[Any]:
+    """All equations, those of loops, branches and functions inside included."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from _equations(inner)

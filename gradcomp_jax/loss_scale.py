@@ -1,8 +1,8 @@
 """Dynamic loss scaling, for gradients that are computed in float16.
 
-Small gradients are lost in float16. So the loss is multiplied by a scale before it is differentiated, and gradients are
-divided by it afterwards. If a gradient overflows, the step is skipped and the scale falls. After some steps without an
-overflow it rises (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2).
+Small gradients are lost in float16, so the loss is multiplied by a scale before it is differentiated, and gradients are
+divided by it afterwards. Where that makes one overflow the step is skipped and the scale falls; after some steps
+without, it rises (Micikevicius et al., "Mixed Precision Training", ICLR 2018, section 3.2).
 """
 
 import numbers
@@ -38,27 +38,27 @@ def loss_scaled(
     """Dynamic loss scaling around a whole optimiser, its codec included.
 
     `train_step` and `simulate` multiply the loss by the scale before they differentiate it. In a step of your own
-    multiply it by `loss_scale(opt_state)`. Gradients are divided by the scale before they reach the codec. Residuals
-    are then in true units, and stay right when the scale changes. Unscaling behind the codec would apply residuals of
-    one scale at another. When the codec skips a step, because some worker's gradient overflowed, the scale is divided
-    by `factor`, on all workers alike; it does not fall below 1.
+    multiply it by `loss_scale(opt_state)`. Gradients are divided by the scale before they reach the codec: what error
+    feedback owes is then in true units, and stays right when the scale changes. Unscaling behind the codec would apply
+    at each scale what was owed at another. When the codec skips a step, as some worker's gradient overflowed, the scale
+    is divided by `factor`, on all workers alike; it does not fall below 1.
 
     Args:
       tx: the optimiser, with a codec inside: `optax.chain(powersgd(2), optax.adam(1e-3))`.
       initial: the first scale.
-      factor: the factor by which it rises and falls.
+      factor: by which it rises and falls.
       period: steps without a skip after which it rises.
 
     Returns:
       A transformation that is the whole optimiser.
 
     Raises:
-      ValueError: a setting is out of range; in init, tx holds no codec, and nothing else notices an overflow on another
-        worker; or a parameter is in float16, where gradients cannot be unscaled without loss.
+      ValueError: a setting is out of range; in init, tx holds no codec, which alone notices an overflow on another
+        worker, or a parameter is in float16, in which gradients cannot be unscaled without loss.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = gcj.loss_scaled(optax.chain(gcj.powersgd(2), optax.adam(1e-3)), initial=2.0**12)
+    >>> from gradcomp_jax import loss_scaled, powersgd
+    >>> tx = loss_scaled(optax.chain(powersgd(2), optax.adam(1e-3)), initial=2.0**12)
     """
     for name, value, least in (("initial", initial, 1), ("factor", factor, 1)):
         if not isinstance(value, numbers.Real) or not least <= value < float("inf") or (name, value) == ("factor", 1):
@@ -100,13 +100,13 @@ def loss_scaled(
 
 
 def loss_scale(opt_state: Any) -> jax.Array:
-    """The factor for the loss of the next step, float32; 1 without a `loss_scaled`.
+    """By what the loss of the next step is to be multiplied: float32; 1 where there is no `loss_scaled`.
 
     Args:
       opt_state: the optimiser's state, in any form; also inside jit.
 
     Raises:
-      ValueError: a part of the optimiser is in a `loss_scaled`, and another codec is not in it; only that part would
+      ValueError: a part of the optimiser is in a `loss_scaled` and another codec is not in it; only that part would
         divide its gradients.
     """
     states = loss_scales(opt_state)

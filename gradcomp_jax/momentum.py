@@ -30,7 +30,7 @@ class EFMomentumState(NamedTuple):
 
 
 def ef_momentum(decay: float = 0.9) -> optax.GradientTransformation:
-    """Momentum after error feedback, PowerSGD's Algorithm 2; to be scaled by the learning rate.
+    """Momentum after error feedback, as in PowerSGD's Algorithm 2; to be scaled by the learning rate.
 
     Args:
       decay: lambda of the paper, in [0, 1); the paper's image experiments use 0.9, its LSTM 0.
@@ -42,8 +42,8 @@ def ef_momentum(decay: float = 0.9) -> optax.GradientTransformation:
       ValueError: decay is not in [0, 1).
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.powersgd(rank=2), gcj.ef_momentum(0.9), optax.scale_by_learning_rate(0.1))
+    >>> from gradcomp_jax import ef_momentum, powersgd
+    >>> tx = optax.chain(powersgd(rank=2), ef_momentum(0.9), optax.scale_by_learning_rate(0.1))
     """
     if not isinstance(decay, jax.Array):  # which optax.inject_hyperparams makes of a number or a schedule
         require_number("decay", decay, "a number; a schedule goes through optax.inject_hyperparams(ef_momentum)")

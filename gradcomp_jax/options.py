@@ -1,4 +1,4 @@
-"""Options for XLA that let the exchange overlap with a backward pass."""
+"""What XLA has to be told for the exchange to overlap with a backward pass."""
 
 from gradcomp_jax.arguments import shown
 
@@ -20,19 +20,19 @@ _OPTIONS = {
 
 
 def compiler_options(platform: str) -> dict[str, str]:
-    """XLA's options that keep the parts of an exchange apart, so that they can overlap with a backward pass.
+    """XLA's options that keep the parts of an exchange apart, so that they overlap with a backward pass.
 
     Args:
       platform: "gpu", "tpu" or "cpu", such as `jax.default_backend()`.
 
     Returns:
-      Options for `train_step(..., compiler_options=)`, or for `jax.jit`. All other options keep XLA's defaults.
+      Options for `train_step(..., compiler_options=)`, or for `jax.jit`. Those that are not said are XLA's.
 
     Raises:
       ValueError: it is none of these.
 
-    >>> import gradcomp_jax as gcj
-    >>> gcj.compiler_options("tpu")
+    >>> from gradcomp_jax import compiler_options
+    >>> compiler_options("tpu")
     {'xla_jf_crs_combiner_threshold_count': '1'}
     """
     kind = {"cuda": "gpu", "rocm": "gpu"}.get(platform, platform)

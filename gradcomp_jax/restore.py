@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,19 +10,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from gradcomp_jax.cuts import Cut
-from gradcomp_jax.mesh import automatic, require_mesh
-from gradcomp_jax.placing import in_global_form, lies_on, place
-from gradcomp_jax.resizing import resize_workers
-from gradcomp_jax.sharding import PerWorker, is_per_worker, specs_of
+from gradcomp_jax.sharding import PerWorker, automatic, is_per_worker, lies_on, place, resize_workers, specs_of
 
 
 def restore(
-    directory: str | os.PathLike,
-    like: Any,
-    mesh: Mesh | int | None = None,
-    *,
-    step: int | None = None,
-    item: str = "default",
+    directory: str | os.PathLike, like: Any, mesh: Mesh | int, *, step: int | None = None, item: str = "default"
 ) -> Any:
     """Reads a checkpoint, made with any number of workers, for the workers of a mesh.
 
@@ -32,11 +23,10 @@ def restore(
     read from the checkpoint first, and the state goes through `resize_workers` where there are others now.
 
     Args:
-      directory: of an `orbax.checkpoint.CheckpointManager`; or one checkpoint, of a `StandardCheckpointer`.
+      directory: of an `orbax.checkpoint.CheckpointManager`.
       like: a tree like the one that was saved, such as `{"params": params, "opt_state": init(tx, params, mesh)}`;
-        arrays, or their shapes by `jax.eval_shape`; a TrainState may be fresh from its `create`. What lies in shards
-        on the mesh here is restored so.
-      mesh: the mesh of the step, by default of all devices; or, for `simulate`, the number of workers.
+        arrays, or their shapes by `jax.eval_shape`. What lies in shards on the mesh here is restored so.
+      mesh: the mesh of the step; or, for `simulate`, the number of workers.
       step: which checkpoint; by default the last.
       item: its item, where several were saved.
 
@@ -54,26 +44,8 @@ def restore(
         raise ImportError("restore reads checkpoints by Orbax: pip install orbax-checkpoint") from error
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"there is no directory {directory}")
-    mesh = require_mesh(mesh)
-    like = in_global_form(like, mesh)
-    target = lambda saved: _target(like, {path: x.shape for path, x in _by_path(saved).items()}, mesh)  # noqa: E731
-    path = os.path.abspath(directory)
-    if os.path.exists(os.path.join(path, "_METADATA")):
-        with ocp.StandardCheckpointer() as reader:
-            saved = reader.restore(path, target(reader.metadata(path).item_metadata))
-    else:
-        saved = _of_manager(path, target, step, item)
-    resized = lambda x: resize_workers(x, mesh) if is_per_worker(x) else x  # noqa: E731
-    saved = jax.tree.map(resized, saved, is_leaf=is_per_worker)
-    return saved if isinstance(mesh, int) else place(saved, mesh)
-
-
-def _of_manager(directory: str, target: Callable[[Any], Any], step: int | None, item: str) -> Any:
-    """What a CheckpointManager saved of a step, as the target of the shapes there says."""
-    import orbax.checkpoint as ocp
-
     handlers = {item: ocp.StandardCheckpointHandler()}
-    with ocp.CheckpointManager(directory, item_names=(item,), item_handlers=handlers) as manager:
+    with ocp.CheckpointManager(os.path.abspath(directory), item_names=(item,), item_handlers=handlers) as manager:
         step = manager.latest_step() if step is None else step
         if step is None or step not in manager.all_steps():
             raise FileNotFoundError(
@@ -81,8 +53,13 @@ def _of_manager(directory: str, target: Callable[[Any], Any], step: int | None, 
             )
         if not (manager.directory / str(step) / item).exists():
             raise FileNotFoundError(f"the checkpoint of step {step} in {directory} has no item {item!r}: give item=")
-        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target(manager.item_metadata(step)[item]))})
-        return manager.restore(step, args=args)[item]
+        shapes = _by_path(manager.item_metadata(step)[item])
+        target = _target(like, {path: x.shape for path, x in shapes.items()}, mesh)
+        args = ocp.args.Composite(**{item: ocp.args.StandardRestore(target)})
+        saved = manager.restore(step, args=args)[item]
+    resized = lambda x: resize_workers(x, mesh) if is_per_worker(x) else x  # noqa: E731
+    saved = jax.tree.map(resized, saved, is_leaf=is_per_worker)
+    return saved if isinstance(mesh, int) else place(saved, mesh)
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

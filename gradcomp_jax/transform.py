@@ -1,4 +1,4 @@
-"""Orthonormal transforms of blocks, before a coder: its loss then falls on other numbers, or is smaller.
+"""Orthonormal transforms of blocks, which go before a coder: what it loses is then lost elsewhere, or is less.
 
 With T of b x b, the same on all workers, and C the coder, each block x of b elements in C order becomes
 
@@ -6,9 +6,9 @@ With T of b x b, the same on all workers, and C the coder, each block x of b ele
 
 - "hadamard", T = H S / sqrt(b), H of -1 and 1 and S of random signs: Suresh, Yu, Kumar, McMahan, "Distributed Mean
   Estimation with Limited Communication", ICML 2017, arXiv 1611.00429, section 3. It makes the elements of a block
-  alike. A few large ones then no longer set the scale of all, as with QSGD.
+  alike, so that a few large ones do not set the scale of all, as for QSGD.
 - "dct", the discrete cosine transform of type II: Peng, Quesnelle, Kingma, "DeMo: Decoupled Momentum Optimization",
-  2024, arXiv 2411.19870. It gathers a slowly varying block in few elements, which top-k then sends. (DeMo has blocks of
+  2024, arXiv 2411.19870. It gathers what varies slowly in few elements, which top-k then sends. (DeMo has blocks of
   64 x 64 of a matrix, and keeps k elements of each; here blocks are rows, and k is a leaf's.)
 """
 
@@ -97,25 +97,26 @@ def _takes_flat(coder: Coder) -> bool:
 def transformed(tx: Compressor, kind: str, block: int = 64, *, seed: int = 0) -> Compressor:
     """A codec that codes, with an orthonormal transform of blocks before it and its inverse behind it.
 
-    The error of a block's coding keeps its 2-norm. A leaf's last block is filled up, which sends a little more.
+    The error that a block's coding makes keeps its 2-norm. A leaf's last block is filled up, so that a little more is
+    sent.
 
     Args:
       tx: a codec whose coder takes a tensor as flat: `qsgd`, `topk`, or `signnorm` without majority.
       kind: "hadamard" or "dct".
-      block: b, the elements that are transformed together; a power of two for "hadamard". Both cost 2 (p + q) flops an
-        element: "hadamard" with p q = b, "dct" with p = 1 and q = b.
+      block: b, the elements that are transformed together; of "hadamard" a power of two. Both cost 2 (p + q) flops an
+        element, of "hadamard" with p q = b, of "dct" with p = 1, q = b.
       seed: of the signs of "hadamard", the same in all steps.
 
     Returns:
       A `Compressor`, with the settings of tx.
 
     Raises:
-      ValueError: an argument is out of range, or tx is none of those codecs.
+      ValueError: an argument out of range, or a tx that is none of those codecs.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.transformed(gcj.qsgd(2, bucket_size=128), "hadamard", 128), optax.sgd(0.1))
-    >>> tx = optax.chain(gcj.transformed(gcj.topk(0.01), "dct"), optax.sgd(0.1))
+    >>> from gradcomp_jax import qsgd, topk, transformed
+    >>> tx = optax.chain(transformed(qsgd(2, bucket_size=128), "hadamard", 128), optax.sgd(0.1))
+    >>> tx = optax.chain(transformed(topk(0.01), "dct"), optax.sgd(0.1))
     """
     codec = tx.codec if isinstance(tx, Compressor) else None
     if not isinstance(codec, Coding) or not _takes_flat(codec.coder) or codec.transform is not None:

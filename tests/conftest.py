@@ -14,7 +14,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # fusion, which takes three times as long and which jax 0.12 cannot do without any more. Those of HLO, which decide on
 # the collectives, are not.
 FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
-# Emulated devices can run collectives inside and outside a conditional in other orders otherwise, see docs/limits.md.
+# Emulated devices can run collectives inside and outside a conditional in different orders otherwise, see the README.
 FLAGS.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
@@ -83,7 +83,7 @@ def pytest_runtest_teardown(item, nextitem):
     release = done >= 300 and (nextitem is None or _group(item.nodeid) != _group(nextitem.nodeid))
     item.session.stash[TESTS_DONE] = 0 if release else done
     if release:
-        from tests import contexts
+        from gradcomp_jax.testing import contexts
 
         contexts.forget()
         jax.clear_caches()

@@ -141,7 +141,7 @@ def read_without_the_library(folder, tmp_path):
 
 
 def test_the_layout_is_readable_without_the_library(tmp_path):
-    """By the paths, shapes and types that docs/checkpoints.md states."""
+    """By the paths, shapes and types that the README states."""
     mesh, tx = gc.make_mesh(4), chain(BY_ID["powersgd-4"], "momentum")
     step = gc.train_step(problem.loss_fn, tx, mesh)
     state = train(step, beginning(tx, mesh, problem.params()), list(problem.batches(SAVED)))

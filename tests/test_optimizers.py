@@ -8,7 +8,7 @@ import pytest
 
 from experiments import optimizers
 from gradcomp_jax import none, simulate
-from gradcomp_jax.placing import init
+from gradcomp_jax.sharding import init
 
 STEPS = 100  # an epoch
 

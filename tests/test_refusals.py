@@ -110,11 +110,7 @@ class TestArguments:
             (gc.adaptive, {"threshold_scope": "row"}, "threshold_scope='row' must be one of 'matrix', 'column'"),
             (gc.adaptive, {"capacity": 0}, "capacity=0 must be above 0"),
             (gc.onebit, {"threshold": "median"}, "threshold='median' must be one of 'zero', 'mean'"),
-            (
-                gc.onebit,
-                {"second_residual": True, "aggregate": "gather"},
-                "second_residual=True keeps the loss of the second",
-            ),
+            (gc.onebit, {"second_residual": True, "aggregate": "gather"}, "second_residual=True keeps what the second"),
             (gc.onebit, {"second_residual": True, "error_feedback": False}, "got aggregate=None, error_feedback=False"),
             (gc.signnorm, {"majority": True, "error_feedback": True}, "votes have no magnitude"),
             (gc.qsgd, {"code": "huffman"}, "code='huffman' must be 'packed' or 'elias'"),
@@ -130,7 +126,7 @@ class TestArguments:
             codec(**given)
 
     def test_columns_along_an_axis_that_is_not_there(self):
-        with refuses("axis=2 is not an axis of leaf 'w' of shape (80, 80)", "leave it out with compress="):
+        with refuses("axis=2 is not an axis of leaf 'w' of shape (80, 80)", "leave it out by compress="):
             gc.onebit(axis=2).init({"w": jnp.zeros((80, 80))})
 
     @pytest.mark.parametrize("codec", [gc.powersgd, gc.gradiveq, gc.randomk, gc.randomblock])
@@ -306,7 +302,7 @@ class TestArguments:
 
     def test_a_factory_that_is_not_called(self):
         for make in (optax.chain(gc.powersgd, optax.sgd(0.1)), optax.masked(gc.CODECS["topk"], True), gc.qsgd):
-            with refuses("is passed uncalled: call it, such as", "(...)", error=TypeError):
+            with refuses("is passed uncalled: pass what it returns, such as", "(...)", error=TypeError):
                 gc.init(make, problem.params(), 4)
         for ask in (gc.delayed, lambda tx: gc.transformed(tx, "dct"), lambda tx: gc.accordion(tx, tx, interval=2)):
             with refuses("<function topk", "must be a"):
@@ -333,7 +329,7 @@ class TestArguments:
             with refuses("axis 'data' of the mesh has", "it needs at least 1, a whole number"):
                 gc.make_mesh(workers)
 
-    @pytest.mark.parametrize("mesh", [(4,), "4", 4.0, True])
+    @pytest.mark.parametrize("mesh", [(4,), "4", 4.0, True, None])
     def test_what_is_no_mesh(self, mesh):
         tx, params = gc.none(), problem.params()
         words = f"mesh={mesh!r} must be a mesh, such as make_mesh(4), or, for simulate, the number of workers"
@@ -373,7 +369,7 @@ class TestArguments:
             gc.flush(tx, params, state, (4,))
 
     def test_what_is_no_program(self):
-        with refuses("must be a compiled program, such as step.lower(...).compile()"):
+        with refuses("must be a compiled program, as of step.lower(...).compile()"):
             gc.collective_bytes(jnp.ones(3))
 
 

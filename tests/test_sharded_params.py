@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from tests import trees
+from gradcomp_jax.testing import trees
 from tests.test_refusals import refuses
 
 CHIPS = 4
@@ -347,7 +347,7 @@ def of_whole(call):
 
 
 REFUSED = {
-    "delayed": (lambda: gc.delayed(gc.across(gc.topk(), inside=LIES)), "their gradients cannot wait"),
+    "delayed": (lambda: gc.delayed(gc.across(gc.topk(), inside=LIES)), "of whose gradients none can wait"),
     "init": (of_whole(lambda tx, params, _: gc.init(tx, params, mesh())), "give param_specs="),
     "specs": (of_whole(lambda tx, params, _: gc.state_specs(tx, params)), "give param_specs="),
     "flush": (

@@ -7,9 +7,9 @@ import pytest
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax.codecs.onebit import means
-from tests import trees
-from tests.contexts import run
-from tests.exchanges import declared, exchanged
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from gradcomp_jax.testing.exchanges import declared, exchanged
 
 
 def onebit_of(v):
@@ -146,6 +146,12 @@ class TestSignNorm:
                 sent = (sign(shard) * np.abs(shard).mean(1, keepdims=True)).mean(0)
                 expected = sign(sent) * np.abs(sent).mean()
                 np.testing.assert_allclose(mean[start : start + each], expected, rtol=1e-5)
+
+    @pytest.mark.parametrize("size", [3, 4])
+    def test_a_shard_of_one_element_is_exact(self, size):
+        x = trees.noise({"w": (size,)}, 3, (4,))
+        got = exchanged(gc.signnorm(aggregate="shuffle"), x)
+        np.testing.assert_allclose(got.mean["w"], x["w"].mean(0), atol=1e-6)
 
 
 class TestMajority:

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
+from gradcomp_jax.testing.contexts import map_state
 from tests import problem
-from tests.contexts import map_state
 
 N, STEPS = problem.WORKERS, 5
 CODECS = {
@@ -180,71 +180,6 @@ def test_nnx_optimizer(codec):
     got = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     by_hand = problem.history(by_pmap(tx), problem.params(), gc.init(tx, problem.params(), n), STEPS)
     chex.assert_trees_all_close(got, by_hand[-1][0], atol=1e-5, rtol=0)
-
-
-class Noisy(nnx.Module):
-    """With batch statistics, and a random key."""
-
-    def __init__(self, rngs):
-        self.layer1 = nnx.Linear(64, 64, rngs=rngs)
-        self.norm = nnx.BatchNorm(64, momentum=0.5, rngs=rngs)
-        self.drop = nnx.Dropout(0.5, rngs=rngs)
-        self.layer2 = nnx.Linear(64, 8, rngs=rngs)
-
-    def __call__(self, x):
-        return self.layer2(self.drop(jnp.tanh(self.norm(self.layer1(x)))))
-
-
-def of_module(model, batch):
-    loss = jnp.mean((model(batch["x"]) - batch["y"]) ** 2)
-    return loss, {"positive": jnp.sum(batch["y"] > 0)}
-
-
-@jax.numpy_dtype_promotion("standard")  # of flax's normalisation
-@pytest.mark.parametrize("simulated", [False, True])
-def test_nnx_modules_in_and_out_of_train_step(simulated):
-    """The parameters are those of the functional step; other state is averaged, and keys stay."""
-    tx = optimizer(CODECS["powersgd"])
-    make = (lambda loss, **kw: gc.simulate(loss, tx, N, **kw)) if simulated else functools.partial(gc.train_step, tx=tx)
-    mesh = gc.make_mesh(N)
-    make = make if simulated else functools.partial(make, mesh=mesh)
-    model = NNXModel(nnx.Rngs(0))
-    nnx.update(model, nnx.State(problem.params()))
-    optim = nnx.Optimizer(model, tx, wrt=nnx.Param)
-    of_params = lambda params, batch: (problem.loss_fn(params, batch), {"positive": jnp.sum(batch["y"] > 0)})  # noqa: E731
-    step, functional = make(of_module, has_aux=True), make(of_params, has_aux=True)
-    params, state = problem.params(), gc.init(tx, problem.params(), N if simulated else mesh)
-    for k, batch in enumerate(problem.batches(2)):
-        loss, aux = step(model, optim, batch)
-        params, state, expected, _ = functional(params, state, batch)
-        np.testing.assert_allclose(loss, expected, rtol=1e-6)
-        assert aux["positive"] == np.sum(batch["y"] > 0)
-        assert optim.step[...] == k + 1
-        chex.assert_trees_all_close(nnx.to_pure_dict(nnx.state(model, nnx.Param)), params, atol=1e-6)
-    assert gc.wire_bits(optim.opt_state) == gc.wire_bits(state)
-
-    noisy = Noisy(nnx.Rngs(0))
-    optim = nnx.Optimizer(noisy, tx, wrt=nnx.Param)
-    key = noisy.drop.rngs.key[...]
-    for batch in problem.batches(2):
-        before, kernel = noisy.norm.mean[...], noisy.layer1.kernel[...]
-        seen = np.mean(batch["x"] @ kernel + noisy.layer1.bias[...], 0)
-        step(noisy, optim, batch)
-        np.testing.assert_allclose(noisy.norm.mean[...], 0.5 * before + 0.5 * seen, atol=1e-5)
-    assert noisy.drop.rngs.count[...] == 2
-    assert noisy.drop.rngs.key[...] == key
-
-
-def test_nnx_modules_where_they_do_not_go():
-    tx = optimizer(CODECS["powersgd"])
-    model = NNXModel(nnx.Rngs(0))
-    (batch,) = problem.batches(1)
-    with pytest.raises(ValueError, match=r"the step takes its nnx\.Optimizer, got a tuple"):
-        gc.simulate(of_module, tx, N, has_aux=True)(model, (), batch)
-    with pytest.raises(ValueError, match="a module holds its own"):
-        gc.simulate(lambda model, state, batch: (0, state), tx, N, has_state=True)(model, (), batch)
-    with pytest.raises(ValueError, match="changed in place: use train_step"):
-        gc.data_parallel(lambda model, batch: model, mesh=gc.make_mesh(N))(model, batch)
 
 
 @pytest.mark.parametrize(

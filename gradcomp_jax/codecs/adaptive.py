@@ -11,15 +11,13 @@ the residual, an n x m matrix, and pi the proportion:
     Q(v)_ij = recon+_j if v_ij >= tau+, recon-_j if v_ij <= tau-, else 0
     e <- v - Q(v)
 
-With "column", each column and each sign has a threshold of its own: a share of 1 / pi of the positive elements reaches
-it, at least one, and likewise of the negative ones. Zeros are never sent; in the library of 2016 a column of zeros
-sends all of them. If fewer than n m / pi elements differ from zero, all of these are sent; in the library of 2017 none
-is.
+By "column", thresholds are found for each column and each sign by itself: a share of 1 / pi of the positive elements,
+at least one, and of the negative ones. Zeros are never sent, though in the library of 2016 a column of zeros sends them
+all, and where fewer than n m / pi elements differ from zero all of those are, though in that of 2017 none is.
 
 On the wire (`wire/columns.py`): 3 words of 32 bits a column, and 16 bits an element that is sent, in a buffer with room
-for a fixed number of them. Elements that do not fit are dropped from the last column backwards, and stay in the
-residual. In two stages ("shuffle") the columns are cut into stripes; each stripe has thresholds of its own, in both
-stages.
+for a fixed number of them. What does not fit is dropped from the last column backwards, and stays in the residual. In
+two stages ("shuffle") the columns are cut into stripes; each stripe has thresholds of its own, in both stages.
 """
 
 import dataclasses
@@ -52,7 +50,7 @@ class AdaptiveState(NamedTuple):
 
     Attributes:
       step: int32, exchanges done; seeds the sampling.
-      length: the true length of this worker's code in the last step, see `code_bits`.
+      length: the true length of what this worker encoded in the last step, see `code_bits`.
     """
 
     step: jax.Array
@@ -226,46 +224,46 @@ def adaptive(
 ) -> Compressor:
     """Adaptive quantisation (Dryden et al., MLHPC 2016), not linear.
 
-    A leaf has n rows and m columns (the last axis). Its payload has 16 bits for each of capacity n m / pi elements (32
-    bits above 32767 rows), and 96 bits a column. With "gather" a worker of N sends N - 1 payloads, with "shuffle"
-    2 (N - 1) / N. `code_bits` tells how long the format would have been without the unused room. State: a residual of
-    the size of the compressed leaves on each worker, a counter, and that length.
+    A payload has 16 bits for each of capacity n m / pi elements of a leaf of n rows and m columns (the last axis; 32
+    bits above 32767 rows), and 96 a column. By "gather" a worker of N sends N - 1 of them, by "shuffle" 2 (N - 1) / N.
+    `code_bits` tells how long the format would have been without the unused room. State: a residual of the size of the
+    compressed leaves on each worker, a counter, and that length.
 
     Args:
       proportion: pi, above 1: about one element in pi is sent.
       threshold_scope: "matrix" or "column".
-      sample: find thresholds on a random sample (1024 elements of a matrix, or 128 rows with "column"; 16 pi elements,
-        or 32 pi rows, if those are more); by default for leaves of more than 65,536 elements.
-      capacity: the buffer's room, as a multiple of the proportion's elements. By default 1 if thresholds are exact, and
-        2 if they are sampled; the authors' is 4.
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      sample: find thresholds on a random sample (1024 elements of a matrix, or 128 rows by "column"; 16 pi, or 32 pi
+        rows, where those are more); by default for leaves of more than 65,536 elements.
+      capacity: the buffer's room, as a multiple of what the proportion asks for. By default 1 where thresholds are
+        exact, and 2 where they are sampled; the authors' is 4.
+      aggregate: "gather" or "shuffle"; by default the one that sends less, "gather" for two workers.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep residuals; without them the part that is not sent is lost.
+      error_feedback: whether to keep residuals; without them what is not sent is lost.
       seed: of the sampling.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: an argument is out of range; later, in init and update, a refusal of `compressor`.
+      ValueError: an argument out of range; later, in init and update, what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.adaptive(proportion=64), optax.sgd(0.1))
+    >>> from gradcomp_jax import adaptive
+    >>> tx = optax.chain(adaptive(proportion=64), optax.sgd(0.1))
     """
     if not proportion > 1:
         raise ValueError(f"proportion={proportion} must be above 1: one element in so many is sent")
     if threshold_scope not in SCOPES:
         raise ValueError(f"threshold_scope={threshold_scope!r} must be one of {', '.join(map(repr, SCOPES))}")
     if capacity is not None and not capacity > 0:
-        raise ValueError(f"capacity={capacity} must be above 0: it multiplies the proportion's share")
+        raise ValueError(f"capacity={capacity} must be above 0, a multiple of what the proportion asks for")
     codec = Adaptive((Columns(proportion, threshold_scope, sample, capacity, seed),))
     require_aggregate("adaptive", codec.coder, aggregate)
     return compressor(

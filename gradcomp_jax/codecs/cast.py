@@ -1,16 +1,15 @@
 """Gradients in a narrower type of floating numbers: bfloat16, float16, or float8 in either form.
 
-PyTorch's bf16_compress_hook and fp16_compress_hook do the same. It takes half or a quarter of float32's bytes. For each
-tensor
+What PyTorch's bf16_compress_hook and fp16_compress_hook do, in half or a quarter of float32's bytes. For each tensor
 
     own_w = D_w rounded to the type     mean <- mean of own_w
 
-With "psum" numbers of 16 bits are summed as they are, in 16 bits if the backend does that. Nothing is cheaper than
-such an all-reduce, but each addition rounds, and no own_w holds this loss. With "gather" and "shuffle" the numbers
-travel as bytes, and are averaged in float32. With "shuffle" a worker's shard of the mean is rounded again; this loss is
-part of its own_w. A tensor, or a shard of it, is first divided by a power of two next to its largest magnitude. Nothing
-then leaves the range, and little falls below it: float8_e4m3fn keeps its 3 bits of mantissa down to 2^-13 of the
-largest, and something down to 2^-17; float8_e5m2 keeps its 2 bits down to 2^-28. Values are rounded to the nearest.
+By "psum" numbers of 16 bits are summed as they are, in 16 bits where the backend does that. Nothing is cheaper than
+such an all-reduce, but each addition rounds, and what that loses is in nobody's own_w. By "gather" and "shuffle" they
+travel as bytes, and are averaged in float32; by "shuffle" a worker's shard of the mean is rounded again, which is part
+of its own_w. There a tensor, or a shard of it, is first divided by a power of two next to its largest magnitude, so
+that nothing leaves the range, and little falls below it: float8_e4m3fn keeps its 3 bits of mantissa down to 2^-13 of
+the largest, and something down to 2^-17; float8_e5m2 its 2 bits down to 2^-28. Values are rounded to the nearest.
 """
 
 import dataclasses
@@ -123,38 +122,38 @@ def cast(
 ) -> Compressor:
     """Gradients rounded to 16 or 8 bits, not linear.
 
-    A payload has 16 or 8 bits an element, and 32 more a leaf unless it is summed. With "psum" and "shuffle" a worker of
-    n sends 2 (n - 1) / n payloads, with "gather" n - 1. State: none, or under error feedback a residual, float32, of
-    the size of the compressed leaves on each worker.
+    A payload has 16 or 8 bits an element, and 32 a leaf but in a sum. By "psum" and "shuffle" a worker of n sends
+    2 (n - 1) / n of them, by "gather" n - 1. State: none, or under error feedback a residual, float32, of the size of
+    the compressed leaves on each worker.
 
     Args:
       dtype: "bfloat16", "float16", "float8_e4m3fn" or "float8_e5m2".
-      aggregate: "psum" (16 bits only), "gather" or "shuffle". By default "psum" for bfloat16 if the backend sums it in
-        16 bits (GPU, TPU); else "gather" on two workers, and the one of the others that sends less on more. CPUs sum
-        bfloat16 in float32, which then travels and counts. A sum of float16 has no scale: values beyond 65504 are cut
-        off, and those below 3e-8 n vanish.
+      aggregate: "psum" (16 bits only), "gather" or "shuffle". By default "psum" for bfloat16 where the backend sums it
+        in 16 bits (GPU, TPU); else the one of the others that sends less, "gather" for two workers. CPUs sum bfloat16
+        in float32, which then travels and counts. A sum of float16 has no scale: values beyond 65504 are cut off, and
+        those below 3e-8 n vanish.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep residuals. By default for 8 bits only. They round a value by up to 6 or 12 %; 16
-        bits round it by at most 0.4 %, and a residual takes twice the memory of such gradients. The loss of additions
-        in 16 bits is not kept.
+      error_feedback: whether to keep residuals. By default for 8 bits only, which round a value by up to 6 or 12 %;
+        16 bits round it by at most 0.4 %, and a residual takes twice the memory of such gradients. What the additions
+        of a sum in 16 bits lose is not kept.
       seed: without effect.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: an argument is out of range; later, in init and update, a refusal of `compressor`.
+      ValueError: an argument out of range; later, in init and update, what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.cast("bfloat16"), optax.sgd(0.1, momentum=0.9))
+    >>> from gradcomp_jax import cast
+    >>> tx = optax.chain(cast("bfloat16"), optax.sgd(0.1, momentum=0.9))
     """
     del seed
     found = dtype_of(dtype)

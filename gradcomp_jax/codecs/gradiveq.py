@@ -11,17 +11,17 @@ has sums:
                 g'_m = mean over n of g'_{n,m}                 the all-reduce: d floats a slice
                 mean_m = U (g'_m - U^T mu_m) + mu_m            decompress (eq. 5)
 
-This is the paper's U U^T (g_m - mu_m) + mu_m without a gradient-sized difference. The compression is linear, so nothing
-is decompressed before the sum. A warm-up of dense steps comes before the first cycle.
+which is the paper's U U^T (g_m - mu_m) + mu_m without a gradient-sized difference. The compression is linear,
+so nothing is decompressed before the sum. A warm-up of dense steps comes before the first cycle.
 
-Where the paper leaves room: all slices of a layer share the U of the first (its reuse factor s at infinity, see
-`reuse`), but each has its own mu. U is computed from the L_t x L_t Gram matrix of the samples with eigh and QR;
-dividing by the eigenvalues instead loses orthogonality in float32. The largest entry of each column is made positive.
-All workers take the first worker's U, because unlike processors may order close eigenvalues differently.
+Where the paper leaves room: all slices of a layer share the U of the first (its reuse factor s at infinity,
+see `reuse`), but each has its own mu. U is computed from the L_t x L_t Gram matrix of the samples by eigh and QR
+(dividing by the eigenvalues instead loses orthogonality in float32), with the largest entry of each column made
+positive, and taken from the first worker, as unlike processors may order close eigenvalues differently.
 
-The rank trap: L_t samples span at most L_t - 1 directions. At L_t = 100 and K = 768 the paper's rule, to keep 99 % of
-the samples' variance, therefore allows a ratio of 7.8 for any data, even noise. Fresh gradients then lose nearly
-everything. `select="holdout"` measures the loss on samples that the basis has not seen.
+The rank trap: L_t samples span at most L_t - 1 directions, so at L_t = 100 and K = 768 the paper's rule, to
+keep 99 % of the samples' variance, allows a ratio of 7.8 for any data, even noise, of which fresh gradients
+then lose nearly all. `select="holdout"` measures the loss on samples that the basis has not seen.
 """
 
 import dataclasses
@@ -79,7 +79,7 @@ class GradiVeQState(NamedTuple):
       projected: U^T mu, [slices, d].
       rung: int32, the place on the ladder of `select`; empty for "ratio".
       loss: |own - gradient|^2 / |gradient|^2 in the last compressed step (eq. 7), mean over the workers; 0 for a
-        gradient of zeros. A quantizer's loss is not in it.
+        gradient of zeros. Without what a quantizer loses.
       quantizer: the quantiser's state; empty without one.
     """
 
@@ -493,12 +493,12 @@ def gradiveq(
     dense_dtype: DTypeLike | None = None,
     buckets: Bucketing = None,
 ) -> Compressor:
-    """GradiVeQ (Yu et al., NeurIPS 2018), linear, with one all-reduce in the compressed space.
+    """GradiVeQ (Yu et al., NeurIPS 2018), linear, by one all-reduce in the compressed space.
 
-    Steps go in cycles, after `warmup_steps` dense ones. A cycle has `train_steps` dense steps, on which the bases are
-    fitted; on the last one the first worker sends them. Then `compress_steps` send d = K / ratio floats for each slice
-    of K, and one float a leaf for the loss in the state. A skipped step does not count. So the bytes of a run are those
-    of its phases, and a run shorter than the warm-up is not compressed at all.
+    Steps go in cycles, after `warmup_steps` dense ones: `train_steps` dense ones on which the bases are fitted,
+    on the last of which the first worker sends them, then `compress_steps` that send d = K / ratio floats for each
+    slice of K, and one a leaf for the loss, which the state tells. A skipped step does not count. So the bytes of a
+    run are those of its phases, and a run shorter than the warm-up is not compressed at all.
 
     State, the same on all workers, in the gradient's type (float32 or wider): mu, of the size of the compressed
     leaves; for each basis `train_steps` K floats of samples and K d floats of U; d floats a slice. With the
@@ -511,42 +511,42 @@ def gradiveq(
       train_steps: L_t, the dense steps of a cycle on which bases are fitted, at least 2.
       compress_steps: L_c, the compressed steps of a cycle.
       warmup_steps: dense steps before the first cycle.
-      k_max: the largest K if k is None; K costs 4 d flops an element to compress and restore.
+      k_max: the largest K where k is None; costs 4 d flops an element to compress and restore.
       reuse: s, how many consecutive slices share one basis at most, computed from the first of them; by default
         all of a leaf. Groups are of one size, but for the last.
       select: "ratio"; or "energy", "holdout": at the end of each training phase, for each leaf, the smallest d of
         K/32, K/16, K/8, K/4 (but below the number of samples) that loses at most max_loss of the first slice of
         each group, else dense. "energy" is the paper's rule, the variance of the training samples themselves, and
-        falls into the rank trap if K / train_steps is large; "holdout" fits on the first 4/5 of the samples and takes
-        the squared relative loss on the others. The state's `loss` is that of all slices.
+        falls into the rank trap where K / train_steps is large; "holdout" fits on the first 4/5 of the samples and
+        takes the squared relative loss on the others. What all slices lose is in the state's `loss`.
       max_loss: lambda, for "energy" and "holdout".
-      aggregate: "psum", or "ring", the paper's Algorithm 1 hop by hop: each hop adds in compressed form.
-      quantizer: a compressor, such as `qsgd(4)`. The gradients of the training steps travel through its codec (the
-        paper's experiments), and so do the coefficients of the compressed ones. For select="ratio"; not linear.
-      quantize_coefficients: whether the quantizer serves the compressed steps too; the paper's does not.
+      aggregate: "psum", or "ring", the paper's Algorithm 1 hop by hop: what passes is added in compressed form.
+      quantizer: a compressor, such as `qsgd(4)`, through whose codec the gradients of the training steps travel (the
+        paper's experiments), and the coefficients of the compressed ones; for select="ratio". Not linear then.
+      quantize_coefficients: whether the quantizer serves the compressed steps too, which the paper's does not.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: keep residuals, which the paper does not. A residual waits for the end of the compressed steps;
-        one more dense step, which is no sample, then sends it.
+      error_feedback: keep residuals, which the paper does not. What a basis leaves out waits for the end of its
+        compressed steps; one more dense step, which is no sample, then sends it.
       seed: without effect.
       min_size: leaves of fewer elements are sent dense.
-      compress: (path, leaf) -> whether to compress it; by default, like in the paper, convolutions: leaves of
+      compress: (path, leaf) -> whether to compress it; by default, as in the paper, convolutions: leaves of
         four axes or more.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, and of all leaves in dense steps, "bfloat16" or "float16"; by
-        default float32 or wider. Rounding is fed back if there are residuals.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense, and all leaves in dense steps, travel, "bfloat16" or
+        "float16"; by default float32 or wider. Rounding is fed back where there are residuals.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: an argument is out of range; in init, a leaf's d is not below train_steps; later, a refusal of
-        `compressor`.
+      ValueError: an argument out of range; in init, a leaf for which d is not below train_steps; later what
+        `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.gradiveq(ratio=8), optax.sgd(0.1, momentum=0.9))
+    >>> from gradcomp_jax import gradiveq
+    >>> tx = optax.chain(gradiveq(ratio=8), optax.sgd(0.1, momentum=0.9))
     """
     del seed
     if k is not None:
@@ -563,7 +563,9 @@ def gradiveq(
     if reuse is not None:
         require_whole("reuse", reuse, 1)
     if quantizer is not None and select != "ratio":
-        raise ValueError(f"select={select!r} goes without a quantizer: its loss would be taken for the basis's loss")
+        raise ValueError(
+            f"select={select!r} goes without a quantizer: what it loses would be taken for the basis's loss"
+        )
     if not 0 < max_loss < 1:
         raise ValueError(f"max_loss={max_loss} must be above 0 and below 1")
     require_aggregate("gradiveq", None, aggregate)

@@ -31,28 +31,28 @@ def none(
 ) -> Compressor:
     """All-reduces every gradient as it is: the dense baseline, with its bits counted.
 
-    It takes the keywords of every codec, so one call serves them all. 16-bit gradients are summed, and travel, in
-    float32. With dense_dtype="bfloat16" they are summed, and travel, in bfloat16, like with `jax.lax.pmean`.
+    It takes the keywords that every codec takes, so that one call serves them all. 16-bit gradients are summed, and
+    travel, in float32; with dense_dtype="bfloat16" in bfloat16, as by `jax.lax.pmean` of such gradients.
 
     Args:
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: keeps a residual; it holds only the rounding to 16 bits, of the mean and before.
+      error_feedback: keeps a residual: zero, but for what rounding to 16 bits takes away, of the mean and before.
       seed: without effect.
       min_size: smaller leaves have no residual.
       compress: (path, leaf) -> whether it has a residual; by default every leaf.
       allow_dense: without effect: all is dense.
-      dense_dtype: the type in which gradients travel and are summed, "bfloat16" or "float16"; by default float32 or
-        wider. Values beyond float16's range are cut off. CPUs sum bfloat16 in float32, which then travels and counts.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      dense_dtype: the type in which gradients travel and are summed, "bfloat16" or "float16" (beyond whose range they
+        are cut off); by default float32 or wider. CPUs sum bfloat16 in float32, which then travels and counts.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor` whose updates are the mean gradients.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.none(), optax.sgd(0.1))
+    >>> from gradcomp_jax import none
+    >>> tx = optax.chain(none(), optax.sgd(0.1))
     """
     del seed, allow_dense
     require_aggregate("none", None, aggregate)
@@ -66,16 +66,16 @@ def none(
 def average(axis_name: AxisName) -> optax.GradientTransformation:
     """The exact mean over a fast mesh axis, to stand before a codec on the slow one.
 
-    With mesh axes ("node", "local"), `optax.chain(average("local"), powersgd(axis_name="node"), ...)` reduces exactly
-    inside a node and compresses between nodes. Every device then sends the whole payload; with `across` each sends its
-    share. `wire_bits` speaks of the slow axis, and does not count `average`.
+    With mesh axes ("node", "local"), `optax.chain(average("local"), powersgd(axis_name="node"), ...)`
+    reduces exactly inside a node and compresses between nodes, where every device sends the whole payload: `across` has
+    each send its share. What is sent here is not counted by `wire_bits`, which speaks of the slow axis.
 
     Args:
       axis_name: the fast axis, or axes.
 
     Returns:
-      A stateless transformation. Its update raises ValueError if the axis is not bound. It raises ValueError for
-      gradients that are already reduced, if types are tracked.
+      A stateless transformation. Its update raises ValueError where the axis is not bound, and for
+      gradients that are already reduced, where types are tracked.
     """
 
     def update_fn(updates: Any, state: optax.EmptyState, params: Any = None):

@@ -7,16 +7,16 @@ of Speech DNNs", Interspeech 2014. With v = g + e, the gradient plus the residua
     Q(v)_ij = mean over i of the v_ij with that bit      the two that minimise |v - Q(v)|^2
     e <- v - Q(v)
 
-Two stages ("shuffle"): each worker receives its stripe of all columns from all others, quantised. It averages the
-stripe, quantises the average with means of its own, and sends that to all. The worker who made the second stage's error
-keeps it in the one residual. The error is that worker's share of a mean, so it is kept n-fold. With `second_residual`
-it is set apart like in the paper, and comes back at the second stage.
+Two stages ("shuffle"): each worker is given its stripe of all columns by all others, quantised; averages it; quantises
+the average, by means of its own; sends that to all. What the second stage loses is kept by the worker who lost it, in
+the one residual, n-fold, as it is that worker's share of a mean; with `second_residual` it is set apart as in the
+paper, and comes back at the second stage.
 
-Where sources differ: the printed formula of the residual leaves out the carried term e. Error feedback does not work
-without it, and the authors' code (CNTK) has it. A worker quantises its own stripe too, though it need not; the authors'
-code adds that one unquantised. A column is an output unit's fan-in, hence the elements along all axes but the last in
-Flax's layout. With threshold="mean" the bits tell on which side of the column's mean m an element lies. They stand for
-m - dev and m + dev, with dev the mean of |v - m| (an option of the authors' code).
+Where sources differ: the printed formula of the residual leaves out the carried term e, without which error feedback
+does not work; the authors' code (CNTK) has it. A worker quantises its own stripe too, though it
+need not: the authors' code adds that one as it is. A column is an output unit's fan-in, hence the elements along all
+axes but the last in Flax's layout. With threshold="mean" the bits tell on which side of the column's mean m an element
+lies, and stand for m - dev and m + dev, with dev the mean of |v - m| (an option of the authors' code).
 """
 
 import dataclasses
@@ -45,9 +45,9 @@ class OneBitState(NamedTuple):
     """State of `onebit`.
 
     Attributes:
-      second: with second_residual, the second stage's residual on this worker's stripe, by leaf path. Its arrays have
-        the leaves' shapes, and are zero outside of the stripe, except in the first step on another number of workers.
-        The residual contains it too, n-fold. Without second_residual it is empty.
+      second: with second_residual, what the second stage owes on this worker's stripe, by leaf path, of the leaves'
+        shapes and zero elsewhere (but in the first step on another number of workers); it is part of the residual
+        too, n-fold. Else empty.
     """
 
     second: Any
@@ -138,7 +138,7 @@ class OneBit(Coding):
         axis = self.bits.axis
         if leaf.ndim > 1 and not -leaf.ndim <= axis < leaf.ndim:
             raise ValueError(
-                f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out with compress="
+                f"axis={axis} is not an axis of leaf {path!r} of shape {leaf.shape}: leave it out by compress="
             )
         count = leaf.shape[axis] if leaf.ndim > 1 else 1
         return leaf.size > 0 and leaf.ndim > 0 and leaf.size >= SHORTEST * count
@@ -179,36 +179,36 @@ def onebit(
 ) -> Compressor:
     """1-bit SGD (Seide et al., Interspeech 2014), not linear.
 
-    A payload has one bit an element and 64 a column. With "gather" a worker of n sends n - 1 payloads, with "shuffle",
-    the paper's two stages, 2 (n - 1) / n. State: a residual, float32, of the size of the compressed leaves on each
-    worker, and with second_residual as much again. Leaves whose columns have fewer than 64 elements travel dense.
+    A payload has one bit an element and 64 a column. By "gather" a worker of n sends n - 1 of them, by "shuffle", the
+    paper's two stages, 2 (n - 1) / n. State: a residual, float32, of the size of the compressed leaves on each worker,
+    and with second_residual as much again. Leaves whose columns have fewer than 64 elements travel dense.
 
     Args:
-      threshold: bits compare elements with it: "zero", or the column's "mean".
+      threshold: what bits compare with, "zero" or the column's "mean".
       axis: the axis that counts the columns; the elements along all others make a column.
-      second_residual: keep the second stage's error apart, like the paper; for "shuffle".
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      second_residual: keep the second stage's error apart, as the paper does; for "shuffle".
+      aggregate: "gather" or "shuffle"; by default the one that sends less, "gather" for two workers.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; without them training diverges, as the paper reports.
       seed: without effect.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: an argument is out of range, or second_residual without error feedback or with "gather"; later, in
-        init and update, a refusal of `compressor`.
+      ValueError: an argument out of range, or second_residual without error feedback or by "gather"; later, in init
+        and update, what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.onebit(), optax.sgd(0.1))
+    >>> from gradcomp_jax import onebit
+    >>> tx = optax.chain(onebit(), optax.sgd(0.1))
     """
     del seed
     if not is_whole(axis):
@@ -218,7 +218,7 @@ def onebit(
     require_aggregate("onebit", Bits(threshold, axis), aggregate)
     if second_residual and (aggregate == "gather" or not error_feedback):
         raise ValueError(
-            "second_residual=True keeps the loss of the second stage of aggregate='shuffle', under error feedback: got "
+            "second_residual=True keeps what the second stage of aggregate='shuffle' loses, under error feedback: got "
             f"aggregate={aggregate!r}, error_feedback={error_feedback}"
         )
     aggregate = "shuffle" if second_residual else aggregate

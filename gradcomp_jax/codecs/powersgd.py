@@ -11,16 +11,16 @@ its residual and Q (m x r) the same on all workers:
     mean <- P^ Q^T                 own_w <- P^ Q_w^T
 
 Q is kept for the next step. All matrices of a tree share the two all-reduces; leaves that are not compressed
-ride along. With a quantiser the factors travel through it instead of a sum; Q_w is then the quantised factor.
+ride along. With a quantiser the factors travel through that instead of the sum; Q_w is then what it made of it.
 
-Where sources differ: the residual is taken from the worker's own approximation, like in the printed Algorithm 2. The
-authors' first code subtracts the mean's, and then the residuals of single workers grow like sqrt(t). P is
-orthonormalised with QR, or on GPUs and TPUs with Cholesky QR (`orthonormal.py`). Columns of P that are zero are drawn
-at random first. Otherwise a gradient that is exactly zero once, such as one behind a layer initialised to zero, leaves
-Q at zero for ever, or tied to rows that may never be used. Even so Q may stay in a subspace that holds less than it
+Where sources differ: the residual is taken from the worker's own approximation, as Algorithm 2 is printed
+(the authors' first code subtracts the mean's, and then the residuals of single workers grow like sqrt(t)).
+P is orthonormalised by QR, or on GPUs and TPUs by Cholesky QR (`orthonormal.py`), and columns of P that are zero are
+drawn at random first: otherwise a gradient that is exactly zero once, as behind a layer initialised to zero, leaves Q
+at zero for ever, or tied to rows that may never be used. Even so Q may stay in a subspace that holds less than it
 could: Xie, Chen, Yuan, "From PowerSGD to PowerSGD+", 2025, arXiv 2509.11254, have a case in which training does not
-converge for this reason, and renew Q with an SVD every so often. `refresh` draws Q anew; this sends nothing, and one
-step of subspace iteration follows like in every step.
+converge for that, and renew Q by an SVD every so often; `refresh` draws it anew, which costs nothing, and one step of
+subspace iteration follows as ever.
 """
 
 import dataclasses
@@ -315,46 +315,46 @@ def powersgd(
     dense_dtype: DTypeLike | None = None,
     buckets: Bucketing = None,
 ) -> Compressor:
-    """PowerSGD (Vogels et al., NeurIPS 2019, Algorithm 1), linear, with two all-reduces.
+    """PowerSGD (Vogels et al., NeurIPS 2019, Algorithm 1), linear, by two all-reduces.
 
-    A leaf is taken for a matrix of n rows and m columns, such that n + m is least. It takes r (n + m) floats instead of
-    n m, in float32 (float64 for float64 gradients). A kernel [H, W, in, out] becomes H W in x out, one [out, in, H, W]
-    becomes out x in H W, and an attention's [D, heads, D / heads] becomes D x D. State: a residual of the size of the
-    compressed leaves on each worker, and Q of r m floats a leaf.
+    A leaf is compressed as the matrix of n rows and m columns of which n + m is least, from n m to r (n + m) floats, in
+    float32 (float64 for float64 gradients): a kernel [H, W, in, out] as H W in x out, [out, in, H, W] as out x in H W,
+    one of an attention [D, heads, D / heads] as D x D. State: a residual of the size of the compressed leaves on each
+    worker, and Q of r m floats a leaf.
 
     Args:
-      rank: r, at least 1; a leaf uses at most min(n, m). The paper uses 1, 2 and 4.
+      rank: r, at least 1; at most min(n, m) is used of it. The paper uses 1, 2 and 4.
       min_rate: a leaf is compressed if min_rate * r (n + m) < n m; PyTorch's hook has 2.
-      stacked: (path, leaf) -> whether the leaf's first axis counts layers, like under a scan over layers:
+      stacked: (path, leaf) -> whether the leaf's first axis counts layers, as under a scan over layers:
         each layer is then a matrix of its own.
       split: (path, leaf) -> how many of the leaf's axes, without the one that counts layers, make the rows.
-      refresh: draw Q anew after every so many steps, so that it does not stay in a subspace; by default never, like in
+      refresh: draw Q anew after every so many steps, so that it does not stay in a subspace; by default never, as in
         the paper.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
-      quantizer: a compressor, such as `qsgd(8)`; P and Q then travel through its codec, which is not linear. It has the
-        same axis_name; its min_size and compress do not matter here.
+      quantizer: a compressor, such as `qsgd(8)`, through whose codec P and Q travel; not linear then. On the same
+        axis_name; what it would compress does not matter here.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them the part that is not of low rank is
+      error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without, the part that is not of low rank is
         lost.
       seed: of the first Q and of the columns of P drawn at random.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: rank, min_rate or refresh is out of range, or the quantizer does not go with it; later, in init and
-        update, a refusal of `compressor`.
+      ValueError: rank, min_rate or refresh out of range, or a quantizer that does not go with it; later, in init and
+        update, what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
+    >>> from gradcomp_jax import powersgd
+    >>> tx = optax.chain(powersgd(rank=4), optax.sgd(0.1, momentum=0.9))
     """
     require_whole("rank", rank, 1)
     if refresh is not None:

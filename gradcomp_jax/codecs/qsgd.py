@@ -10,18 +10,18 @@ paper's experiments (norm="max"), or its 2-norm, as in its theory (norm="l2"); f
 
     E |Q(v) - v|_2^2 <= omega |v|_2^2     omega = min(d / s^2, sqrt(d) / s)
 
-On the wire: the integers l sgn(v_i) + s in `bits` bits each, and one float32 |v| a bucket. With the 2-norm most levels
-are small, and Elias' code of them (section 3.2) is shorter. It fills a buffer of fixed size; if it does not fit for
-some worker, all workers send the packed form in that step. The codes of different workers cannot be added, so they are
-gathered and decoded, like in the paper's Algorithm 1, or exchanged in two stages.
+On the wire: the integers l sgn(v_i) + s in `bits` bits each, and one float32 |v| a bucket; or, as with the 2-norm most
+levels are small, Elias' code of them (section 3.2), in a buffer of fixed size: where it does not fit for
+some worker, all send the packed form in that step. The codes of different
+workers cannot be added, so they are gathered and decoded, as in the paper's Algorithm 1, or exchanged in two stages.
 
-With `shared_scale` the workers first agree on the largest |v| of each bucket, and all use it. Their integers can then
-be added, and travel in fields that hold the sum, several to a word of 32 bits (the idea of THC, Li et al., NSDI 2024,
-arXiv 2302.08545). The result is still unbiased; its variance is that of the worker with the largest gradient.
+With `shared_scale` the workers first agree on the largest |v| of each bucket, which becomes the scale of all; their
+integers can then be added, and travel in fields that hold the sum, several to a word of 32 bits (the idea of THC, Li et
+al., NSDI 2024, arXiv 2302.08545). Still unbiased, of the variance of the worker with the largest gradient.
 
-The paper keeps no residual. Under error feedback an unbiased quantiser of large variance diverges. Values are then
-scaled by 1 / (1 + omega), which makes the quantiser a contraction. (A shared scale is at most the 2-norm of all
-workers' buckets together, so omega is that of n d values.)
+The paper keeps no residual. Under error feedback an unbiased quantiser of large variance diverges; what is
+sent is then scaled by 1 / (1 + omega), which makes it a contraction. (With a shared scale, which is at most the 2-norm
+of all workers' buckets together, omega is that of n d values.)
 """
 
 import dataclasses
@@ -269,44 +269,43 @@ def qsgd(
 ) -> Compressor:
     """QSGD (Alistarh et al., NeurIPS 2017, section 3), unbiased, not linear.
 
-    A payload has bits + 32 / bucket_size bits an element. With "gather" a worker of n sends n - 1 payloads, with
-    "shuffle" and "ring" 2 (n - 1) / n, like a float32 all-reduce. "shuffle" and "ring" round averages again on the way.
-    Each worker rounds with its own random numbers. State: one counter, and with error feedback a residual of the size
-    of the compressed leaves on each worker.
+    A payload has bits + 32 / bucket_size bits an element. By "gather" a worker of n sends n - 1 of them, against
+    the 2 (n - 1) / n of a float32 all-reduce; by "shuffle" and "ring" 2 (n - 1) / n, and what is averaged is rounded
+    again, on the way. Each worker rounds by its own random numbers. State: one counter, and with error feedback a
+    residual of the size of the compressed leaves on each worker.
 
     Args:
       bits: 2, 4 or 8 bits an element, sign included.
       bucket_size: d, elements that share a scale; a multiple of 4. The paper uses 128 at 2 bits.
       norm: the scale of a bucket, "max" or "l2".
       levels: s, at most and by default 2^(bits - 1) - 1.
-      code: "packed", or "elias"; `code_bits` tells the true length of the latter. By default "elias" if norm="l2" and
-        its buffer is smaller than the packed codes for normally distributed values (and the tree is not too large for
-        it); otherwise "packed".
-      capacity: of the buffer for Elias' code, in bits an element; by default 1.25 times the code of normal values.
+      code: "packed", or "elias", whose true length `code_bits` tells; by default "elias" for norm="l2" where it is
+        shorter, in its buffer, for normal values (and the tree is not too large for it).
+      capacity: of the buffer for Elias' code, in bits an element; by default 1.25 times what normal values take.
       shared_scale: all workers use one scale for a bucket, and sum their integers: 8 bits an element up to
         127 / s workers, 16 up to 32767 / s, 32 beyond.
-      aggregate: "gather", "shuffle" or "ring"; by default "gather" on two workers, and the one of the first two that
-        sends less on more. With shared_scale "psum" (default) or "ring".
+      aggregate: "gather", "shuffle" or "ring"; by default the one of the first two that sends less, which is
+        "gather" for two workers. With shared_scale "psum" (default) or "ring".
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: keep residuals, or `Feedback`, `EF21`, and scale what is sent by 1 / (1 + omega).
       seed: of the rounding.
-      min_size: leaves of fewer elements are sent dense, by default those below 10,000, like in the paper.
+      min_size: leaves of fewer elements are sent dense, by default those below 10,000, as in the paper.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: an argument is out of range; later, in init and update, a refusal of `compressor`.
+      ValueError: an argument out of range; later, in init and update, what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.qsgd(bits=4), optax.sgd(0.1, momentum=0.9))
+    >>> from gradcomp_jax import qsgd
+    >>> tx = optax.chain(qsgd(bits=4), optax.sgd(0.1, momentum=0.9))
     """
     require_whole("bits", bits, 1)
     if bits not in (2, 4, 8):

@@ -7,10 +7,10 @@ elements, S is a set of k indices that a generator which all workers share draws
 
     mean_S <- mean of D_S     one all-reduce of k floats     mean elsewhere 0     own_S = D_S
 
-All workers send the same coordinates, so both are linear. Under error feedback nothing is scaled, like in the paper;
-without it values are scaled by n / k, which makes them unbiased. Random K's indices are the first k places of a keyed
-bijection of 0 .. n - 1. A shuffle of a large tensor would take longer than sending it. Random Block sends neighbours
-together, which suits correlated gradients badly.
+Linear, as all workers send the same coordinates. Under error feedback nothing is scaled, as in the paper; without it
+values are scaled by n / k, which makes them unbiased. Random K's indices are the first k places of a keyed bijection of
+0 .. n - 1, not of a shuffle, which on large tensors takes longer than sending them. Random Block sends neighbours
+together, which correlated gradients resent.
 """
 
 import dataclasses
@@ -222,37 +222,37 @@ def randomk(
     dense_dtype: DTypeLike | None = None,
     buckets: Bucketing = None,
 ) -> Compressor:
-    """Random K (Table 4 of PowerSGD), linear, with one all-reduce of k floats a leaf.
+    """Random K (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
 
     State: one counter, and a residual of the size of the compressed leaves on each worker.
 
     Args:
       fraction: k / n; by default 0.01. k is at least 1.
-      rank: instead of fraction, PowerSGD's rank: a leaf gets its budget of r (rows + columns) floats, and vectors are
-        sent whole, like in the paper.
+      rank: instead of fraction, PowerSGD's rank whose budget of r (rows + columns) floats a leaf gets; vectors are
+        then sent whole, as in the paper.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
-      quantizer: a compressor, such as `qsgd(8)`; the values then travel through its codec, which is not linear.
+      quantizer: a compressor, such as `qsgd(8)`, through whose codec the values travel; not linear then.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them values are scaled by n / k.
       seed: of the indices.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: fraction and rank are both given or out of range, or aggregate is another; later, in init and update,
-        a refusal of `compressor`.
+      ValueError: fraction and rank both given or out of range, another way to aggregate; later, in init and update,
+        what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.randomk(fraction=0.01), optax.sgd(0.1))
+    >>> from gradcomp_jax import randomk
+    >>> tx = optax.chain(randomk(fraction=0.01), optax.sgd(0.1))
     """
     codec, way = _codec("randomk", scattered, fraction, rank, aggregate, quantizer, axis_name, seed)
     return compressor(
@@ -276,37 +276,37 @@ def randomblock(
     dense_dtype: DTypeLike | None = None,
     buckets: Bucketing = None,
 ) -> Compressor:
-    """Random Block (Table 4 of PowerSGD), linear, with one all-reduce of k floats a leaf.
+    """Random Block (Table 4 of PowerSGD), linear, by one all-reduce of k floats a leaf.
 
     State: one counter, and a residual of the size of the compressed leaves on each worker.
 
     Args:
       fraction: k / n; by default 0.01. k is at least 1.
-      rank: instead of fraction, PowerSGD's rank: a leaf gets its budget of r (rows + columns) floats, and vectors are
-        sent whole, like in the paper.
+      rank: instead of fraction, PowerSGD's rank whose budget of r (rows + columns) floats a leaf gets; vectors are
+        then sent whole, as in the paper.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
-      quantizer: a compressor, such as `qsgd(8)`; the values then travel through its codec, which is not linear.
+      quantizer: a compressor, such as `qsgd(8)`, through whose codec the values travel; not linear then.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them values are scaled by n / k.
       seed: of the blocks' places.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: fraction and rank are both given or out of range, or aggregate is another; later, in init and update,
-        a refusal of `compressor`.
+      ValueError: fraction and rank both given or out of range, another way to aggregate; later, in init and update,
+        what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.randomblock(fraction=0.01), optax.sgd(0.1))
+    >>> from gradcomp_jax import randomblock
+    >>> tx = optax.chain(randomblock(fraction=0.01), optax.sgd(0.1))
     """
     codec, way = _codec("randomblock", block, fraction, rank, aggregate, quantizer, axis_name, seed)
     return compressor(

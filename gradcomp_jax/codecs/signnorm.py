@@ -6,13 +6,13 @@ Schemes", ICML 2019, arXiv 1901.09847. With D the gradient plus the residual, a 
 
     C(D) = |D|_1 / n sign(D)     sign(0) = +1
 
-This is a contraction: |C(D) - D|^2 = |D|^2 - |D|_1^2 / n. On the wire: the signs of all tensors as bits, and one
-float32 a tensor. With "shuffle" a worker's shard of each tensor has a norm of its own.
+which is a contraction: |C(D) - D|^2 = |D|^2 - |D|_1^2 / n. On the wire: the signs of all tensors as bits, and one
+float32 a tensor. By "shuffle" a worker's shard of each tensor has a norm of its own.
 
 With `majority` it is Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant",
 ICLR 2019, arXiv 1810.05291, without momentum: the update is the sign of the sum of the workers' signs. It has no
-magnitude, so error feedback does not go with it. Two rules are ours: ties give +1, but zeros where all elements of a
-tensor tie; and a worker for whom a tensor is all zeros does not vote on it. With "shuffle" both hold for a shard.
+magnitude, so error feedback does not go with it. Ours are: ties give +1, but zeros where all elements of a tensor tie;
+and a worker for whom a tensor is all zeros does not vote on it. By "shuffle" both are said of a shard.
 """
 
 import dataclasses
@@ -97,39 +97,39 @@ def signnorm(
 ) -> Compressor:
     """Sign+Norm (Table 4 of PowerSGD), or signSGD with majority vote; not linear.
 
-    A payload has one bit an element and 32 a tensor, in float32. With "gather" a worker of n sends n - 1 payloads, with
+    A payload has one bit an element and 32 a tensor, in float32. By "gather" a worker of n sends n - 1 of them, by
     "shuffle" 2 (n - 1) / n. State: a residual of the size of the compressed leaves on each worker; nothing else.
 
     Args:
-      majority: the update is -1 or +1, like most workers' signs. Learning rates must be much smaller.
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      majority: the update is -1 or +1, as most workers' signs. Learning rates must be smaller by far.
+      aggregate: "gather" or "shuffle"; by default the one that sends less, "gather" for two workers.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; by default without majority, and only then.
       seed: without effect.
       min_size: leaves of fewer elements are sent dense.
-      compress: (path, leaf) -> whether to compress it; by default, like in the paper, every leaf, vectors too.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      compress: (path, leaf) -> whether to compress it; by default, as in the paper, every leaf, vectors too.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: an argument is out of range; later, in init and update, a refusal of `compressor`.
+      ValueError: an argument out of range; later, in init and update, what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.signnorm(), optax.sgd(0.1, momentum=0.9))
+    >>> from gradcomp_jax import signnorm
+    >>> tx = optax.chain(signnorm(), optax.sgd(0.1, momentum=0.9))
     """
     del seed
     require_aggregate("signnorm", Signs(majority), aggregate)
     if majority and error_feedback:
         raise ValueError(
-            "error_feedback=True does not go with majority=True: votes have no magnitude, so residuals would grow "
-            "without bound; leave one of them out"
+            "error_feedback=True does not go with majority=True: votes have no magnitude, so what is left out of them "
+            "would grow without bound; leave one of them out"
         )
 
     kept = feedback(not majority if error_feedback is None else error_feedback)

@@ -6,8 +6,8 @@ S_w, the k indices of largest |D_w| on worker w:
 
     own_w = D_w on S_w, 0 elsewhere     mean <- mean of own_w
 
-This leaves at most (1 - k / n) of |D_w|^2 out. The workers' indices differ, so values and indices are gathered: k
-float32, and k indices of ceil(log2 n) bits. With "shuffle" a worker averages its shard of each tensor and sends the
+which leaves at most (1 - k / n) of |D_w|^2 out. The workers' indices differ, so values and indices are gathered: k
+float32, and k indices of ceil(log2 n) bits. By "shuffle" a worker averages its shard of each tensor and sends the
 same fraction of that on. The paper counts 32 bits an index, so its budget c of floats is a fraction k / n = c / 2.
 """
 
@@ -117,34 +117,33 @@ def topk(
 ) -> Compressor:
     """Top K (Table 4 of PowerSGD), not linear.
 
-    A payload has 32 + ceil(log2 n) bits for each of k = fraction n elements of a leaf. With "gather" a worker of N
-    sends N - 1 payloads, with "shuffle" 2 (N - 1) / N. State: a residual of the size of the compressed leaves on each
-    worker.
+    A payload has 32 + ceil(log2 n) bits for each of k = fraction n elements of a leaf. By "gather" a worker of N sends
+    N - 1 of them, by "shuffle" 2 (N - 1) / N. State: a residual of the size of the compressed leaves on each worker.
 
     Args:
-      fraction: k / n for each leaf, and for each shard of it with "shuffle"; k is rounded down, but at least 1. Table
-        4's budgets of 1/136 and 1/32 are 1/272 and 1/64.
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      fraction: k / n for each leaf, and for each shard of it by "shuffle"; k is rounded down, but at least 1. Table 4's
+        budgets of 1/136 and 1/32 are 1/272 and 1/64.
+      aggregate: "gather" or "shuffle"; by default the one that sends less, "gather" for two workers.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: whether to keep residuals; without them the part that is not sent is lost.
+      error_feedback: whether to keep residuals; without them what is not sent is lost.
       seed: without effect; of equal magnitudes the one at the lower index is sent.
       min_size: leaves of fewer elements are sent dense.
-      compress: (path, leaf) -> whether to compress it; by default, like in the paper, every leaf, vectors too.
-      allow_dense: accept a tree whose leaves are all sent dense.
-      dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
-        rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      compress: (path, leaf) -> whether to compress it; by default, as in the paper, every leaf, vectors too.
+      allow_dense: accept a tree of which no leaf is compressed.
+      dense_dtype: the type in which leaves that are sent dense travel, "bfloat16" or "float16"; by default float32 or
+        wider. Their rounding is not fed back.
+      buckets: in how many parts the exchange goes, each with messages of its own as soon as its gradients are there; or
+        (path) -> the number of a leaf's part, of which lower ones go first. By default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: an argument is out of range; later, in init and update, a refusal of `compressor`.
+      ValueError: an argument out of range; later, in init and update, what `compressor` refuses.
 
     >>> import optax
-    >>> import gradcomp_jax as gcj
-    >>> tx = optax.chain(gcj.topk(fraction=0.01), optax.sgd(0.1))
+    >>> from gradcomp_jax import topk
+    >>> tx = optax.chain(topk(fraction=0.01), optax.sgd(0.1))
     """
     del seed
     require_fraction(fraction)

@@ -96,9 +96,10 @@ def add_bits(count: Any, bits: Bits, inside: Bits = 0) -> Any:
 def code_bits(opt_state: Any) -> float:
     """The true length of codes that fill their buffers only in part: QSGD's Elias code, adaptive's columns.
 
-    The whole buffer travels, and `wire_bits` counts it. A runtime with messages of any length would have to send only
-    these bits (the *entropy*, see the module), before the ring laws multiply them. Each worker knows its own length
-    only. With several processes call it in all of them: one alone would wait for the others.
+    What travels is the buffer, and `wire_bits` counts that; this is what a runtime with messages of any length would
+    have had to send (the *entropy*, see the module), before it is multiplied by the ring laws. Each worker knows its
+    own length only: where workers are in several processes call it in all of them, as one alone would wait for the
+    others.
 
     Args:
       opt_state: an optimiser state that holds the state of such codecs: they add up. Any form.
@@ -128,16 +129,16 @@ def wire_bits(opt_state: Any, link: str = "between") -> WireBits:
     """Bits that one worker sent, by the ring laws of `gradcomp_jax.exchange.collectives`.
 
     Skipped steps count: their gradients were not finite, but they travelled. The loss, auxiliary outputs and batch
-    statistics of `train_step` count too, because they ride in the codec's messages. Beside several codecs they travel
-    apart, and do not count. `average` does not count: it stands for links on which bytes are cheap. A fraction of a bit
-    by the ring law, such as among three workers, is rounded up. Inside a TPU's slice its compiler may make all-reduces
+    statistics of `train_step` count too, because they ride in the codec's messages; beside several codecs they travel
+    apart, and do not. `average` is not counted: it stands for the links on which bytes are cheap. A count that the ring
+    law makes a fraction, as among three workers, is rounded up. Inside a TPU's slice its compiler may make all-reduces
     of reduce-scatters, which send twice as much; `gradcomp_jax.certify` tells where.
 
     Args:
       opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
         the local form, the global one, or one replicated for pmap.
-      link: which bits of `across`: those that one chip sent "between" the slices or nodes, or "inside" its own. Other
-        codecs send all bits between, and none inside.
+      link: of `across`, whose bits: those that one chip sent "between" the slices or nodes, or "inside" its own. Of
+        other codecs all is between, and nothing inside.
 
     Returns:
       `(last, total)`, Python ints.

@@ -63,29 +63,6 @@ def in_order() -> Iterator[None]:
         _ordering.reset(token)
 
 
-_sums_only = contextvars.ContextVar("sums_only", default=False)
-
-
-@contextlib.contextmanager
-def sums_only() -> Iterator[None]:
-    """Here gathers, shuffles and rings are refused: of vmap's the compiler makes what sends more than is counted."""
-    token = _sums_only.set(True)
-    try:
-        yield
-    finally:
-        _sums_only.reset(token)
-
-
-def _require_free() -> None:
-    if _sums_only.get():
-        raise ValueError(
-            "simulate is given a batch that lies on several devices, and a codec in tx gathers codes, shuffles them, "
-            "or passes them in a ring: XLA would send more than that, up to the whole gradients. Use "
-            "train_step(loss_fn, tx, mesh), which is called alike, or a codec that sums, such as powersgd, randomk, "
-            "or qsgd(shared_scale=True)"
-        )
-
-
 def after(tree: T, results: Any) -> T:
     """`tree`, such that what is sent of it waits for `results`; outside `in_order` nothing waits.
 
@@ -147,16 +124,16 @@ def known_different(x: Any, axis_name: AxisName) -> bool:
 def vary(tree: T, axis_name: AxisName) -> T:
     """Marks every leaf of `tree` as this worker's own, so that `jax.grad` with respect to it stays local.
 
-    Under `shard_map(check_vma=True)` jax sums the gradient with respect to a replicated parameter over the workers.
-    `jax.grad(loss)(vary(params, "data"), batch)` gives the worker's own gradient in every context. If types are not
-    tracked, this function returns `tree` as it is.
+    Under `shard_map(check_vma=True)` the gradient with respect to a replicated parameter is summed over
+    the workers before anyone sees it. `jax.grad(loss)(vary(params, "data"), batch)` gives the worker's own
+    gradient in every context; where types are not tracked this function returns `tree` as it is.
 
     Args:
       tree: arrays, usually the parameters.
       axis_name: the mesh axis, or axes, over which the batch is split.
 
     Returns:
-      The same values, with a type that varies along `axis_name`.
+      The same values, of a type that varies along `axis_name`.
 
     Raises:
       ValueError: no such axis is bound.
@@ -287,7 +264,6 @@ class Wire:
         Returns:
           The message of part w + 1, see `of_ring`; the outputs of all parts, [n, ...]; the bits this worker sent.
         """
-        _require_free()
         n = self.workers
         # Part (w - i) mod n is the i-th here; the map is its own inverse.
         order = (self.index - jnp.arange(n, dtype=jnp.int32)) % n
@@ -303,13 +279,11 @@ class Wire:
 
     def gather(self, x: jax.Array) -> tuple[jax.Array, int]:
         """All-gathers a vector `x` [k] into [n, k], the same on all workers."""
-        _require_free()
         sent = filled(x, -(-x.size // TILE) * TILE) if platform() == "tpu" else x
         return self._all_gather(sent)[:, : x.size], (self.workers - 1) * _size_bits(sent)
 
     def scatter(self, x: jax.Array) -> tuple[jax.Array, int]:
         """Sends row j of `x` [n, ...] to worker j: gives what all sent to this one, [n, ...] by sender."""
-        _require_free()
         n = self.workers
         return self._all_to_all(x), (n - 1) * _size_bits(x) // n
 

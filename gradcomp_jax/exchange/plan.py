@@ -131,8 +131,8 @@ def axes_of(specs: Any, slow: AxisName, fast: AxisName) -> dict[str, int | None]
         over = set(axis_names(slow)) & {name for entry in names for name in entry}
         if over or len(cut) > 1 or (cut and names[cut[0]] != axis_names(fast)):
             raise ValueError(
-                f"leaf {path!r} lies by {spec}: across(..., slow={slow!r}, fast={fast!r}) takes leaves that each slice "
-                f"holds whole, cut along one axis over {fast!r}, like PartitionSpec({fast!r}), or not at all"
+                f"leaf {path!r} lies by {spec}: across(..., slow={slow!r}, fast={fast!r}) takes leaves of which each "
+                f"slice has all, cut along one axis over {fast!r}, as by PartitionSpec({fast!r}), or not at all"
             )
         axes[path] = cut[0] if cut else None
     return axes
@@ -209,7 +209,7 @@ def _arriving(codec: Codec, path: str, leaf: Any, axis: int, shards: int) -> tup
     """A leaf that comes in shards as the codec sees it, and from which axis to which that which is cut is moved."""
     if axis >= leaf.ndim:
         raise ValueError(
-            f"gradient leaf {path!r} of shape {leaf.shape} has no axis {axis} along which it is a shard: say with "
+            f"gradient leaf {path!r} of shape {leaf.shape} has no axis {axis} along which it is a shard: say by "
             "across(..., inside=) that it comes whole"
         )
     shape = list(leaf.shape)
@@ -219,7 +219,7 @@ def _arriving(codec: Codec, path: str, leaf: Any, axis: int, shards: int) -> tup
     if axis < to:
         raise ValueError(
             f"gradient leaf {path!r} is cut along axis {axis}, which counts its layers: cut it along another, or leave "
-            f"it out of codec {codec.name!r} with compress="
+            f"it out of codec {codec.name!r} by compress="
         )
     full = jax.ShapeDtypeStruct(_moved(shape, axis, to), leaf.dtype)
     return Shard(_moved(leaf.shape, axis, to), leaf.dtype, full, shards), (axis, to)
@@ -319,7 +319,7 @@ def half(dtype: Any) -> Any:
     if dtype is None or (found := dtype_of(dtype)) in HALVES:
         return dtype if dtype is None else found
     raise ValueError(
-        f"dense_dtype={dtype!r} must be 'bfloat16' or 'float16': leave it out, and uncompressed numbers travel in "
+        f"dense_dtype={dtype!r} must be 'bfloat16' or 'float16': leave it out, and what is not compressed travels in "
         "float32 or wider; narrower types cannot be summed, see cast"
     )
 
@@ -403,8 +403,13 @@ def _require_countable(coder: Coder, xs: Sequence[tuple[str, Any]], shards: int,
         path = xs[sizes.index(max(sizes))][0]
         raise ValueError(
             f"leaves at two levels share one buffer, here of up to {most} bytes, which an int32 cannot count: "
-            f"leave the largest, {path!r}, out with compress=, or send less of it at the low level"
+            f"leave the largest, {path!r}, out by compress=, or send less of it at the low level"
         )
+
+
+def legal_ways(coder: Coder | None) -> tuple[str, ...]:
+    """The ways in which what a codec says can travel; coder: its, or None."""
+    return ("psum", "ring") if coder is None or coder.shares_scale else coder.ways
 
 
 def require_aggregate(codec: str, coder: Coder | None, aggregate: str | None) -> None:
@@ -415,7 +420,7 @@ def require_aggregate(codec: str, coder: Coder | None, aggregate: str | None) ->
       coder: its coder, or None.
       aggregate: the way.
     """
-    legal = ("psum", "ring") if coder is None or coder.shares_scale else coder.ways
+    legal = legal_ways(coder)
     if aggregate is None or aggregate in legal:
         return
     reasons = {

@@ -215,7 +215,7 @@ class Exchange(NamedTuple):
         mean = {p: jnp.where(ok, r.mean, 0) if r.affine or p in early else r.mean for p, r in results.items()}
         for path in terms:
             if known_different(mean[path], self.wire.axis):
-                raise TypeError(f"codec {codec.name!r} made the mean of leaf {path!r} of more than heard numbers")
+                raise TypeError(f"codec {codec.name!r} made the mean of leaf {path!r} of more than what was heard")
         own = {path: results[path].own for path in terms} if self.want_own else {}
         bits, sent = (x if codec.phases == 1 else bit_pair(x) for x in (tally.bits, tally.inside))
         news = {path: results[path].news for path in terms}
