@@ -142,6 +142,8 @@ def sum_of(part: Callable[[jax.Array], jax.Array], x: jax.Array, axis: int) -> j
     if others_are_automatic():
         return jnp.sum(part(x), axis=axis)
     axis, zero = axis % x.ndim, jnp.zeros((), x.dtype)
+    if x.shape[axis] == 1:
+        return part(jnp.squeeze(x, axis))  # XLA takes a reduction of one element for that element, without its part
     if x.shape[axis] > STEP and x.shape[axis] % STEP == 0:  # of partial sums, as one long sum of float32 loses more
         steps = x.reshape(*x.shape[:axis], -1, STEP, *x.shape[axis + 1 :])
         return jnp.sum(sum_of(part, steps, axis + 1), axis=axis)
