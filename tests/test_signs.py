@@ -1,5 +1,6 @@
 """Codecs that send signs: onebit, and signnorm with and without a majority vote."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ import pytest
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax.codecs.onebit import means
+from gradcomp_jax.views import l1_norm
 from tests import trees
 from tests.contexts import run
 from tests.exchanges import declared, exchanged
@@ -186,3 +188,12 @@ def test_flush_settles_the_second_residual_too():
     _, state = gc.flush(tx, params, state, 3)
     assert not jnp.any(state.codec.second.value["w"] != 0)
     assert not jnp.any(state.residual.value["w"] != 0)
+
+
+def test_a_shard_of_a_single_element_keeps_its_sign():
+    """XLA takes a reduction over one element for that element, without what the reducer makes of it."""
+    tx = gc.signnorm(aggregate="shuffle", min_size=0, compress=lambda path, leaf: True, allow_dense=True)
+    grads = {"b": -jnp.ones((4, 4))}  # four workers, each of which decodes one of four elements
+    mean, _ = jax.vmap(lambda g: tx.update(g, tx.init(g)), axis_name="data")(grads)
+    assert jnp.all(mean["b"] == -1)
+    assert jax.jit(l1_norm)(jnp.full(1, -2.0)) == 2
