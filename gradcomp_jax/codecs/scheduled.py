@@ -96,9 +96,9 @@ def scheduled(codecs: Sequence[Compressor], schedule: optax.Schedule) -> Compres
 
     >>> import optax
     >>> import gradcomp_jax as gcj
-    >>> epoch = 390
-    >>> wanted = optax.piecewise_constant_schedule(1, {10 * epoch: 2, 20 * epoch: 2})  # ranks 1, 2, 4
-    >>> codec = gcj.scheduled([gcj.powersgd(1), gcj.powersgd(2), gcj.powersgd(4)], wanted)
+    >>> ranks, epoch = (1, 2, 4), 390
+    >>> wanted = optax.join_schedules([optax.constant_schedule(rank) for rank in ranks], [10 * epoch, 20 * epoch])
+    >>> codec = gcj.scheduled([gcj.powersgd(rank) for rank in ranks], wanted)
     >>> tx = optax.chain(codec, optax.sgd(0.1, momentum=0.9))
     """
     if isinstance(codecs, Compressor) or not isinstance(codecs, list | tuple) or len(codecs) < 2:
