@@ -157,7 +157,7 @@ class TestPlacedTrainStates:
 
     def test_across_slices_only_new_ones(self):
         tx, mesh = (
-            problem.optimizer(gcj.across(gcj.qsgd(4, error_feedback=True))),
+            problem.optimizer(gcj.across(gcj.qsgd(4, min_size=0, error_feedback=True))),
             gcj.make_mesh({"node": 2, "local": 2}),
         )
         state = TrainState.create(apply_fn=None, params=problem.params(), tx=tx)
