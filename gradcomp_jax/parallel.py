@@ -43,10 +43,10 @@ def data_parallel(
     Each worker runs the whole step on its part of the batch: its gradients are its own, and reach the codec that is
     first in the optimiser's chain as such. What the step returns is looked at when it is traced:
 
-    - what it passes on, as it has the structure of an argument (a TrainState, parameters, an optimiser's state), must
-      be the same on all workers, or is refused by name, so without a codec nothing is trained by mistake. In a step in
-      which a gradient is not finite on any worker all of it stays as it was, and only `skipped`, the count of bits and
-      the scale of `loss_scaled` go on;
+    - what has the structure of an argument, or of a tree in one, is passed on: a TrainState, parameters, an optimiser's
+      state. It must be the same on all workers, or is refused by name, so without a codec nothing is trained by
+      mistake. (A single number has no structure.) In a step in which a gradient is not finite on any worker it stays
+      as it was, and only `skipped`, the count of bits and the scale of `loss_scaled` go on;
     - of all else, such as the loss and metrics, floating arrays are averaged over the workers and whole numbers
       summed, in one small message. `wire_bits` counts what the codec sends, not that one.
 

@@ -7,11 +7,11 @@ import jax
 import numpy as np
 
 from gradcomp_jax import beside
-from gradcomp_jax.compressor import compressor_states, skipped_steps
+from gradcomp_jax.compressor import compressor_states, is_compressor_state, skipped_steps
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.exchange.collectives import Wire, axis_names
 from gradcomp_jax.placing import is_train_state
-from gradcomp_jax.sharding import PerWorker, global_state, is_per_worker, map_per_worker, marked
+from gradcomp_jax.sharding import PerWorker, global_state, is_per_worker, map_per_worker
 from gradcomp_jax.step import apart, keep_state, once_stored
 from gradcomp_jax.varying import Axes
 
@@ -57,29 +57,49 @@ def returned(out: Any, differs: Any, passed: Sequence[Any], keys: Sequence[Any],
     Raises:
       ValueError: what is passed on differs between the workers, or a random key does.
     """
-    alone = type(out) is not tuple
-    parts, differ = ((out,), (differs,)) if alone else (out, differs)
-    names = ["its output"] if alone else [f"output {k}" for k in range(len(parts))]
-    before = [next((x for x in passed if _alike(x, part)), None) for part in parts]
-    stays = [old is not None or bool(marked(part)) for old, part in zip(before, parts, strict=True)]
+    given = _nodes(passed)
+    kinds = {kind for kind, _ in given}
+    is_part = lambda x: _kind(x) in kinds or is_train_state(x) or is_compressor_state(x) or is_per_worker(x)  # noqa: E731
+    treedef: Any
+    found, treedef = jax.tree_util.tree_flatten_with_path(out, is_leaf=is_part)
+    names = [f"its output{jax.tree_util.keystr(path)}" for path, _ in found]
+    parts, differ = [part for _, part in found], treedef.flatten_up_to(differs)
+    stays = list(map(is_part, parts))
     for name, part, its, stay in zip(names, parts, differ, stays, strict=True):
         if stay:
             _require_same(name, part, its)
         _require_no_key(name, part, its, keys)
     metrics = {name: (part, its) for name, part, its, stay in zip(names, parts, differ, stays, strict=True) if not stay}
-    parts = _kept(parts, before)
+    parts = _kept(parts, _before(parts, given))
     reduced = _reduced(metrics, rows, parts)
-    parts = [reduced.get(name, part) for name, part in zip(names, parts, strict=True)]
-    whole = global_state(parts[0] if alone else tuple(parts))
+    whole = global_state(treedef.unflatten([reduced.get(name, part) for name, part in zip(names, parts, strict=True)]))
     leaves = jax.tree.leaves(whole, is_leaf=is_per_worker)
     leads = [[x.leading] * len(jax.tree.leaves(x)) if is_per_worker(x) else [()] for x in leaves]
     return Returned(whole, [lead for of_leaf in leads for lead in of_leaf])
 
 
-def _alike(old: Any, new: Any) -> bool:
-    """Whether a step that is given the one returns it as the other: they have one structure, and are no scalars."""
-    shapes = [[np.shape(x) for x in jax.tree.leaves(tree)] for tree in (old, new)]
-    return len({jax.tree.structure(old), jax.tree.structure(new)}) == 1 and shapes[0] == shapes[1] and any(shapes[0])
+def _nodes(args: Sequence[Any]) -> list[tuple[Any, Any]]:
+    """What a step may pass on, with its kind: the arguments, then the trees in them, those in these, and so on."""
+    found, level = [], list(args)
+    while level:
+        found += level
+        children = [jax.tree_util.default_registry.flatten_one_level(x) for x in level]
+        level = [x for inner in children if inner is not None for x in inner[0] if not jax.tree_util.all_leaves([x])]
+    return [(kind, x) for x in found if (kind := _kind(x)) is not None]
+
+
+def _kind(x: Any) -> Any:
+    """The structure and shapes of a tree, by which it is known again; None of scalars, which may be anything."""
+    shapes = tuple(map(np.shape, jax.tree.leaves(x)))
+    return (jax.tree.structure(x), shapes) if any(shapes) else None
+
+
+def _before(parts: Sequence[Any], given: Sequence[tuple[Any, Any]]) -> list[Any]:
+    """What each part was before the step, or None; of several of a kind, as a mean of parameters, in their order."""
+    queues: dict[Any, list[Any]] = {}
+    for kind, x in given:
+        queues.setdefault(kind, []).append(x)
+    return [queue.pop(0) if (queue := queues.get(_kind(part))) else None for part in parts]
 
 
 def _require_same(name: str, part: Any, differs: Any) -> None:

@@ -113,6 +113,35 @@ def test_a_step_that_is_not_finite_changes_nothing(make):
     chex.assert_trees_all_equal(after.opt_state[0].residual, before.opt_state[0].residual)
 
 
+def test_what_is_alike_goes_by_its_order():
+    """In a skipped step a mean of parameters stays itself, and does not become the parameters."""
+    tx, mesh = problem.optimizer(gcj.none()), gcj.make_mesh(N)
+
+    @gcj.data_parallel(mesh=mesh)
+    def step(run, batch):
+        loss, grads = jax.value_and_grad(problem.loss_fn)(run["params"], batch)
+        updates, opt_state = tx.update(grads, run["opt_state"], run["params"])
+        params = optax.apply_updates(run["params"], updates)
+        mean = optax.incremental_update(params, run["mean"], 0.5)
+        return {"loss": loss, "run": {"params": params, "mean": mean, "opt_state": opt_state}}
+
+    (batch,) = problem.batches(1)
+    zeros = jax.tree.map(jnp.zeros_like, problem.params())
+    run = {"params": problem.params(), "mean": zeros, "opt_state": gcj.init(tx, problem.params(), mesh)}
+    out = step(run, {**batch, "x": batch["x"].at[0, 0].set(jnp.inf)})
+    assert gcj.skipped(out["run"]["opt_state"]) == 1
+    chex.assert_trees_all_equal(out["run"]["mean"], zeros)
+    chex.assert_trees_all_equal(out["run"]["params"], problem.params())
+
+
+@pytest.mark.parametrize("nested", [lambda state, loss: {"state": state, "loss": loss}, lambda state, _: state.params])
+def test_what_is_passed_on_inside_another_tree_must_be_the_same_too(nested):
+    step = gcj.data_parallel(lambda state, batch: nested(*of_state(state, batch)), mesh=gcj.make_mesh(N))
+    (batch,) = problem.batches(1)
+    with refuses("differs between the workers", "none() or average() first"):
+        step(new_state(optax.sgd(0.1)), batch)
+
+
 def test_each_worker_has_a_key_of_its_own():
     tx, mesh = problem.optimizer(gcj.none()), gcj.make_mesh(N)
 
@@ -148,9 +177,9 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("tx", "leaf"),
         [
-            (optax.sgd(0.1), "output 0.params"),
-            (optax.chain(optax.trace(0.9), gcj.none(), optax.sgd(0.1)), "output 0.opt_state[0].trace"),
-            (optax.MultiSteps(optax.chain(gcj.none(), optax.sgd(0.1)), 2), "output 0.opt_state.acc_grads"),
+            (optax.sgd(0.1), "its output[0].params"),
+            (optax.chain(optax.trace(0.9), gcj.none(), optax.sgd(0.1)), "its output[0].opt_state[0].trace"),
+            (optax.MultiSteps(optax.chain(gcj.none(), optax.sgd(0.1)), 2), "its output[0].opt_state.acc_grads"),
         ],
         ids=["none", "before", "around"],
     )
@@ -201,7 +230,7 @@ class TestRefusals:
         step = gcj.data_parallel(
             lambda params, batch, key: (params, jax.random.split(key)[0]), rng="key", mesh=self.mesh
         )
-        with refuses("output 1 a random key that differs by worker", "outside of the step"):
+        with refuses("its output[1] a random key that differs by worker", "outside of the step"):
             step(problem.params(), self.batch, key)
 
     def test_no_key(self):
