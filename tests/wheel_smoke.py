@@ -18,8 +18,9 @@ import jax.numpy as jnp
 import optax
 
 # absl comes with optax; this library, and what it calls of optax's from here on, does without.
-absl = [name for name in sys.modules if name.split(".")[0] == "absl"]
-sys.modules |= dict.fromkeys([*absl, "absl", "chex", "flax", "orbax"])
+if __name__ == "__main__":  # pytest imports this file too, to look for doctests
+    absl = [name for name in sys.modules if name.split(".")[0] == "absl"]
+    sys.modules |= dict.fromkeys([*absl, "absl", "chex", "flax", "orbax"])
 
 import gradcomp_jax as gcj  # noqa: E402
 
