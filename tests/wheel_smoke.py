@@ -22,7 +22,7 @@ if __name__ == "__main__":  # pytest imports this file too, to look for doctests
     absl = [name for name in sys.modules if name.split(".")[0] == "absl"]
     sys.modules |= dict.fromkeys([*absl, "absl", "chex", "flax", "orbax"])
 
-import gradcomp_jax as gcj  # noqa: E402
+import gradcomp_jax as gcj
 
 CODECS = {"none": {}, "powersgd": {"min_size": 0}, "topk": {}, "qsgd": {"min_size": 0}, "signnorm": {}}
 
