@@ -7,6 +7,7 @@
 
 from collections.abc import Callable
 
+from gradcomp_jax import testing
 from gradcomp_jax.across import across
 from gradcomp_jax.clipping import clip_by_global_norm
 from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
@@ -119,6 +120,7 @@ __all__ = [
     "skipped",
     "state_specs",
     "swap",
+    "testing",
     "topk",
     "train_step",
     "transformed",

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -71,18 +71,42 @@ def require_agreement(tx: optax.GradientTransformation, sizes: tuple[tuple[str, 
 
 def _trace_alone(tx: optax.GradientTransformation, sizes: Mapping[str, int], params: Any, check_vma: bool) -> None:
     axes = tuple(sizes)
-    mesh = AbstractMesh(tuple(sizes.values()), axes, axis_types=(AxisType.Auto,) * len(axes))
 
-    def update(params: Any) -> None:
-        state = jax.tree.map(_vary_per_worker, tx.init(params), is_leaf=is_per_worker)
-        grads, loss = collectives.vary((params, jnp.float32(0)), axes)
+    def update(grads: Any, state: Any, params: Any) -> None:
+        loss = collectives.vary(jnp.float32(0), axes)
         if check_vma:
             update_of(tx, sizes, grads, state, params, loss)
         else:
             _call(tx, grads, state, params, loss, Wire(axes), {})
 
+    on_no_devices(update, tx, sizes, params, check_vma)
+
+
+def on_no_devices(
+    update: Callable[[Any, Any, Any], Any],
+    tx: optax.GradientTransformation,
+    sizes: Mapping[str, int],
+    params: Any,
+    check_vma: bool = True,
+) -> None:
+    """Traces `update(grads, state, params)` of tx over a mesh of no devices, where types tell what may differ.
+
+    Args:
+      update: what is traced.
+      tx: the transformation.
+      sizes: of the axes of workers.
+      params: their shapes and types.
+      check_vma: whether types tell.
+    """
+    axes = tuple(sizes)
+    mesh = AbstractMesh(tuple(sizes.values()), axes, axis_types=(AxisType.Auto,) * len(axes))
+
+    def worker(params: Any) -> None:
+        state = jax.tree.map(_vary_per_worker, tx.init(params), is_leaf=is_per_worker)
+        update(collectives.vary(params, axes), state, params)
+
     with jax.sharding.use_abstract_mesh(mesh):
-        jax.eval_shape(jax.shard_map(update, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma), params)
+        jax.eval_shape(jax.shard_map(worker, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=check_vma), params)
 
 
 def update_of(
@@ -147,10 +171,14 @@ def _vary_per_worker(x: Any) -> Any:
 
 
 def _differing(tree: Any, axes: AxisName, refusal: str) -> list[str]:
-    """`refusal`, by name, of each leaf that may differ along `axes` without being marked to do so."""
+    return [refusal.format(leaf=leaf, axes=axes) for leaf in differing(tree, axes)]
+
+
+def differing(tree: Any, axes: AxisName) -> list[str]:
+    """The paths of leaves that may differ along `axes`, as types tell, without being marked to do so."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_per_worker)
     return [
-        refusal.format(leaf=jax.tree_util.keystr(path, simple=True, separator="/"), axes=axes)
+        jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in leaves
         if not is_per_worker(leaf) and collectives.known_different(leaf, axes)
     ]

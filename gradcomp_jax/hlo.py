@@ -42,7 +42,8 @@ class Collective(NamedTuple):
         return not self.groups or any(len({device // devices for device in group}) > 1 for group in self.groups)
 
 
-_RING_LAW = {
+# Of each kind (n workers, p bytes of operands) -> bytes that one worker sends.
+RING_LAW = {
     "all-reduce": lambda n, p: 2 * (n - 1) * p / n,
     "all-gather": lambda n, p: (n - 1) * p,
     "reduce-scatter": lambda n, p: (n - 1) * p / n,
@@ -192,7 +193,7 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
             found.append(_between_slices(i, shapes, branch, times))
         elif _repeats(i, kind, begins):
             continue
-        elif kind in _RING_LAW:
+        elif kind in RING_LAW:
             if times < 0:
                 raise ValueError(f"{i.name} runs in a loop of unknown length: its bytes cannot be told")
             found.append(_collective(i, kind, shapes, branch, times, devices))
@@ -261,14 +262,14 @@ def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str,
     groups = _groups(i.rest, devices) if kind != "collective-permute" else (tuple(range(devices)),)
     dtype = "+".join(sorted({part[0] for part in parts}))
     return Collective(
-        kind, dtype, size, len(groups[0]), branch, _RING_LAW[kind](len(groups[0]), size), len(operands), groups, i.name
+        kind, dtype, size, len(groups[0]), branch, RING_LAW[kind](len(groups[0]), size), len(operands), groups, i.name
     )
 
 
 def _repeats(i: _Instruction, kind: str, begins: bool) -> bool:
     """Whether it is a part of a collective that is counted elsewhere: where it arrives, or goes on in a chain."""
     receives = i.op in ("send-done", "recv", "recv-done") and "xla_megascale" in i.rest
-    return receives or (kind in _RING_LAW and _IN_CHAIN in i.rest and not begins)
+    return receives or (kind in RING_LAW and _IN_CHAIN in i.rest and not begins)
 
 
 def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times: int) -> Collective:
@@ -283,7 +284,7 @@ def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times:
     kind, n = _BETWEEN_SLICES[named[1]], len(re.split(",|->", peers[1]))
     parts = _SHAPE.findall(shapes[operand[1]])
     size = times * sum(_shape_bytes(*part) for part in parts)
-    return Collective(kind, parts[0][0], size, n, branch, _RING_LAW[kind](n, size), name=i.name)
+    return Collective(kind, parts[0][0], size, n, branch, RING_LAW[kind](n, size), name=i.name)
 
 
 def _arguments(rest: str) -> str:

@@ -83,7 +83,7 @@ def pytest_runtest_teardown(item, nextitem):
     release = done >= 300 and (nextitem is None or _group(item.nodeid) != _group(nextitem.nodeid))
     item.session.stash[TESTS_DONE] = 0 if release else done
     if release:
-        from tests import contexts
+        from gradcomp_jax.testing import contexts
 
         contexts.forget()
         jax.clear_caches()

@@ -14,7 +14,7 @@ import gradcomp_jax as gc
 from gradcomp_jax.compressor import compressor_states
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.sharding import is_per_worker, specs_of
-from tests.contexts import Run, is_spec
+from gradcomp_jax.testing.contexts import Run, is_spec
 
 SLICES, CHIPS = 2, 4
 

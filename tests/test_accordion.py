@@ -9,9 +9,10 @@ import pytest
 import gradcomp_jax as gc
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.rounds import Exchange
-from tests import problem, trees
-from tests.contexts import map_state, run
-from tests.exchanges import whole
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import map_state, run
+from gradcomp_jax.testing.exchanges import whole
+from tests import problem
 
 LOW, HIGH = 0, 1
 # Norms at the checks, and what they decide: changes by 0.4, 1.14, 0 and 1; then there is none to compare with.

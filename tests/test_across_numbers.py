@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from gradcomp_jax.exchange.collectives import Wire
-from tests import contexts, slices, trees
+from gradcomp_jax.testing import contexts, trees
+from tests import slices
 from tests.slices import CHIPS, SLICES
 from tests.table import BY_ID
 

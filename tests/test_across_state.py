@@ -15,7 +15,8 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax.sharding import is_per_worker
-from tests import problem, slices, trees
+from gradcomp_jax.testing import trees
+from tests import problem, slices
 from tests.test_state import loss_of_gradients
 
 # A matrix; one whose shards would not shrink among four chips, though they do among two; less than a number a chip.

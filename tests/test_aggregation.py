@@ -14,9 +14,10 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from gradcomp_jax.compressor import Delivered, compressor_states
-from tests import problem, trees
-from tests.contexts import first_state, map_state, run, sharded
-from tests.exchanges import declared
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import first_state, map_state, run, sharded
+from gradcomp_jax.testing.exchanges import declared
+from tests import problem
 
 # Sizes that nothing divides: one column, fewer elements than workers; three types.
 AWKWARD = {"column": (71, 1), "kernel": (67, 3), "few": (3,), "conv": (3, 3, 8, 5), "scalar": ()}

@@ -9,7 +9,7 @@ from absl import flags
 import gradcomp_jax as gc
 from experiments import training
 from gradcomp_jax.random import step_key
-from tests import trees
+from gradcomp_jax.testing import trees
 from tests.test_refusals import refuses
 
 # Each factory's numbers and truth values, as numpy has them.

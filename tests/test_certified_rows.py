@@ -12,10 +12,10 @@ import gradcomp_jax as gc
 from gradcomp_jax.certify import absent_mesh, certify, declared
 from gradcomp_jax.exchange.collectives import TILE
 from gradcomp_jax.placing import global_init
+from gradcomp_jax.testing.laws import possible
 from tests.table import ROWS
 from tests.test_across import PADDING, SOME
 from tests.test_certify import gpu, tpu
-from tests.test_laws import possible
 
 PARAMS = {
     path: jax.ShapeDtypeStruct(shape, jnp.float32)

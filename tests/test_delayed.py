@@ -8,8 +8,9 @@ import optax
 import pytest
 
 import gradcomp_jax as gc
-from tests import problem, trees
-from tests.contexts import run
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from tests import problem
 from tests.test_refusals import refuses
 from tests.test_state import loss_of_gradients
 

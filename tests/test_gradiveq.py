@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax.codecs.gradiveq import principal_basis, project, slice_length, unexplained
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
 from gradcomp_jax.views import buckets
-from tests import trees
-from tests.contexts import run
 
 
 class TestGradiVeQ:

@@ -18,15 +18,24 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax.coder import Coding
-from gradcomp_jax.compressor import _unmarked, compressor
-from gradcomp_jax.contract import Codec, Result, Say, dense, total
+from gradcomp_jax.compressor import compressor
+from gradcomp_jax.contract import Codec, Result, Say, total
 from gradcomp_jax.exchange.plan import Settings, flatten, plan
-from gradcomp_jax.exchange.rounds import Exchange
 from gradcomp_jax.exchange.ways import APART
-from tests import contexts, trees
-from tests.contexts import CONTEXTS, every_context, run
-from tests.exchanges import first_state, marked, whole
-from tests.recorder import Recorder, sent
+from gradcomp_jax.testing import contexts, trees
+from gradcomp_jax.testing.contexts import CONTEXTS, run
+from gradcomp_jax.testing.exchanges import first_state, marked, recorded, steps_of
+from gradcomp_jax.testing.laws import (
+    at,
+    conserves,
+    possible,
+    require_conserved,
+    require_skipped_or_right,
+    step_differs,
+)
+from gradcomp_jax.testing.recorder import sent
+from tests import networks
+from tests.marks import every_context
 from tests.table import BY_ID, EACH, ROWS
 
 every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
@@ -50,45 +59,8 @@ def run_once(id, context):
     return run(TX[id], GRADS, context)
 
 
-def at(tree, step):
-    return jax.tree.map(lambda x: x[step], tree)
-
-
 def last(tree):
     return at(tree, -1)
-
-
-def conserves(tx):
-    return tx.settings.error_feedback is not None or tx.codec.name == "none"
-
-
-def assert_conserved(tx, grads, got, tolerance):
-    """The invariant of the codec's feedback, over steps that were not skipped."""
-    feedback = tx.settings.error_feedback
-    if feedback is not None and not feedback.owes:
-        return assert_estimated(grads, got, tolerance)
-    leaves, treedef = flatten(at(grads, 0))
-    # [steps, ...]: the mean of what is owed after each step, zero of dense leaves.
-    owed = [got.states.residual.value.get(path, np.zeros((*got.states.skipped.shape, 1))) for path in leaves]
-    owed = jax.tree.unflatten(treedef, [x.astype(np.float64).mean(1) for x in owed])
-    decay = 1 if feedback is None else feedback.decay
-    forgotten = jax.tree.map(lambda x: (1 - decay) * x[:-1].sum(0), owed)
-    applied = jax.tree.map(lambda x: x.astype(np.float64).sum(0)[0], got.updates)
-    given = jax.tree.map(lambda x: x.astype(np.float64).mean(1).sum(0), grads)
-    kept = jax.tree.map(lambda *x: sum(x), applied, last(owed), forgotten)
-    return chex.assert_trees_all_close(kept, given, atol=tolerance, rtol=0)
-
-
-def assert_estimated(grads, got, tolerance):
-    """What is applied is the mean of the workers' estimates, in every step; of dense leaves that of the gradients."""
-    estimates, mean = got.states.residual.value, got.states.codec.mean
-    given, _ = flatten(grads)
-    for path, x in flatten(got.updates)[0].items():
-        if path in estimates:
-            np.testing.assert_array_equal(x, mean[path].astype(x.dtype))
-            np.testing.assert_allclose(mean[path][:, 0], estimates[path].mean(1), atol=tolerance, rtol=0)
-        else:
-            np.testing.assert_allclose(x[:, 0], given[path].mean(1), atol=tolerance, rtol=0)
 
 
 class TestConservation:
@@ -104,7 +76,7 @@ class TestConservation:
     @every_row
     def test_applied_and_residuals_hold_all_gradients(self, row, context):
         if conserves(TX[row.id]):
-            assert_conserved(TX[row.id], GRADS, run_once(row.id, context), 2e-5 * STEPS)
+            require_conserved(TX[row.id], GRADS, run_once(row.id, context), 2e-5 * STEPS)
 
     @hypothesis.given(seed=st.integers(0, 2**16), scale=st.sampled_from([1e-6, 1.0, 1e6]))
     @each_codec
@@ -112,7 +84,7 @@ class TestConservation:
         grads = jax.tree.map(lambda x: np.float32(scale) * x, trees.noise(trees.MIXED, seed, (STEPS, WORKERS)))
         got = run(TX[row.id], grads, "vmap")
         if conserves(TX[row.id]):
-            assert_conserved(TX[row.id], grads, got, 5e-5 * STEPS * scale)
+            require_conserved(TX[row.id], grads, got, 5e-5 * STEPS * scale)
 
     @pytest.mark.parametrize(
         "id", [row.id for row in EACH if "ef" in row.id or "powersgd" in row.id] + ["powersgd-2-ef21"]
@@ -122,7 +94,7 @@ class TestConservation:
         grads = jax.tree.map(np.asarray, trees.noise(trees.MATRICES, 11, (100, 2)), dtypes)
         got = run(TX[id], grads, "checked")
         assert {path: x.dtype for path, x in got.updates.items()} == dtypes
-        assert_conserved(TX[id], grads, got, 1e-3)
+        require_conserved(TX[id], grads, got, 1e-3)
 
     def test_float16_saturates_and_owes_the_rest(self):
         grads = {"w": np.full((40, 2, 40, 24), 20_000, np.float16)}
@@ -130,7 +102,7 @@ class TestConservation:
         got = run(TX["powersgd-1"], grads, "vmap")
         assert np.isfinite(got.updates["w"]).all()
         np.testing.assert_array_equal(got.states.skipped, 0)
-        assert_conserved(TX["powersgd-1"], grads, got, 2.0)
+        require_conserved(TX["powersgd-1"], grads, got, 2.0)
 
 
 class TestAgreement:
@@ -186,7 +158,7 @@ class TestContextsAgree:
             got = run_once(row.id, context)
             chex.assert_trees_all_equal(got.states.wire, reference.states.wire)
             if rounds_sums(TX[row.id].codec):
-                apart = [step_differs(row.id, context, reference, t) for t in range(STEPS)]
+                apart = [step_differs(TX[row.id], GRADS, context, reference, t) for t in range(STEPS)]
                 assert np.count_nonzero(apart) <= 1  # for one code that was rounded the other way, of thousands
                 assert max(apart) < 0.05
             else:
@@ -202,7 +174,7 @@ class TestContextsAgree:
         if workers == 1:
             assert gc.wire_bits(last(got.states)) == (0, 0)
         if conserves(TX[row.id]):
-            assert_conserved(TX[row.id], grads, got, 1e-4)
+            require_conserved(TX[row.id], grads, got, 1e-4)
 
 
 def rounds_sums(codec):
@@ -212,43 +184,15 @@ def rounds_sums(codec):
     return computed and codec.coder is not None and codec.coder.draws
 
 
-def step_differs(id, context, reference, t):
-    """By which share of its norm a leaf differs after a step from the state in which the reference's began; else 0."""
-    state = at(reference.states, t - 1) if t else None
-    state = state and contexts.map_state(lambda x: x, lambda x: x[0], state)
-    got = run(TX[id], jax.tree.map(lambda x: x[t : t + 1], GRADS), context, state)
-    pairs = zip(jax.tree.leaves(at(got, 0)), jax.tree.leaves(at(reference, t)), strict=True)
-    apart = [(x, y) for x, y in pairs if not np.allclose(x, y, atol=2e-5, rtol=1e-5)]
-    return max((np.linalg.norm(x - y) / np.linalg.norm(y) for x, y in apart), default=0)
-
-
 def noise_of(workers):
     return trees.noise(trees.SMALL, 3, (STEPS, workers))
 
 
-def possible(collectives, what, nothing, prefix=()):
-    """Sums of `what` over the collectives that run, by each choice in each conditional below `prefix`, (name, ...)."""
-    here, below = nothing, {}
-    for c in collectives:
-        branch = tuple(filter(None, c.branch.split("/")))
-        if branch == prefix:
-            here += what(c)
-        elif branch[: len(prefix)] == prefix:
-            below.setdefault(branch[len(prefix)], set()).add(branch[len(prefix) + 1])
-    totals = {here}
-    for name, branches in below.items():
-        choices = set() if len(branches) > 1 else {nothing}  # a single one that sends is there to be left out
-        for index in branches:
-            choices |= possible(collectives, what, nothing, (*prefix, name, index))
-        totals = {total + choice for total in totals for choice in choices}
-    return totals
-
-
 NETWORKS = {
-    "resnet18": trees.resnet18,
-    "resnet18-shapes": trees.resnet18_shapes_once,
-    "transformer": functools.partial(trees.transformer, 2),
-    "gpt2": trees.transformer,
+    "resnet18": networks.resnet18,
+    "resnet18-shapes": networks.resnet18_shapes_once,
+    "transformer": functools.partial(networks.transformer, 2),
+    "gpt2": networks.transformer,
 }
 
 
@@ -332,7 +276,7 @@ class TestStateIsStable:
         with jax.enable_x64(True):
             grads = trees.noise(trees.SMALL, 13, (WORKERS,), np.float64)
             state = contexts.first_state(TX[row.id], grads)
-            axes = contexts.map_state(lambda _: 0, lambda _: None, state)
+            axes = contexts.worker_axes(state)
             update = jax.vmap(TX[row.id].update, in_axes=(0, axes), out_axes=(0, axes), axis_name="data")
             updates, after = jax.eval_shape(update, grads, state)
         chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (grads, state))
@@ -345,7 +289,7 @@ class TestStateIsStable:
             **TX,
         }[id]
         grads = trees.noise((16, 24), 14, (4, 2))
-        assert_conserved(tx, grads, run(tx, grads, "vmap"), 1e-5)
+        require_conserved(tx, grads, run(tx, grads, "vmap"), 1e-5)
 
     @each_codec
     def test_an_empty_tree(self, row):
@@ -361,7 +305,7 @@ class TestStateIsStable:
         """Several, so that they travel as pieces of a buffer that has none."""
         grads = trees.noise({"w": (64, 32), "a": (0,), "b": (0, 3)}, 15, (WORKERS,))
         state = contexts.first_state(TX[row.id], grads)
-        axes = contexts.map_state(lambda _: 0, lambda _: None, state)
+        axes = contexts.worker_axes(state)
         update = jax.vmap(TX[row.id].update, in_axes=(0, axes), out_axes=(0, axes), axis_name="data")
         updates, after = jax.eval_shape(update, grads, state)
         chex.assert_trees_all_equal_shapes_and_dtypes((updates, after), (grads, state))
@@ -437,7 +381,7 @@ class TestNothingPoisons:
         got = run(tx, grads, "vmap")
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
         if conserves(tx):
-            assert_conserved(tx, grads, got, 1e-5)
+            require_conserved(tx, grads, got, 1e-5)
         one = jax.tree.map(lambda x: x[0, 0], grads)
         dense = [
             path for path, x in one.items() if not (tx.codec.default(path, x) and tx.codec.shrinks(path, x, x.nbytes))
@@ -544,24 +488,7 @@ def assert_skipped_or_right(row, grads):
 
     Those that follow happen, however large the gradient was.
     """
-    tx = TX[row.id]
-    got = run(tx, grads, "vmap")
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-    skipped = got.states.skipped[:, 0]
-    np.testing.assert_array_equal(skipped, skipped[2] * (np.arange(STEPS) >= 2))
-    if skipped[2]:
-        assert not any(x[2].any() for x in jax.tree.leaves(got.updates))
-        before, after = (at(got.states, t)._replace(skipped=None, wire=None) for t in (1, 2))
-        chex.assert_trees_all_equal(after, before)
-        return
-    happened = at(grads, slice(3)), at(got, slice(3))
-    if conserves(tx):
-        wide = jax.tree.map(lambda x: x.astype(np.float64), happened)
-        magnitude = max(np.abs(x).max() for x in jax.tree.leaves(wide))
-        assert_conserved(tx, *wide, max(1e-5 * magnitude, 1e-36))
-    else:
-        lost = jax.tree.map(lambda g, u: g[2].any() and not u[2].any(), *(happened[0], happened[1].updates))
-        assert not any(jax.tree.leaves(lost))
+    require_skipped_or_right(TX[row.id], grads, run(TX[row.id], grads, "vmap"), 2)
 
 
 class TestBounded:
@@ -574,51 +501,19 @@ class TestBounded:
         grads = trees.noise(trees.ONE, 8, (400, 2))
         (residual,) = jax.tree.leaves(run(TX[row.id], grads, "vmap").states.residual)
         norms = np.linalg.norm(residual.reshape(400, -1), axis=1)
-        assert_conserved(TX[row.id], grads, run(TX[row.id], grads, "vmap"), 1e-3)
+        require_conserved(TX[row.id], grads, run(TX[row.id], grads, "vmap"), 1e-3)
         early, late = norms[100:200].mean(), norms[300:].mean()
         assert late < 1.1 * early + 1e-6, (early, late)
         assert norms.max() < 12 * np.linalg.norm(grads["only"][0])
 
 
-class Exchanged(NamedTuple):
-    """One step of a codec alone: the global state before it, and what the collectives were given, of each worker."""
-
-    state: Any
-    riders: np.ndarray
-    mean: Any
-    own: Any
-    rode: np.ndarray
-    given: list
-
-
-def recorded(tx):
-    """An exchange that tells what it gave to the collectives: (tensors by path, riders, state) -> ..., given."""
-    exchange = Exchange(tx.codec, tx.settings.aggregate, Recorder("data"), tx.settings.error_feedback is not None)
-
-    def worker(tensors, riders, state):
-        wire = Recorder("data")
-        got = exchange._replace(wire=wire)([whole(tensors, riders)], _unmarked(state, tx.settings))
-        own = {path: dense(x) for path, x in got.own.items()}
-        return (got.mean, own, got.rode[0], marked(tx, got.state)), wire.given
-
-    return worker
+RIDERS = trees.noise((RIDING,), 2, (STEPS, WORKERS))
 
 
 @functools.cache
 def exchanges(id):
     """Some steps of a codec alone, on TWO."""
-    tx = TX[id]
-    grads, riders = trees.noise(TWO, 1, (STEPS, WORKERS)), trees.noise((RIDING,), 2, (STEPS, WORKERS))
-    state = jax.device_get(jax.jit(lambda x: marked(tx, first_state(tx, x)))(trees.zeros(TWO)))
-    axes = contexts.map_state(lambda _: 0, lambda _: None, state)
-    state = contexts.map_state(lambda x: np.broadcast_to(x, (WORKERS, *x.shape)), lambda x: x, state)
-    step = jax.jit(jax.vmap(recorded(tx), (0, 0, axes), ((0, 0, 0, axes), 0), axis_name="data"))
-    steps = []
-    for t in range(STEPS):
-        (mean, own, rode, after), given = step(at(grads, t), [riders[t]], state)
-        steps.append(jax.device_get(Exchanged(state, riders[t], mean, own, rode[0], given)))
-        state = after
-    return steps
+    return steps_of(TX[id], trees.noise(TWO, 1, (STEPS, WORKERS)), RIDERS)
 
 
 @functools.cache
@@ -629,12 +524,12 @@ def given_on(id, name):
     tensors, riders = {path: leaves[path] for path in the.compressed}, [leaves[path] for path in the.dense]
     state = jax.eval_shape(lambda: marked(tx, first_state(tx, tensors)))
     # Each worker has gradients of its own: what all share, vmap would not batch, and jax's all_to_all then miscounts.
-    axes = contexts.map_state(lambda _: 0, lambda _: None, state)
+    axes = contexts.worker_axes(state)
     of_four = lambda x: jax.ShapeDtypeStruct((WORKERS, *x.shape), x.dtype)  # noqa: E731
     state = contexts.map_state(of_four, lambda x: x, state)
     worker = jax.vmap(recorded(tx), in_axes=(0, 0, axes), axis_name="data")
-    _, given = jax.eval_shape(worker, *jax.tree.map(of_four, (tensors, riders)), state)
-    return given, [x.shape for x in leaves.values()]
+    step = jax.eval_shape(worker, *jax.tree.map(of_four, (tensors, riders)), state)
+    return step.given, [x.shape for x in leaves.values()]
 
 
 def in_step(row, step, given):
@@ -759,7 +654,7 @@ class TestOnlyTheWireSpeaks:
         mean, rode = row.rebuild(operands, got.state, TWO, RIDING)
         chex.assert_trees_all_close(at(got.mean, 0), mean, atol=2e-5, rtol=0)
         np.testing.assert_allclose(got.rode[0], rode, atol=1e-6)
-        np.testing.assert_allclose(got.rode[0], got.riders.mean(0), atol=1e-6)
+        np.testing.assert_allclose(got.rode[0], RIDERS[step].mean(0), atol=1e-6)
 
     @every_phase
     def test_no_more_than_the_papers_formula_on_resnet18(self, row, step):

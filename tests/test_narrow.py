@@ -13,10 +13,11 @@ import gradcomp_jax as gc
 from gradcomp_jax.codecs import cast as codec_of_cast
 from gradcomp_jax.exchange import ways
 from gradcomp_jax.exchange.plan import plan
-from tests import contexts, problem, trees
-from tests.contexts import CONTEXTS, first_state, map_state, run
-from tests.exchanges import exchanged
-from tests.test_laws import possible
+from gradcomp_jax.testing import contexts, trees
+from gradcomp_jax.testing.contexts import CONTEXTS, first_state, map_state, run
+from gradcomp_jax.testing.exchanges import exchanged
+from gradcomp_jax.testing.laws import possible
+from tests import problem
 
 # The largest relative error, and down to which part of the largest value it holds.
 PRECISION = {"bfloat16": (2**-8, 0), "float16": (2**-11, 2**-28), "float8_e4m3fn": (2**-4, 2**-13)}

@@ -8,7 +8,7 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax import notes
-from tests import trees
+from gradcomp_jax.testing import trees
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import gradcomp_jax as gc
-from tests import trees
+from gradcomp_jax.testing import trees
 from tests.table import BY_ID, EACH
 from tests.test_refusals import refuses
 

@@ -12,8 +12,8 @@ import pytest
 import gradcomp_jax as gc
 from gradcomp_jax import orthonormal
 from gradcomp_jax.contract import Context, Heard, OverShards, Say, Together
-from tests import trees
-from tests.contexts import run
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
 
 
 def told(talks: Sequence[Any]) -> list[Any]:

@@ -15,9 +15,9 @@ import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax.codecs.powersgd import best_split
 from gradcomp_jax.orthonormal import orthonormalize
-from tests import trees
-from tests.contexts import run
-from tests.exchanges import declared
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from gradcomp_jax.testing.exchanges import declared
 
 
 def test_resnet18_has_the_papers_size():

@@ -30,8 +30,8 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from gradcomp_jax.sharding import is_per_worker
+from gradcomp_jax.testing.contexts import map_state
 from tests import problem
-from tests.contexts import map_state
 from tests.process_worker import NARROW, STEPS, TRAFFIC, kernel_counts_bytes, kernels, loss_fn
 from tests.table import AMONG_PROCESSES, BY_ID
 

@@ -10,11 +10,12 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax.codecs.qsgd import NORMS, quantize
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from gradcomp_jax.testing.exchanges import declared, exchanged, means
 from gradcomp_jax.wire import elias
 from gradcomp_jax.wire.packing import fields_bytes
-from tests import elias_reference, trees
-from tests.contexts import run
-from tests.exchanges import declared, exchanged, means
+from tests import elias_reference
 
 
 class TestQSGD:

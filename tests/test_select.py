@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
 from gradcomp_jax import select
-from tests.contexts import every_context
+from tests.marks import every_context
 
 N = 80_000  # so many go by the sample for k = 1 and 1000, for k = N - 1 by the search
 assert N > select.SMALL

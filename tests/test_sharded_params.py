@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from tests import trees
+from gradcomp_jax.testing import trees
 from tests.test_refusals import refuses
 
 CHIPS = 4

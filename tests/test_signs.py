@@ -8,10 +8,10 @@ import pytest
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax.codecs.onebit import means
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from gradcomp_jax.testing.exchanges import declared, exchanged
 from gradcomp_jax.views import l1_norm
-from tests import trees
-from tests.contexts import run
-from tests.exchanges import declared, exchanged
 
 
 def onebit_of(v):

@@ -10,10 +10,10 @@ import pytest
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax import views
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from gradcomp_jax.testing.exchanges import declared, exchanged, means
 from gradcomp_jax.wire.packing import fields_bytes
-from tests import trees
-from tests.contexts import run
-from tests.exchanges import declared, exchanged, means
 
 
 def resnet18_sizes():

@@ -15,8 +15,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from tests import problem, trees
-from tests.contexts import run
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from tests import problem
 from tests.table import BY_ID, EACH
 
 WITH_RESIDUAL = [row for row in EACH if row.make().init(trees.zeros(trees.MATRICES)).residual.value]

@@ -14,7 +14,8 @@ import pytest
 
 import gradcomp_jax as gc
 from gradcomp_jax.compressor import compressor_states
-from tests import problem, slices, trees
+from gradcomp_jax.testing import trees
+from tests import problem, slices
 from tests.test_across_state import assert_nothing_lost, trained
 from tests.test_refusals import refuses
 from tests.test_state import loss_of_gradients

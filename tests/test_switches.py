@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from tests import problem, trees
-from tests.contexts import first_state, map_state
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import first_state, map_state
+from tests import problem
 from tests.table import BY_ID, EACH
 
 STEPS, WORKERS = 5, 2

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gradcomp_jax as gc
+from gradcomp_jax.testing.exchanges import exchanged
 from gradcomp_jax.transform import Transform
-from tests.exchanges import exchanged
 
 TRANSFORMS = [("hadamard", 2), ("hadamard", 64), ("hadamard", 512), ("dct", 3), ("dct", 64)]
 

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
+from gradcomp_jax.testing.contexts import map_state
 from tests import problem
-from tests.contexts import map_state
 
 N, STEPS = problem.WORKERS, 5
 CODECS = {

@@ -23,7 +23,7 @@ from gradcomp_jax.wire.packing import (
     unpack_fields,
     unpack_sum,
 )
-from tests.contexts import every_context
+from tests.marks import every_context
 
 
 @hypothesis.given(

@@ -5,8 +5,8 @@ import pytest
 
 from experiments import wire
 from gradcomp_jax import gradiveq, none, onebit, powersgd, qsgd, wire_bits
-from tests import trees
-from tests.contexts import run
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
 
 SHAPES = {"a": (3, 3, 16, 32), "b": (32,)}
 

@@ -421,6 +421,11 @@ def _require_countable(
         )
 
 
+def legal_ways(coder: Coder | None) -> tuple[str, ...]:
+    """The ways in which what a codec says can travel; coder: its, or None."""
+    return ("psum", "ring") if coder is None or coder.shares_scale else coder.ways
+
+
 def require_aggregate(codec: str, coder: Coder | None, aggregate: str | None) -> None:
     """Raises ValueError for a way to aggregate that a codec cannot use; None, which stands for a choice, is legal.
 
@@ -429,7 +434,7 @@ def require_aggregate(codec: str, coder: Coder | None, aggregate: str | None) ->
       coder: its coder, or None.
       aggregate: the way.
     """
-    legal = ("psum", "ring") if coder is None or coder.shares_scale else coder.ways
+    legal = legal_ways(coder)
     if aggregate is None or aggregate in legal:
         return
     reasons = {

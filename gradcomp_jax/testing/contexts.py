@@ -13,16 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import gradcomp_jax as gc
-from gradcomp_jax.sharding import is_per_worker
+from gradcomp_jax.agreement import Shapes
+from gradcomp_jax.compressor import Compressor
+from gradcomp_jax.mesh import make_mesh
+from gradcomp_jax.placing import init
+from gradcomp_jax.sharding import global_state, is_per_worker, local_state
 
 CONTEXTS = ("vmap", "pmap", "checked", "unchecked")
-every_context = pytest.mark.parametrize("context", CONTEXTS)
 
 
 class Run(NamedTuple):
@@ -37,7 +38,7 @@ class Run(NamedTuple):
     states: Any
 
 
-def run(tx: gc.Compressor, grads: Any, context: str, state: Any = None) -> Run:
+def run(tx: Compressor, grads: Any, context: str, state: Any = None) -> Run:
     """Runs `tx` over grads [steps, workers, ...] in a context; `state` is a global one to start from."""
     step, state = program(tx, grads, context, state)
     if context == "unchecked":
@@ -49,7 +50,7 @@ def run(tx: gc.Compressor, grads: Any, context: str, state: Any = None) -> Run:
     return Run(*jax.tree.map(lambda *leaves: np.stack(leaves), *jax.device_get(history)))
 
 
-def program(tx: gc.Compressor, grads: Any, context: str, state: Any = None) -> tuple[jax.stages.Compiled, Any]:
+def program(tx: Compressor, grads: Any, context: str, state: Any = None) -> tuple[jax.stages.Compiled, Any]:
     """The compiled step of `run`, where the context is "unchecked" a scan of all steps, and its first state."""
     if state is None:
         state = first_state(tx, jax.tree.map(lambda x: x[0], grads))
@@ -57,43 +58,26 @@ def program(tx: gc.Compressor, grads: Any, context: str, state: Any = None) -> t
         workers = jax.tree.leaves(grads)[0].shape[1]
         state = map_state(lambda x: x, lambda x: np.broadcast_to(x, (workers, *np.shape(x))), state)
     step_grads = grads if context == "unchecked" else jax.tree.map(lambda x: x[0], grads)
-    return _program(tx, _shapes(step_grads), _shapes(state), context, jax.config.jax_enable_x64), state
+    return _program(tx, Shapes.of(step_grads), Shapes.of(state), context, jax.config.read("jax_enable_x64")), state
 
 
-def first_state(tx: gc.Compressor, grads: Any) -> Any:
+def first_state(tx: Compressor, grads: Any) -> Any:
     """The global state before steps with gradients [workers, ...]."""
-    state = _state_of_one(tx, _shapes(jax.tree.map(lambda x: x[0], grads)))
+    state = _state_of_one(tx, Shapes.of(jax.tree.map(lambda x: x[0], grads)))
     workers = jax.tree.leaves(grads)[0].shape[0]
     return map_state(lambda x: np.broadcast_to(x, (workers, *x.shape[1:])), lambda x: x, state)
 
 
-def sharded(tx: gc.Compressor, grads: Any, state: Any, check_vma: bool, scan: bool = False) -> tuple[Any, Any, Any]:
+def sharded(tx: Compressor, grads: Any, state: Any, check_vma: bool, scan: bool = False) -> tuple[Any, Any, Any]:
     """A step under shard_map, the mesh and how its arguments lie on it.
 
     Of gradients [workers, ...], or in a scan [steps, workers, ...], and the state; returns the updates and the state
     of each worker and, but for a scan, the state to go on with.
     """
-
-    def step(grads, state):
-        updates, state = tx.update(jax.tree.map(lambda x: x[0], grads), gc.local_state(state))
-        return *jax.tree.map(lambda x: x[None], (updates, state)), gc.global_state(state)
-
-    def steps(grads, state):
-        def body(state, g):
-            updates, after = tx.update(g, state)
-            return after, (updates, state)
-
-        # What each step began with: a state that is told beside the one to go on with may be computed for itself, with
-        # other last bits.
-        local = gc.local_state(state)
-        last, (updates, before) = lax.scan(body, local, jax.tree.map(lambda x: x[:, 0], grads))
-        states = jax.tree.map(lambda x, end: jnp.concatenate([x[1:], end[None]]), before, last)
-        return jax.tree.map(lambda x: x[None], (updates, states))
-
-    mesh = gc.make_mesh(jax.tree.leaves(grads)[0].shape[1 if scan else 0])
+    mesh = make_mesh(jax.tree.leaves(grads)[0].shape[1 if scan else 0])
     specs = P(None, "data") if scan else P("data"), map_state(lambda _: P("data"), lambda _: P(), state)
     function = jax.shard_map(
-        steps if scan else step,
+        functools.partial(_steps if scan else _step, tx),
         mesh=mesh,
         in_specs=specs,
         out_specs=P("data") if scan else (P("data"), P("data"), specs[1]),
@@ -102,19 +86,25 @@ def sharded(tx: gc.Compressor, grads: Any, state: Any, check_vma: bool, scan: bo
     return function, mesh, specs
 
 
-class _Shapes(NamedTuple):
-    """A tree's structure, shapes and types, to look programs up by."""
-
-    treedef: Any
-    leaves: tuple
-
-    def tree(self):
-        return jax.tree.unflatten(self.treedef, [jax.ShapeDtypeStruct(*leaf) for leaf in self.leaves])
+def _step(tx: Compressor, grads: Any, state: Any) -> tuple[Any, Any, Any]:
+    """A step of one worker inside shard_map."""
+    updates, state = tx.update(jax.tree.map(lambda x: x[0], grads), local_state(state))
+    return *jax.tree.map(lambda x: x[None], (updates, state)), global_state(state)
 
 
-def _shapes(tree: Any) -> _Shapes:
-    leaves, treedef = jax.tree.flatten(tree)
-    return _Shapes(treedef, tuple((x.shape, jnp.dtype(x.dtype)) for x in leaves))
+def _steps(tx: Compressor, grads: Any, state: Any) -> tuple[Any, Any]:
+    """All steps of one worker inside shard_map, in a scan."""
+
+    def body(state: Any, g: Any) -> Any:
+        updates, after = tx.update(g, state)
+        return after, (updates, state)
+
+    # What each step began with: a state that is told beside the one to go on with may be computed for itself, with
+    # other last bits.
+    local = local_state(state)
+    last, (updates, before) = lax.scan(body, local, jax.tree.map(lambda x: x[:, 0], grads))
+    states = jax.tree.map(lambda x, end: jnp.concatenate([x[1:], end[None]]), before, last)
+    return jax.tree.map(lambda x: x[None], (updates, states))
 
 
 def map_state(per_worker: Callable, other: Callable, *states: Any) -> Any:
@@ -123,17 +113,23 @@ def map_state(per_worker: Callable, other: Callable, *states: Any) -> Any:
     return jax.tree.map(f, *states, is_leaf=is_per_worker)
 
 
+def worker_axes(state: Any) -> Any:
+    """For vmap over the workers: 0 for what differs between them, None for what does not."""
+    return map_state(lambda _: 0, lambda _: None, state)
+
+
 @functools.cache
-def _state_of_one(tx, shapes):
+def _state_of_one(tx: Compressor, shapes: Shapes) -> Any:
     # Zeros of numpy's: what each shape of jax's would cost to compile adds up.
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.tree())
-    return jax.device_get(gc.init(tx, params, 1))
+    return jax.device_get(init(tx, params, 1))
 
 
 @functools.cache
-def _program(tx, grads, state, context, x64):
+def _program(tx: Compressor, of_grads: Shapes, of_state: Shapes, context: str, x64: bool) -> jax.stages.Compiled:
     del x64
-    grads, state = grads.tree(), state.tree()
+    grads, state = of_grads.tree(), of_state.tree()
+    step: Any
 
     def worker(grads, state):
         updates, state = tx.update(grads, state)
@@ -141,7 +137,7 @@ def _program(tx, grads, state, context, x64):
 
     if context == "vmap":
         # out_axes=None says that what is replicated is.
-        axes = map_state(lambda _: 0, lambda _: None, state)
+        axes = worker_axes(state)
         step = jax.jit(jax.vmap(worker, in_axes=(0, axes), out_axes=(0, 0, axes), axis_name="data"))
     elif context == "pmap":
         step = jax.pmap(worker, axis_name="data", devices=jax.devices()[: jax.tree.leaves(grads)[0].shape[0]])

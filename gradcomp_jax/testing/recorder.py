@@ -1,8 +1,8 @@
-"""A wire that keeps what it is given, to be handed to an exchange."""
+"""A wire that keeps what it is given, and one that gives that again, to be handed to an exchange."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ class Branches:
 
     Attributes:
       index: of the branch taken.
-      messages: a list of `Message` and `Branches` for each branch.
+      messages: a list of `Message` and `Branches` for each branch; all empty where no branch sends.
       sizes: whether the branches differ in how much of one buffer they send, as those of `Wire.front` do.
     """
 
@@ -81,9 +81,8 @@ class Recorder(Wire):
     def switch(self, index, branches):
         outs, messages = zip(*map(self._apart, branches), strict=True)
         index = lax.clamp(0, lax.convert_element_type(index, jnp.int32), len(branches) - 1)
-        if any(messages):
-            self.given.append(Branches(index, messages))
-        return jax.tree.map(lambda *cases: lax.select_n(index, *map(jnp.asarray, cases)), *outs)
+        self.given.append(Branches(index, messages))
+        return _taken(index, outs)
 
     def front(self, *args):
         out = super().front(*args)
@@ -105,10 +104,76 @@ class Recorder(Wire):
             self.given[:] = outside
 
 
+@dataclasses.dataclass(frozen=True)
+class Replay(Wire):
+    """Gives its collectives what a `Recorder` kept, whatever they are given now.
+
+    Attributes:
+      given: what is left of it.
+      turns: the turns of the scans in which what is asked for now stands.
+    """
+
+    given: list = dataclasses.field(default_factory=list)
+    turns: list = dataclasses.field(default_factory=list)
+
+    def _sum(self, tree):
+        return super()._sum(self._kept("all-reduce"))
+
+    def _max(self, tree):
+        return super()._max(self._kept("all-reduce"))
+
+    def _all_gather(self, x):
+        return super()._all_gather(self._kept("all-gather"))
+
+    def _all_to_all(self, x):
+        return super()._all_to_all(self._kept("all-to-all"))
+
+    def _pass_on(self, tree):
+        return super()._pass_on(self._kept("collective-permute"))
+
+    def scan(self, turn, carry, xs):
+        before = self.given[:]
+
+        def replayed(carry, x):
+            i, x = x
+            self.given[:] = before  # each time that jax traces this
+            self.turns.append(i)
+            try:
+                return turn(carry, x)
+            finally:
+                self.turns.pop()
+
+        turns = len(jax.tree.leaves(xs)[0])
+        return lax.scan(replayed, carry, (jnp.arange(turns, dtype=jnp.int32), xs))
+
+    def switch(self, index, branches):
+        node = self.given.pop(0)
+        assert isinstance(node, Branches), f"a conditional, where {node.kind} was"
+        rest, outs = self.given[:], []
+        for branch, messages in zip(branches, node.messages, strict=True):
+            self.given[:] = messages
+            outs.append(branch())
+        self.given[:] = rest
+        return _taken(node.index, outs)
+
+    def _kept(self, kind: str) -> Any:
+        message = self.given.pop(0)
+        assert isinstance(message, Message), f"{kind}, where a conditional was"
+        assert message.kind == kind, f"{kind}, where {message.kind} was"
+        for i in self.turns:
+            message = jax.tree.map(lambda x, i=i: x[i], message)
+        return message.operands
+
+
+def _taken(index: Any, outs: Sequence[Any]) -> Any:
+    """What the branch taken gave, of all."""
+    return jax.tree.map(lambda *cases: lax.select_n(index, *map(jnp.asarray, cases)), *outs)
+
+
 def sent(given: list, choose: Callable[[Branches], int]) -> Iterator[Message]:
-    """The messages of the branches that `choose` chooses."""
+    """The messages of the branches that `choose` chooses; of conditionals that send nothing it is not asked."""
     for x in given:
-        if isinstance(x, Branches):
-            yield from sent(x.messages[choose(x)], choose)
-        else:
+        if not isinstance(x, Branches):
             yield x
+        elif any(x.messages):
+            yield from sent(x.messages[choose(x)], choose)
