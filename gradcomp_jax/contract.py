@@ -451,6 +451,10 @@ def bare(x: Any) -> Any:
     return x.value if isinstance(x, Mine) else x
 
 
+class UnheardError(TypeError):
+    """A mean that the types show to be made of more than was heard."""
+
+
 class AlreadyReducedError(ValueError):
     """A gradient that the types show to be summed over the workers already."""
 

@@ -99,7 +99,7 @@ FAULTS = {
     ),
     "a mean of the worker's own numbers": (
         plain(planted.OwnMean()),
-        r"law 9, .* made the mean of leaf 'kernel' of more than what was heard",
+        r"law 9, .* made the mean of leaf 'kernel' of more than heard numbers",
     ),
     "state of a worker's own that is not marked": (
         plain(planted.KeepsItsOwn()),

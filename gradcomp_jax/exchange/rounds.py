@@ -15,7 +15,20 @@ import jax.numpy as jnp
 
 from gradcomp_jax import random
 from gradcomp_jax.coder import CodeLength
-from gradcomp_jax.contract import Ask, Codec, Context, First, Heard, Mine, OverShards, Result, Say, Together, bare
+from gradcomp_jax.contract import (
+    Ask,
+    Codec,
+    Context,
+    First,
+    Heard,
+    Mine,
+    OverShards,
+    Result,
+    Say,
+    Together,
+    UnheardError,
+    bare,
+)
 from gradcomp_jax.exchange import codes, inside, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits, total_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different, vary_as
@@ -215,7 +228,7 @@ class Exchange(NamedTuple):
         mean = {p: jnp.where(ok, r.mean, 0) if r.affine or p in early else r.mean for p, r in results.items()}
         for path in terms:
             if known_different(mean[path], self.wire.axis):
-                raise TypeError(f"codec {codec.name!r} made the mean of leaf {path!r} of more than heard numbers")
+                raise UnheardError(f"codec {codec.name!r} made the mean of leaf {path!r} of more than heard numbers")
         own = {path: results[path].own for path in terms} if self.want_own else {}
         bits, sent = (x if codec.phases == 1 else bit_pair(x) for x in (tally.bits, tally.inside))
         news = {path: results[path].news for path in terms}

@@ -18,6 +18,7 @@ from gradcomp_jax.agreement import differing, on_no_devices
 from gradcomp_jax.arguments import is_whole, shown
 from gradcomp_jax.coder import Part
 from gradcomp_jax.compressor import Compressor
+from gradcomp_jax.contract import UnheardError
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.exchange.bits import wire_bits
 from gradcomp_jax.exchange.plan import flatten, legal_ways, plan
@@ -304,7 +305,7 @@ def _traced(tx: Compressor, params: Any, workers: int) -> tuple[Any, Any]:
     return before, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), after)
 
 
-def _types_agree(case: _Case) -> TypeError | None:
+def _types_agree(case: _Case) -> UnheardError | None:
     """Law 2, where types tell what differs between workers; what they refuse of the mean is for law 9."""
     found: list[str] = []
 
@@ -314,9 +315,7 @@ def _types_agree(case: _Case) -> TypeError | None:
 
     try:
         on_no_devices(update, case.tx, {"data": case.workers}, trees.zeros(case.shapes))
-    except TypeError as error:
-        if "more than what was heard" not in str(error):
-            raise
+    except UnheardError as error:
         return error
     if found:
         grads = at(case.noise(1), 0)
