@@ -12,7 +12,6 @@ whether it has any.
 import inspect
 import re
 import sys
-import types
 import typing
 from collections.abc import Callable, Sequence
 
@@ -22,6 +21,7 @@ from absl import flags
 
 import gradcomp_jax
 from gradcomp_jax import EF21, Compressor, Feedback, accordion, qsgd
+from gradcomp_jax.describe import texts
 
 FLAGS = flags.FLAGS
 
@@ -164,19 +164,9 @@ def settings(name: str) -> dict[str, typing.Any]:
 def keywords(factory: Callable[..., Compressor]) -> dict[str, tuple[type, typing.Any]]:
     """The keywords of a factory that a flag can give, each with its type and default.
 
-    `seed` is left out, because a comparison has one seed for all. `int | None` counts as int, `bool | Feedback | EF21`
-    as bool, a type as its name, and a quantizer as the number of its bits, 0 without one.
+    `seed` is left out, because a comparison has one seed for all.
     """
-    found: dict[str, tuple[type, typing.Any]] = {}
-    for keyword, parameter in inspect.signature(factory, eval_str=True).parameters.items():
-        kind = _plain(parameter.annotation)
-        if keyword == "quantizer":
-            found["quantizer_bits"] = (int, 0)
-        elif keyword.endswith("dtype"):
-            found[keyword] = (str, parameter.default)
-        elif kind in _DEFINE and keyword != "seed":
-            found[keyword] = (kind, parameter.default)
-    return found
+    return {name: found for name, found in texts.keywords(factory).items() if name != "seed"}
 
 
 def argument_help(factory: Callable[..., Compressor]) -> dict[str, str]:
@@ -238,15 +228,6 @@ def _settings(name: str) -> dict[str, tuple[typing.Any, typing.Any]]:
         strength = _strength(inner)
         found |= {f"{inner}_{keyword}": pair for keyword, pair in _settings(inner).items() if keyword != strength}
     return found
-
-
-def _plain(annotation: typing.Any) -> typing.Any:
-    """T of `T | None`, of `T | Feedback | EF21` and of `T | Callable | None`; any other annotation as it is."""
-    if isinstance(annotation, types.UnionType):
-        kinds = [kind for kind in typing.get_args(annotation) if typing.get_origin(kind) is not Callable]
-        rest = [kind for kind in kinds if kind not in (types.NoneType, Feedback, EF21)]
-        return rest[0] if len(rest) == 1 else annotation
-    return annotation
 
 
 def _require_known(names: list[str]) -> bool:

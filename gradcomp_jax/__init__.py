@@ -25,6 +25,7 @@ from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.coder import CodeLength
 from gradcomp_jax.compressor import Compressor, CompressorState, skipped
 from gradcomp_jax.delayed import DelayedState, delayed
+from gradcomp_jax.describe import Description, describe
 from gradcomp_jax.exchange.bits import WireBits, WireCount, code_bits, wire_bits
 from gradcomp_jax.exchange.collectives import vary
 from gradcomp_jax.feedback import EF21, Feedback
@@ -69,6 +70,7 @@ __all__ = [
     "Compressor",
     "CompressorState",
     "DelayedState",
+    "Description",
     "EFMomentumState",
     "Feedback",
     "GradiVeQState",
@@ -94,6 +96,7 @@ __all__ = [
     "compiler_options",
     "data_parallel",
     "delayed",
+    "describe",
     "ef_momentum",
     "flush",
     "global_state",

@@ -5,7 +5,7 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -34,7 +34,8 @@ def factory(make: Callable[P, R]) -> Callable[P, R]:
         for name, value in given.items():
             _require_kind(name, value, parameters[name].annotation)
         more = args[len(first) :]
-        return make(*(given[name] for name in first), *more, **{name: given[name] for name in kwargs})  # type: ignore
+        result = make(*(given[name] for name in first), *more, **{name: given[name] for name in kwargs})  # type: ignore
+        return result.named(_call(make.__name__, parameters, given)) if hasattr(result, "named") else result
 
     def uncalled(*args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{make.__name__} is passed uncalled: call it, such as {make.__name__}(...)")
@@ -43,6 +44,26 @@ def factory(make: Callable[P, R]) -> Callable[P, R]:
     for name in ("init", "update"):
         setattr(made, name, uncalled)
     return made
+
+
+def _call(name: str, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> str:
+    """The call of a factory as it may be written, with what was given, and its first setting."""
+    key, first = next(iter(parameters.items()))
+    main = {} if first.default in (None, first.empty) else {key: first.default}
+    said = {key: (main | dict(given))[key] for key in parameters if key in main or key in given}
+    texts = [as_written(x) if key in ("codec", "codecs", "tx") else f"{key}={as_written(x)}" for key, x in said.items()]
+    return f"{name}({', '.join(texts)})"
+
+
+def as_written(value: Any) -> str:
+    """A setting as it may be written: codecs by their calls, functions by their names."""
+    if hasattr(value, "named"):
+        return value.name
+    if isinstance(value, list):
+        return f"[{', '.join(map(as_written, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {as_written(x)}' for key, x in value.items())}}}"
+    return getattr(value, "__name__", None) or shown(value)
 
 
 def own(name: str, value: Any) -> Any:

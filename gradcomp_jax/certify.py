@@ -330,7 +330,7 @@ def _merged(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
 def _repeated(jaxpr: Any, mesh: Mesh) -> Iterator[Finding]:
     """What all devices of a slice or node send alike; told by types, which a step that is not checked has none of."""
     slow, *fast = mesh.axis_names
-    for equation in _equations(jaxpr):
+    for equation in known.equations(jaxpr):
         axes = equation.params.get("axes", equation.params.get("axis_name"))
         axes = (axes,) if isinstance(axes, str) else axes
         if equation.primitive.name.endswith("axis_index") or not axes or set(axes) != {slow}:
@@ -343,15 +343,6 @@ def _repeated(jaxpr: Any, mesh: Mesh) -> Iterator[Finding]:
                     f"each device of a slice or node sends the same {size:,} bytes by {equation.primitive.name} over "
                     f"{slow!r}: across(codec, slow={slow!r}, fast={fast[0]!r}) has each send its share",
                 )
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
 
 
 def _quantised(platform: str, options: dict[str, Any]) -> Iterator[Finding]:

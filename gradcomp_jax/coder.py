@@ -307,6 +307,10 @@ class Coding(Codec):
         shape = leaf.shape if self.transform is None else (self.transform.length(leaf.size),)
         return coder.size(laid(coder, shape)) < uncompressed
 
+    def view(self, path: str, leaf: Any) -> str:
+        shape = laid(self.coder, leaf.shape)
+        return f"{shape[1]} columns of {shape[0]}" if len(shape) > 1 else ""
+
     def coder_state(self, state: Any) -> Any:
         return state
 

@@ -24,7 +24,7 @@ from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.parcels import Parcels, pack, unpack
 from gradcomp_jax.exchange.plan import Plan, Settings, flatten, half, plan, salt, tell
 from gradcomp_jax.exchange.rounds import Bucket, Exchange, Exchanged, Terms
-from gradcomp_jax.notes import alone
+from gradcomp_jax.notes import alone, remark
 from gradcomp_jax.sharding import PerWorker, Shards, is_per_worker
 from gradcomp_jax.views import narrow, wide, widen
 
@@ -84,6 +84,56 @@ class Delivered(NamedTuple):
     beside: Any
 
 
+class Called(NamedTuple):
+    """Remarked where one of the two functions of a codec's transformation was called.
+
+    Attributes:
+      made: the function.
+      tree: parameters, or updates.
+      plan: that of update; None in init.
+      state: what update returns; None in init.
+    """
+
+    made: Any
+    tree: Any
+    plan: Plan | None = None
+    state: CompressorState | None = None
+
+
+class Kind(NamedTuple):
+    """A kind of step.
+
+    Attributes:
+      state: that before it, in local form.
+      phase: as of `Codec.talk`.
+      strengths: each leaf's place among those of the codec, where it has several.
+    """
+
+    state: CompressorState
+    phase: int
+    strengths: dict[str, int]
+
+
+def kinds(codec: Codec, settings: Settings, the: Plan, state: CompressorState) -> dict[str, Kind]:
+    """The kinds of steps that may send different amounts, by name, first the one that the codec is for.
+
+    Args:
+      codec: the codec.
+      settings: its settings.
+      the: the plan.
+      state: the first state in local form, whose large arrays may be shapes.
+    """
+    estimated = isinstance(state.codec, Estimated)
+    first = _unmarked(state.codec.codec if estimated else state.codec, settings)
+    found = {}
+    for name, own in codec.kinds(first).items():
+        after = _marked(codec, own, settings, the)
+        after = state.codec._replace(codec=after) if estimated else after
+        strengths = {path: int(place) for path, place in codec.strengths(own, the.compressed, None).items()}
+        found[name] = Kind(state._replace(codec=after), int(codec.phase(own)), strengths)
+    return found
+
+
 class Compressor(optax.GradientTransformationExtraArgs):
     """An optax transformation, local gradients in and aggregated gradients out, that carries its codec.
 
@@ -102,6 +152,15 @@ class Compressor(optax.GradientTransformationExtraArgs):
     @property
     def settings(self) -> Settings:
         return self.update.settings
+
+    @property
+    def name(self) -> str:
+        """The call that made it, such as "powersgd(rank=2)", or the codec's name."""
+        return self.update.name
+
+    def named(self, call: str) -> "Compressor":
+        """The same, made by this call."""
+        return Compressor(*(dataclasses.replace(function, said=call) for function in self))
 
     def __repr__(self) -> str:
         return f"Compressor(codec={self.codec}, settings={self.settings})"
@@ -168,6 +227,12 @@ class _Made:
 
     codec: Codec
     settings: Settings
+    said: str = dataclasses.field(default="", compare=False)
+
+    @property
+    def name(self) -> str:
+        """The call that made it, or the codec's name."""
+        return self.said or self.codec.name
 
     def __hash__(self) -> int:
         return hash((type(self), type(self.codec)))  # predicates of users may have no hash
@@ -176,7 +241,8 @@ class _Made:
 class _Init(_Made):
     def __call__(self, params: Any) -> CompressorState:
         if isinstance(params, PLACEHOLDER):
-            return _kinds(self.codec, self.settings, params)
+            return _placeholders(self.codec, self.settings, params)
+        remark(lambda: Called(self, params))
         return _init(self.codec, self.settings, params)
 
 
@@ -214,6 +280,7 @@ class _Update(_Made):
         updates = jax.tree.unflatten(the.treedef, applied)
         count = add_bits(state.wire, done.bits, sum_bits(done.inside, parcels.bits + sent))
         state = state._replace(wire=count)
+        remark(lambda: Called(self, updates, the, state))
         if beside is None:
             return updates, state
         return updates, Delivered(state, jax.tree.unflatten(jax.tree.structure(beside), more))
@@ -276,7 +343,7 @@ def _of_chip(value: Any, settings: Settings, the: Plan | None, role: str) -> Any
     return PerWorker(value, settings.fast, role, Shards((settings.fast,), tuple(map(the.cuts.get, sorted(value)))))
 
 
-def _kinds(codec: Codec, settings: Settings, placeholder: Any) -> CompressorState:
+def _placeholders(codec: Codec, settings: Settings, placeholder: Any) -> CompressorState:
     """The state as `optax.tree_map_params` asks for it: the placeholder is where there are copies of the parameters.
 
     What the codec keeps by path is one leaf here, as there are no paths.
@@ -343,7 +410,8 @@ def _buckets(the: Plan, terms: Terms, parcels: Parcels, owing: dict[str, jax.Arr
         dense = [path for path in paths if path not in terms]
         sent = [x + owing[path].astype(x.dtype) if path in owing else x for path, x in zip(dense, riders, strict=False)]
         sent += riders[len(dense) :]
-        buckets.append(Bucket(mine, sent, checked, {path: whole(the.compressed[path]).shape for path in mine}))
+        shapes = {path: whole(the.compressed[path]).shape for path in mine}
+        buckets.append(Bucket(mine, sent, checked, shapes, tuple(dense)))
     return buckets
 
 

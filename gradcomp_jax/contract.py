@@ -239,6 +239,18 @@ class Strength(NamedTuple):
     at: Callable[[tuple[Any, ...]], "Codec"]
 
 
+class Gain(NamedTuple):
+    """What a codec gains by how it sees a leaf.
+
+    Attributes:
+      ratio: how many times fewer numbers it says.
+      advice: what to look at if that is little; else empty.
+    """
+
+    ratio: float
+    advice: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec(abc.ABC):
     """An algorithm for one tensor. Subclasses are frozen dataclasses whose fields are the settings.
@@ -292,6 +304,11 @@ class Codec(abc.ABC):
         """What it takes such a leaf for, in words; empty if it takes the leaf as it is."""
         del path, leaf
         return ""
+
+    def gain(self, path: str, leaf: Any) -> Gain | None:
+        """What it gains by that; None where it hangs on nothing that one could change."""
+        del path, leaf
+        return None
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         """The first state of one leaf, the fields of `by_leaf`; it may depend on the leaf's shape and dtype only.
@@ -348,6 +365,13 @@ class Codec(abc.ABC):
         """int32, the kind of the step, below `phases`."""
         del state
         return jnp.int32(0)
+
+    def kinds(self, state: Any) -> dict[str, Any]:
+        """The kinds of steps that may send different amounts, by name, first the one that the codec is for.
+
+        Of each the state before such a step, made of the first one, whose large arrays may be shapes.
+        """
+        return {"": state}
 
     def strengths(self, state: Any, paths: Iterable[str], learning_rate: Any) -> dict[str, Any]:
         """Each leaf's place among the strengths, int32, or a whole number where it never changes; empty if one."""

@@ -1,8 +1,10 @@
-"""What the library tells of itself, each thing once in a process, by the logger "gradcomp_jax"."""
+"""What the library tells of itself: in the log, each thing once in a process; to those who listen to a trace."""
 
+import contextlib
+import contextvars
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 logger = logging.getLogger("gradcomp_jax")
@@ -17,6 +19,26 @@ ALONE = (
 
 Leaf = tuple[str, Any, str]
 """A path, the leaf with shape and dtype, and what is said of it."""
+
+
+_said: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("said", default=None)
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[Any]]:
+    """Here the list that this gives collects what is remarked while a program is traced, in its order."""
+    said: list[Any] = []
+    token = _said.set(said)
+    try:
+        yield said
+    finally:
+        _said.reset(token)
+
+
+def remark(what: Callable[[], Any]) -> None:
+    """Tells those who listen what `what` returns; where nobody does it is not called."""
+    if (said := _said.get()) is not None:
+        said.append(what())
 
 
 def note(level: int, text: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import optax
 
-from gradcomp_jax.arguments import factory, shown
+from gradcomp_jax.arguments import as_written, factory, shown
 from gradcomp_jax.codecs.switching import Switching, alike
 from gradcomp_jax.compressor import PLACEHOLDER, Compressor, compressor
 from gradcomp_jax.contract import Codec, Context, Predicate, Uncompressed
@@ -235,7 +235,8 @@ def _made(patterns: Patterns, given: list[Compressor], family: _Family, all_leav
     codec = PerLayer(inner, tuple(x.codec for x in values), patterns, places, all_leaves)
     compress = first.settings.compress
     chosen = _Chosen(codec, compress) if family.dense or compress else None
-    return compressor(codec, first.settings._replace(compress=chosen))
+    mine = {patterns.texts[place]: given[place] for place in sorted(family.places + family.dense)}
+    return compressor(codec, first.settings._replace(compress=chosen)).named(f"per_layer({as_written(mine)})")
 
 
 def _one_after_another(

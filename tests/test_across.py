@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 
 import chex
 import jax
@@ -22,6 +23,7 @@ every_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 SOME = [row for row in EACH if row.id not in ("adaptive-shuffle", "qsgd-elias-shuffle")]
 each_codec = pytest.mark.parametrize("row", SOME, ids=lambda row: row.id)
 STEPS = 8
+LINKS = ("between", "inside")
 # Rows that divide, that are filled up, and that are cut as a vector; two that travel dense, one shorter than a slice.
 TREE = {"conv": (3, 3, 8, 16), "filled": (33, 24), "flat": (5, 64), "bias": (24,), "gain": ()}
 TX = {row.id: gc.across(row.make()) for row in ROWS}
@@ -86,6 +88,24 @@ class TestBits:
             declared = [gc.wire_bits(at(seen(row.id).states, t), link) for t in range(STEPS)]
             assert {count.last for count in declared} <= bits
             assert [count.total for count in declared] == list(itertools.accumulate(count.last for count in declared))
+
+    @every_row
+    def test_of_each_link_they_are_described(self, row):
+        """Without any step; see test_laws.py."""
+        told = gc.describe(TX[row.id], at(jax.tree.map(lambda x: x[:, 0, 0], GRADS), 0), {"node": 2, "local": 4})
+        (part,) = told.parts
+        declared = [[gc.wire_bits(at(seen(row.id).states, t), link) for link in LINKS] for t in range(STEPS)]
+        pairs = {tuple(count.last / 8 for count in counts) for counts in declared}
+        if row.id == "qsgd-elias-full" or part.kind == "compressed, by the fewest numbers":
+            assert {between for between, _ in pairs} & set(part.kinds.values())
+        else:
+            assert (part.sent, part.inside) in pairs
+            assert {between for between, _ in pairs} <= set(part.kinds.values())
+        assert math.isclose(sum(leaf.sent for leaf in told.rows) + part.flags + part.packing, part.sent)
+        assert abs(part.packing) <= (2 * (8 * 8 + 4 + 4) if part.way in ("shuffle", "ring") else 4)
+        local = jax.tree.map(lambda x: x[0, 0, 0], seen(row.id).states)
+        assert part.residual == sum(x.nbytes for x in jax.tree.leaves(local.residual))
+        assert part.residual + part.state == sum(x.nbytes for x in jax.tree.leaves(local))
 
     @each_codec
     def test_each_chip_sends_its_share(self, row):

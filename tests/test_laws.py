@@ -1,6 +1,7 @@
 """The laws that every codec obeys, over the table of codecs."""
 
 import ast
+import collections
 import dataclasses
 import functools
 import itertools
@@ -220,6 +221,35 @@ class TestBitsAreTrue:
         expected = {tuple(sorted(row.kinds(step, name, workers))) for step in row.phases}
         assert expected <= kinds
         assert max(map(len, kinds)) == max(map(len, expected))
+
+    @pytest.mark.parametrize("workers", [2, WORKERS, 8])
+    @every_row
+    def test_described_bits_are_those_declared(self, row, workers):
+        """Those of each kind of step, without any; of leaves and the rest."""
+        grads = GRADS if workers == WORKERS else noise_of(workers)
+        told = gc.describe(TX[row.id], at(at(grads, 0), 0), workers)
+        (part,) = told.parts
+        described = {8 * sent for sent in part.kinds.values()}
+        states = run(TX[row.id], grads, "checked").states.wire
+        declared = {gc.wire_bits(at(states, t)).last: t for t in range(STEPS)}
+        if "codes fit" in part.kinds:
+            assert declared.keys() < described
+        elif "compressed, by the fewest numbers" in part.kinds:  # of each leaf as many as its basis needs
+            between = declared.keys() - described
+            assert all(min(described) < bits < max(described) for bits in between)
+            assert len(between) < len(declared) == 3
+        else:
+            assert declared.keys() == described
+        assert told.totals.sent == part.sent == part.kinds[part.kind]
+        assert math.isclose(sum(leaf.sent for leaf in told.rows) + part.flags + part.packing, part.sent)
+        # All but what fills up shards: of codes a unit each, and of what rides a float.
+        assert abs(part.packing) <= (2 * (workers - 1) * (8 * 8 + 4 + 4) if part.way in ("shuffle", "ring") else 1)
+        if 8 * part.sent in declared:
+            tree = "mixed" if workers == WORKERS else "small"
+            phase = max(step for step in row.phases if step <= declared[8 * part.sent])
+            kinds = collections.Counter(row.kinds(phase, tree, workers))
+            kinds["collective-permute"] *= workers - 1
+            assert told.totals.messages == +kinds
 
     @pytest.mark.parametrize("network", ["resnet18", "transformer"])
     @every_phase

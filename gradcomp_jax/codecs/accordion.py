@@ -135,6 +135,14 @@ class Accordion(Switching):
         gradients = Mine({**bare(state.gradients), **sums})
         return super().merge(state, news)._replace(norm={**state.norm, **norm}, gradients=gradients)
 
+    def kinds(self, state: AccordionState) -> dict[str, AccordionState]:
+        found = {}
+        for name, kind in super().kinds(state).items():
+            for what, level in (("high", HIGH), ("low", LOW)):
+                levels = dict.fromkeys(state.level, jnp.int32(level))
+                found[f"{name}, {what}" if name else what] = kind._replace(level=levels)
+        return found
+
     def rate(self, state: AccordionState, learning_rate: Any) -> jax.Array:
         """The learning rate of this step, float32; 0 if it is not known."""
         if learning_rate is None:

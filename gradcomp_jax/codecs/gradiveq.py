@@ -355,6 +355,22 @@ class GradiVeQ(Codec):
         training = jnp.where(state.position >= 0, TRAINING, DENSE) if self.numbers else DENSE
         return jnp.where(state.position >= self.train_steps, COMPRESSED, training).astype(jnp.int32)
 
+    def kinds(self, state: GradiVeQState) -> dict[str, GradiVeQState]:
+        at = lambda position: state._replace(position=jnp.int32(position))  # noqa: E731
+        found = {"compressed": at(self.train_steps)}
+        if self.select != "ratio":
+            whole = {path: jnp.int32(len(self.widths("", mu.shape[-1]))) for path, mu in state.mu.items()}
+            narrowest = dict.fromkeys(whole, jnp.int32(0))
+            found = {
+                "compressed, by the fewest numbers": found["compressed"]._replace(rung=narrowest),
+                "compressed, where no basis will do": found["compressed"]._replace(rung=whole),
+            }
+        if self.numbers is None or self.warmup_steps + self.settling:
+            found["dense"] = at(-1)
+        if self.numbers is not None:
+            found["training"] = at(0)
+        return found | {"last of training, with the bases": at(self.train_steps - 1)}
+
     def strengths(self, state: GradiVeQState, paths: Iterable[str], learning_rate: Any) -> dict[str, jax.Array]:
         return state.rung
 

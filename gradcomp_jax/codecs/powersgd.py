@@ -41,6 +41,7 @@ from gradcomp_jax.contract import (
     Bucketing,
     Codec,
     Context,
+    Gain,
     OverShards,
     Predicate,
     Result,
@@ -168,10 +169,13 @@ class PowerSGD(Codec):
     def view(self, path: str, leaf: Any) -> str:
         layers, n, m = self.matrix(path, leaf)
         ranks = [min(n, m, rank) for rank in self.ranks]
-        ratio = n * m / (ranks[-1] * (n + m))
         many = f"{layers} matrices of " if layers > 1 else ""
-        little = "" if ratio >= 2 else " only: see stacked= and split= if this is no single matrix, or compress="
-        return f"{many}{n} x {m} at rank {' or '.join(map(str, ranks))}, {ratio:.1f} times fewer numbers{little}"
+        return f"{many}{n} x {m} at rank {' or '.join(map(str, ranks))}"
+
+    def gain(self, path: str, leaf: Any) -> Gain:
+        _, n, m = self.matrix(path, leaf)
+        ratio = n * m / (min(n, m, self.ranks[-1]) * (n + m))
+        return Gain(ratio, "" if ratio >= 2 else "see stacked= and split= if this is no single matrix, or compress=")
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         layers, n, m = self.matrix(path, leaf)

@@ -235,6 +235,9 @@ class QSGD(Coding):
     def coder(self) -> Coder:
         return self.coders[0] if len(self.coders) == 1 else Switched(self.coders)
 
+    def view(self, path: str, leaf: Any) -> str:
+        return f"buckets of {self.coders[0].d}, by {' or '.join(str(coder.bits) for coder in self.coders)} bits each"
+
     @property
     def strength(self) -> Strength | None:
         coder = self.coders[0]

@@ -161,6 +161,10 @@ class Subset(Codec):
         counts = self.counts(leaf.size, whole(leaf).shape, shards_of(leaf))
         return leaf.size > 0 and counts[-1] * wide(leaf.dtype).itemsize < uncompressed
 
+    def view(self, path: str, leaf: Any) -> str:
+        amounts = " or ".join(map(str, self.amounts))
+        return f"as many of its numbers as rank {amounts} has" if self.ranked else f"{amounts} of its numbers"
+
     def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
         zero = jnp.int32(0)
         return QuantizedSubsetState(zero, self.numbers.start()) if self.numbers else SubsetState(zero)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gradcomp_jax.arguments import factory, shown
@@ -26,6 +27,8 @@ from gradcomp_jax.compressor import Compressor, compressor
 
 # By which share a wanted value may miss that of a codec: schedules multiply in float32.
 ROUNDING = 1e-5
+# At so many steps from the first on, and as many further ones up to 2^30, a schedule is asked which strengths it uses.
+LOOKS = 1024
 
 
 class ScheduledState(NamedTuple):
@@ -59,6 +62,20 @@ class Scheduled(Switching):
 
     def strengths(self, state: ScheduledState, paths: Iterable[str], learning_rate: Any) -> dict[str, jax.Array]:
         return dict.fromkeys(paths, self.place(self.schedule(state.step)))
+
+    def kinds(self, state: ScheduledState) -> dict[str, ScheduledState]:
+        # Each strength at the first of some steps in which it is in use.
+        steps = np.unique(np.concatenate([np.arange(LOOKS), np.geomspace(1, 2**30, LOOKS)]).astype(np.int32))
+        places = np.asarray(jax.vmap(lambda step: self.place(self.schedule(step)))(steps))
+        used = {place: steps[np.argmax(places == place)] for place in sorted(set(places.tolist()), reverse=True)}
+        setting = self.inner.strength.setting
+        return {
+            f"{name}, {setting}={self.values[place]}" if name else f"{setting}={self.values[place]}": kind._replace(
+                step=step
+            )
+            for name, kind in super().kinds(state).items()
+            for place, step in used.items()
+        }
 
     def place(self, wanted: Any) -> jax.Array:
         """The place among the values of that which stands for a wanted one, int32."""

@@ -11,7 +11,7 @@ import jax
 
 from gradcomp_jax.arguments import shown
 from gradcomp_jax.compressor import Compressor
-from gradcomp_jax.contract import Codec, Context, Strength, Talk
+from gradcomp_jax.contract import Codec, Context, Gain, Strength, Talk
 from gradcomp_jax.cuts import Cut
 from gradcomp_jax.feedback import as_given
 
@@ -64,6 +64,9 @@ class Switching(Codec):
     def view(self, path: str, leaf: Any) -> str:
         return self.of(path).view(path, leaf)
 
+    def gain(self, path: str, leaf: Any) -> Gain | None:
+        return self.of(path).gain(path, leaf)
+
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
         return {"codec": self.of(path).init(path, leaf, salt)}
 
@@ -88,6 +91,9 @@ class Switching(Codec):
 
     def phase(self, state: Any) -> jax.Array:
         return self.inner.phase(state.codec)
+
+    def kinds(self, state: Any) -> dict[str, Any]:
+        return {name: state._replace(codec=inner) for name, inner in self.inner.kinds(state.codec).items()}
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
         codec, ctx = self.to(ctx)

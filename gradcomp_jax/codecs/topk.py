@@ -84,6 +84,9 @@ class TopK(Coding):
 
     name: ClassVar[str] = "topk"
 
+    def view(self, path: str, leaf: Any) -> str:
+        return f"the largest {' or '.join(map(str, self.fractions))} of its numbers"
+
     @property
     def coder(self) -> Coder:
         coders = tuple(Largest(fraction) for fraction in self.fractions)

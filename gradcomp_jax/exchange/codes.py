@@ -368,11 +368,21 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
             second = add_window(jnp.zeros_like(ys[place]), -lost[place], me * group.each)
             lost[place] = lost[place] + row(owed[place], me)
         for own, start, one in zip(owns(group, message), group.starts(), mean, strict=False):
-            heard.append(Heard(one, _plus_window(own, n * lost[place], me * group.each - start), second))
+            heard.append(Heard(one, _plus_window(own, n * lost[place], _begin(group, me, start, one)), second))
     length = then.length
     if first.length is not None and length is not None:
         length = bit_pair(sum_bits(first.length, length))
     return Sent(heard, ride.restore(rode), ok, sum_bits(first.bits, then.bits), length, first.inside + then.inside)
+
+
+def _begin(group: Group, me: jax.Array, start: int, y: jax.Array) -> jax.Array:
+    """Where this worker's shard begins, seen from one of the group's tensors, whose own place is `start`."""
+    if not group.coder.pooled:
+        return me * group.each
+    # In units: an int32 does not count the elements of all tensors. Where the shard has none of y, beside it.
+    unit = group.coder.unit
+    each = group.each // unit
+    return jnp.clip(me * each - start // unit, -each, -(-y.shape[-1] // unit)) * unit
 
 
 def _plus_window(own: Any, window: jax.Array, start: jax.Array) -> Any:

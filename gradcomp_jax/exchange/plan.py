@@ -1,6 +1,7 @@
 """What is decided from shapes alone: which leaves are compressed, by which way codes travel, what rides with them."""
 
 import collections
+import itertools
 import logging
 import math
 import re
@@ -295,9 +296,17 @@ def _bytes(settings: Settings, shape: tuple[int, ...], dtype: Any) -> int:
 def tell(codec: Codec, the: Plan, leaves: dict[str, Any]) -> None:
     """Logs which of the leaves are compressed, and as what, and why the others are not; at level INFO, once."""
     if leaves and logger.isEnabledFor(logging.INFO) and not isinstance(codec, Uncompressed):
-        compressed = [(path, leaves[path], codec.view(path, whole(seen))) for path, seen in the.compressed.items()]
+        compressed = [(path, leaves[path], _taken_for(codec, path, whole(x))) for path, x in the.compressed.items()]
         dense = [(path, leaves[path], reason) for path, reason in the.why.items()]
         note(logging.INFO, summary(codec.name, compressed, dense))
+
+
+def _taken_for(codec: Codec, path: str, leaf: Any) -> str:
+    """What a leaf is taken for, and what that gains."""
+    view, gain = codec.view(path, leaf), codec.gain(path, leaf)
+    if gain is None:
+        return view
+    return f"{view}, {gain.ratio:.1f} times fewer numbers" + (f" only: {gain.advice}" if gain.advice else "")
 
 
 def _require_real(codec: str, path: str, leaf: Any) -> None:
@@ -336,10 +345,12 @@ class Route(NamedTuple):
     Attributes:
       way: "gather", "shuffle" or "ring".
       ride: whether riders travel in the codes' messages; else they are one all-reduce beside them.
+      why: why this way.
     """
 
     way: str
     ride: bool
+    why: str
 
 
 def route(
@@ -375,21 +386,24 @@ def route(
 def _choose(
     coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], riding: int, aggregate: str | None, workers: int
 ) -> Route:
+    given = f"aggregate={aggregate!r} is given"
     if aggregate not in (None, "gather"):
-        return Route(aggregate, aggregate == "shuffle")
+        return Route(aggregate, aggregate == "shuffle", given)
     alone = -(-2 * (workers - 1) * riding // workers)
     gathered = _payload_bytes(coder, xs, strengths, 1)
     ride = workers <= 2 or (workers - 1) * riding - alone <= RIDE * ((workers - 1) * gathered + alone)
-    by_gather = Route("gather", ride)
-    if aggregate is not None or workers <= 2:
-        return by_gather
+    if aggregate is not None:
+        return Route("gather", ride, given)
+    if workers <= 2:
+        return Route("gather", ride, "up to two workers send as much by either way, and gather encodes once")
     sent = {
         "gather": (workers - 1) * gathered + ((workers - 1) * riding if ride else alone),
         "shuffle": 2 * (workers - 1) * (_payload_bytes(coder, xs, strengths, workers) + -(-riding // workers)),
     }
     chosen = min(sent, key=lambda way: sent[way])
-    note(logging.INFO, f"aggregate={chosen!r} among {workers} workers: a worker sends {sent} bytes in a step")
-    return by_gather if chosen == "gather" else Route("shuffle", True)
+    why = f"a worker sends {sent['shuffle']:,} bytes by shuffle, {sent['gather']:,} by gather"
+    note(logging.INFO, f"aggregate={chosen!r} among {workers} workers: {why}")
+    return Route(chosen, chosen == "shuffle" or ride, why)
 
 
 def _payload_bytes(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> int:
@@ -397,6 +411,34 @@ def _payload_bytes(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], sh
     groups = _groups(coder, xs, strengths, shards)
     compact = coder.compact(groups[0].each // coder.unit)
     return sum(group.coder.size(group.shape) for group in groups) if compact is None else compact.size
+
+
+def payloads(
+    coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int, places: Sequence[int]
+) -> list[float]:
+    """What of a shard's payload is each tensor's; of a pooled coder without what fills up the last shards.
+
+    Args:
+      coder: the coder.
+      xs: the tensors.
+      strengths: of each, the place of a strength that never changes, else None.
+      shards: into how many they are cut.
+      places: of each, the place of its strength in the step.
+    """
+    groups = _groups(coder, xs, strengths, shards)
+    if not coder.pooled:
+        each = [
+            (x.coder.fronts(x.shape) or (x.coder.size(x.shape),), place)
+            for x, place in zip(groups, places, strict=True)
+        ]
+        return [sizes[min(place, len(sizes) - 1)] for sizes, place in each]
+    unit = _payload_bytes(coder, xs, strengths, shards) / groups[0].each / shards
+    return [unit * (end - start) for start, end in itertools.pairwise(groups[0].starts())]
+
+
+def shortens(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> bool:
+    """Whether a shard's payload has a shorter form, for which workers agree whether codes fit it."""
+    return coder.compact(_groups(coder, xs, strengths, shards)[0].each // coder.unit) is not None
 
 
 def _groups(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> list[Group]:

@@ -32,6 +32,8 @@ from gradcomp_jax.contract import (
 from gradcomp_jax.exchange import codes, inside, plan, ways
 from gradcomp_jax.exchange.bits import Bits, bit_pair, sum_bits, total_bits
 from gradcomp_jax.exchange.collectives import Wire, after, known_different, vary_as
+from gradcomp_jax.exchange.shares import Began, Round
+from gradcomp_jax.notes import remark
 from gradcomp_jax.views import HALVES, always, halved, wide, widen
 
 Terms = dict[str, tuple[jax.Array, ...]]
@@ -45,12 +47,14 @@ class Bucket(NamedTuple):
       riders: arrays that travel along.
       checked: how many of the first riders must be finite.
       whole: by path, the shapes of the leaves, of which the terms may be shards.
+      dense: the paths of the leaves among the riders, which are the first.
     """
 
     terms: Terms
     riders: Sequence[jax.Array]
     checked: int
     whole: dict[str, tuple[int, ...]]
+    dense: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, terms: Terms, riders: Sequence[jax.Array] = (), checked: int | None = None) -> "Bucket":
@@ -212,7 +216,8 @@ class Exchange(NamedTuple):
 
     def _run(self, bucket: Bucket, state: Any, contexts: dict[str, Context], phase: int) -> _Done:
         """The talks of all leaves of a bucket in one kind of step, from the first round to the last."""
-        codec, (terms, riders, checked, _) = self.codec, bucket
+        codec, (terms, riders, checked, _, dense) = self.codec, bucket
+        remark(lambda: Began(phase, dense))
         talks = {path: codec.talk(phase, d, codec.leaf(state, path), contexts[path]) for path, d in terms.items()}
         results: dict[str, Result] = {}
         early: set[str] = set()  # leaves that ended before the last flag was known
@@ -254,6 +259,7 @@ class Exchange(NamedTuple):
             heard, joining = inside.of_parts(heard, says, self.wire, self.want_own)
             answers, sent = answers | heard, sent + cutting + joining
         if firsts:
+            remark(lambda: Round.of({key: Say(ask.x) for key, ask in firsts.items()}, {}, [], None, None, contexts))
             get = functools.partial(_from_first, wire=self.wire)
             got, bits, joining = inside.from_first_shard(firsts, get, self.wire)
             answers, tally, sent = answers | got, tally._replace(bits=sum_bits(tally.bits, bits)), sent + joining
@@ -280,6 +286,7 @@ class Exchange(NamedTuple):
             xs = [(path, say.x) for (path, _), say in coded.items()]
             each = [contexts[path].strength for path, _ in xs]
             ride = plan.route(coder, xs, each, riding, self.aggregate, self.wire.workers)
+        remark(lambda: Round.of(exact, coded, riders, coder, ride, contexts))
         if not (ride and ride.ride) and (exact or riders):
             ring = self.aggregate == "ring" and coder is None
             strengths = [contexts[path].strength for path, _ in exact]

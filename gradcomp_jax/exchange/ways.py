@@ -128,7 +128,12 @@ def carried(x: jax.Array) -> jax.Array:
 
     XLA widens it there on the wire; so what is counted is what is sent, and the sum is not rounded.
     """
-    return widen(x) if x.dtype == jnp.bfloat16 and on_cpus() else x
+    return x.astype(carried_in(x.dtype))
+
+
+def carried_in(dtype: Any) -> Any:
+    """The type in which numbers of another are summed."""
+    return jnp.dtype(jnp.float32) if dtype == jnp.bfloat16 and on_cpus() else dtype
 
 
 def _share(x: jax.Array, workers: int) -> jax.Array:

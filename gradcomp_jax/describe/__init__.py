@@ -1,0 +1,307 @@
+"""What an optimiser's codecs would do with each parameter: nothing is sent, placed or allocated.
+
+    params, workers -- dry.py --> a traced step -- shares.py, wire_bits --> rows, totals -- table.py --> text
+
+`python -m gradcomp_jax.describe` does it for shapes that are given by hand.
+"""
+
+import collections
+import functools
+import json
+import math
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+from gradcomp_jax import known
+from gradcomp_jax.compressor import Called, CompressorState, Kind, compressor_states, kinds
+from gradcomp_jax.cuts import whole
+from gradcomp_jax.delayed import DelayedState
+from gradcomp_jax.describe import table
+from gradcomp_jax.describe.dry import DO_NOT_FIT, FIT, Dry, Workers, dry_run, shapes_of
+from gradcomp_jax.exchange.plan import flatten
+from gradcomp_jax.exchange.shares import Round, Shares, shares
+
+
+class Row(NamedTuple):
+    """What becomes of one leaf.
+
+    Attributes:
+      path: the leaf's, such as "layer_0/kernel".
+      shape: its shape; where it lies in shards, of the whole.
+      dtype: its type.
+      codec: the call that made the codec that compresses it; empty where none does.
+      view: what the codec takes it for, such as "64 x 16 at rank 1"; empty where for what it is, or where it is dense.
+      why: why it is dense; empty where it is compressed.
+      advice: what to look at where the view gains little; else empty.
+      sent: bytes that one worker sends for it in a step, by the ring laws; of `across`, one device to other nodes.
+      ratio: how many times fewer that is than by an all-reduce of its own type, without compression; None where nothing
+        is sent.
+      residual: bytes that error feedback keeps for it on one worker; of `across`, on one device.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    codec: str
+    view: str
+    why: str
+    advice: str
+    sent: float
+    ratio: float | None
+    residual: int
+
+
+class Part(NamedTuple):
+    """What one codec of the optimiser does.
+
+    Attributes:
+      codec: the call that made it.
+      way: how what it says travels, "psum", "gather", "shuffle" or "ring".
+      why: why this way.
+      kind: the kind of steps that the rows are of, such as "compressed"; empty of a codec that has one.
+      kinds: bytes that one worker sends in a step of each kind, by name; the first is `kind`.
+      sent: bytes that one worker sends in a step of `kind`. The leaves' and `flags` and `packing` make it up.
+      flags: those by which workers agree whether codes fit their buffer.
+      packing: those that no leaf sends alone: what fills up shards, words and buffers of fixed sizes; less than 0
+        where the codes of several leaves share bytes.
+      inside: bytes that, of `across`, one device sends to others of its node.
+      residual: bytes of residuals on one worker; of `across`, on one device.
+      state: bytes of the codec's other state, and of what waits for the next step by `delayed`.
+    """
+
+    codec: str
+    way: str
+    why: str
+    kind: str
+    kinds: dict[str, float]
+    sent: float
+    flags: float
+    packing: float
+    inside: float
+    residual: int
+    state: int
+
+
+class Totals(NamedTuple):
+    """What all codecs of the optimiser do together, in steps of the kinds that the rows are of.
+
+    Attributes:
+      elements: numbers in the parameters.
+      sent: bytes that one worker sends in a step; what `wire_bits` counts, in bytes.
+      ratio: how many times fewer that is than by all-reduces of the leaves' own types; None where nothing is sent.
+      flags: as of `Part`.
+      packing: as of `Part`.
+      inside: as of `Part`.
+      residual: as of `Part`.
+      state: as of `Part`.
+      messages: operands of collectives in a step, by kind such as "all-reduce"; of `across` those between nodes.
+    """
+
+    elements: int
+    sent: float
+    ratio: float | None
+    flags: float
+    packing: float
+    inside: float
+    residual: int
+    state: int
+    messages: dict[str, int]
+
+
+class Description(NamedTuple):
+    """What an optimiser's codecs would do with each parameter; `str` of it is a table.
+
+    Attributes:
+      workers: how many there are along each axis of the mesh.
+      platform: for which it is told: "cpu", "gpu" or "tpu".
+      rows: the leaves, in the order of the parameters.
+      parts: the codecs, in the order of their states.
+      totals: all of them together.
+    """
+
+    workers: dict[str, int]
+    platform: str
+    rows: tuple[Row, ...]
+    parts: tuple[Part, ...]
+    totals: Totals
+
+    def __str__(self) -> str:
+        return table.text(self)
+
+    def as_json(self) -> str:
+        """The same for programs."""
+        plain = {"rows": [x._asdict() for x in self.rows], "parts": [x._asdict() for x in self.parts]}
+        return json.dumps(self._asdict() | plain | {"totals": self.totals._asdict()})
+
+
+def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) -> Description:
+    """Tells what the codecs of an optimiser would do with each parameter; nothing is sent, placed or allocated.
+
+    The optimiser's update is traced for so many workers, and what its codecs say, and count, is read. So bytes are what
+    `wire_bits` counts after such a step of `tx.update`. (`train_step` sends the loss in the same messages, 4 bytes,
+    which count too.) They are those of the platform that jax runs on, or of the mesh's devices. `average` is not
+    counted, as it is not by `wire_bits`.
+
+    The steps of some codecs send different amounts: those of gradiveq, of accordion, and of qsgd with Elias' code. Rows
+    are of the kind of steps that the codec is for: compressed, at the high level, with codes that fit their buffer.
+    `Part.kinds` has the bytes of the others.
+
+    Args:
+      tx: the optimiser, with one codec or several anywhere in it.
+      params: the parameters, or their shapes; whole, also where they are to lie in shards.
+      workers: how many workers there are; or how many along each axis, such as {"node": 2, "local": 4} for `across`; or
+        a mesh, whose devices need not be there, such as `jax.sharding.AbstractMesh`.
+
+    Returns:
+      Rows, parts and totals; `str` of it is a table of at most 110 columns.
+
+    Raises:
+      ValueError: tx holds no codec, or calls one in some steps only; workers are not along the axes of its codecs; or
+        what the codecs refuse.
+
+    >>> import jax
+    >>> import jax.numpy as jnp
+    >>> import optax
+    >>> from gradcomp_jax import describe, powersgd
+    >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32), "b": jax.ShapeDtypeStruct((1024,), jnp.float32)}
+    >>> told = describe(optax.chain(powersgd(rank=4), optax.sgd(0.1)), params, workers=8)
+    >>> told.rows[1].view, told.rows[1].sent, told.totals.messages
+    ('512 x 1024 at rank 4', 43008.0, {'all-reduce': 2})
+    """
+    params = shapes_of(params)
+    dry = dry_run(tx, params, workers)
+    leaves, _ = flatten(params)
+    rows: dict[str, Row] = {}
+    parts = []
+    strongest = {}
+    for place, state in enumerate(compressor_states(dry.state)):
+        of = _kinds(dry, place, state)
+        strongest[place] = next(iter(of.values())).kind.state
+        mine, part = _part(dry, place, of, state, leaves)
+        rows |= mine
+        parts.append(part)
+    ordered = tuple(rows[path] if path in rows else _unsent(path, x) for path, x in leaves.items())
+    uncompressed = math.fsum(x.ratio * x.sent for x in ordered if x.ratio)
+    messages = collections.Counter[str]()
+    for message in dry.messages(strongest):
+        if any(axis in dry.axes and dry.mesh.shape[axis] > 1 for axis in message.axes):
+            messages[message.kind] += message.times
+    sums = {name: math.fsum(getattr(part, name) for part in parts) for name in ("sent", "flags", "packing", "inside")}
+    totals = Totals(
+        elements=sum(x.size for x in leaves.values()),
+        ratio=uncompressed / sums["sent"] if sums["sent"] else None,
+        residual=sum(part.residual for part in parts),
+        state=sum(part.state for part in parts),
+        messages=dict(messages),
+        **sums,
+    )
+    return Description(dict(dry.mesh.shape), dry.platform, ordered, tuple(parts), totals)
+
+
+class _Counted(NamedTuple):
+    """A kind of step.
+
+    Attributes:
+      kind: it.
+      bits: that a worker sends.
+      inside: bits that, of `across`, a device sends to others of its node.
+    """
+
+    kind: Kind
+    bits: int
+    inside: int
+
+
+def _kinds(dry: Dry, place: int, state: CompressorState) -> dict[str, _Counted]:
+    """The kinds of steps of one codec, first the one that it is for."""
+    made, plan = dry.called[place].made, dry.called[place].plan
+    assert plan is not None
+    found = {}
+    for name, kind in kinds(made.codec, made.settings, plan, state).items():
+        count = functools.partial(dry.bits, place, kind.state)
+        try:
+            found[name] = _Counted(kind, count(), count("inside"))
+        except known.Unknown:
+            for what, otherwise in (("codes fit", FIT), ("codes do not fit", DO_NOT_FIT)):
+                both = f"{name}, {what}" if name else what
+                found[both] = _Counted(kind, count(otherwise=otherwise), count("inside", otherwise))
+    return found
+
+
+def _part(
+    dry: Dry, place: int, of: dict[str, _Counted], state: CompressorState, leaves: dict[str, Any]
+) -> tuple[dict[str, Row], Part]:
+    """The leaves of one codec, and what it does."""
+    called = dry.called[place]
+    assert called.plan is not None
+    name, (kind, bits, inside) = next(iter(of.items()))
+    rounds = [x for x in dry.rounds[place] if x[0].phase == kind.phase]
+    sent = shares(rounds, dry.workers_of(called), kind.strengths)
+    way, why = _way(called, [x for _, x in rounds])
+    memory, waits = state.residual.value, _waiting(dry.state, state)
+    rows = {path: _row(dry, called, path, leaves[path], sent, memory.get(path)) for path in called.plan.leaves}
+    part = Part(
+        codec=called.made.name,
+        way=way,
+        why=why,
+        kind=name,
+        kinds={each: counted.bits / 8 for each, counted in of.items()},
+        sent=bits / 8,
+        flags=sent.flags,
+        packing=bits / 8 - sent.flags - math.fsum(sent.leaves.values()),
+        inside=inside / 8,
+        residual=_bytes(memory),
+        state=_bytes(state) - _bytes(memory) + _bytes(waits),
+    )
+    return rows, part
+
+
+def _row(dry: Dry, called: Called, path: str, leaf: Any, sent: Shares, residual: Any) -> Row:
+    """One leaf."""
+    made, the = called.made, called.plan
+    assert the is not None
+    dense = path not in the.compressed
+    seen = None if dense else whole(the.compressed[path])
+    gain = None if dense else made.codec.gain(path, seen)
+    mine, n = sent.leaves.get(path, 0.0), dry.workers_of(called)
+    uncompressed = 2 * (n - 1) / n * leaf.size * leaf.dtype.itemsize / dry.chips_of(called)
+    return Row(
+        path=path,
+        shape=leaf.shape,
+        dtype=str(leaf.dtype),
+        codec="" if dense else made.name,
+        view="" if dense else made.codec.view(path, seen),
+        why=the.why.get(path, ""),
+        advice=gain.advice if gain else "",
+        sent=mine,
+        ratio=uncompressed / mine if mine else None,
+        residual=_bytes(residual),
+    )
+
+
+def _unsent(path: str, leaf: Any) -> Row:
+    """A leaf that no codec is given."""
+    return Row(path, leaf.shape, str(leaf.dtype), "", "", "reaches no codec", "", 0.0, None, 0)
+
+
+def _way(called: Called, rounds: list[Round]) -> tuple[str, str]:
+    """How what a codec says travels, and why so."""
+    routes = [x.route for x in rounds if x.route is not None]
+    if routes:
+        return routes[0].way, routes[0].why
+    coded = any(x.coded for x in rounds)
+    why = "integers of a scale that all workers share are summed" if coded else "numbers are summed on their way"
+    return "ring" if called.made.settings.aggregate == "ring" else "psum", why
+
+
+def _waiting(opt_state: Any, state: CompressorState) -> Any:
+    """What `delayed` keeps around a codec of this state for the next step."""
+    is_delayed = lambda x: isinstance(x, DelayedState)  # noqa: E731
+    found = jax.tree.leaves(opt_state, is_leaf=is_delayed)
+    return [x.pending for x in found if is_delayed(x) and x.codec is state]
+
+
+def _bytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
