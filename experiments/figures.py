@@ -23,7 +23,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
-from experiments.records import Run
+from experiments.records import Record, Run
 
 # Okabe and Ito's, told apart by all kinds of color vision; without their yellow, too pale for a line, and with
 # more for many codecs, whose markers tell them apart too.
@@ -39,6 +39,13 @@ CODECS = (
 HUE = {"none": "#1a1a1a", **dict(zip(CODECS, HUES, strict=False))}
 MARKERS = "osD^vPX<>p"
 MEGABYTES = "MB sent by one worker (10⁶ bytes, log scale)"
+# Of what `curves` draws.
+LABELS = {
+    "accuracy": "test accuracy",
+    "loss": "training loss (log scale)",
+    "error": "relative error of compression",
+    "residual": "residual / gradient (log scale)",
+}
 # Tol's, which are none of the codecs'.
 WORK = {
     "compile": "#bbbbbb",
@@ -149,24 +156,31 @@ def curves(series: Sequence[Series], value: str, against: str) -> Figure:
 
     Args:
       series: what to draw.
-      value: "accuracy", on the test split, or "loss", on the training split.
+      value: "accuracy", on the test split; "loss", on the training split; "error" or "residual", of runs that tell it.
       against: "step" or "bytes".
     """
     names = _wrapped(series)
     columns = 3 if max(map(len, names)) < 24 else 2
     lines = 1 + max(name.count("\n") for name in names)
     figure, axes = _panel(height=3.6 + 0.16 * lines * math.ceil(len(series) / columns))
+    shown = [[run for run in one.runs if told(run, value)] for one in series]
     for number, (one, name) in enumerate(zip(series, names, strict=True)):
-        for place, run in enumerate(one.runs):
-            points = run.test if value == "accuracy" else _means(run.train, POINTS)
+        for place, run in enumerate(shown[number]):
+            points = told(run, value) if value == "accuracy" else _means(told(run, value), POINTS, value)
             (line,) = _line(axes, points, value, against, one.style, thin=len(one.runs) > 1)
             line.set_gid(f"run{place}-codec{number}")
             line.set_label("_" if place else name)  # "_" is left out of the legend
     if value == "accuracy":
         _cut(axes)
     _scales(axes, value, against)
-    figure.legend(loc="outside lower center", ncols=min(columns, len(series)), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(columns, sum(map(bool, shown))), fontsize=8)
     return figure
+
+
+def told(run: Run, value: str) -> list[Record]:
+    """The records of a run that tell of a value for `curves`; none of a residual where nothing is ever owed."""
+    found = [record for record in (run.test if value == "accuracy" else run.train) if value in record]
+    return [] if value == "residual" and not any(record[value] for record in found) else found
 
 
 @matplotlib.rc_context(STYLE)
@@ -249,11 +263,12 @@ def _cut(axes: Axes) -> None:
 
 
 def _scales(axes: Axes, value: str, against: str) -> None:
+    axes.set(ylabel=LABELS[value])
     if value == "accuracy":
-        axes.set(ylabel="test accuracy")
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    elif value == "error":
+        axes.set(ylim=(0, None))
     else:
-        axes.set(ylabel="training loss (log scale)")
         _log(axes, "y")
     if against == "step":
         axes.set(xlabel="training steps", xlim=(0, None))
@@ -279,12 +294,12 @@ def _log(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _means(records: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, float]]:
-    """At most so many points, each the mean loss of as many consecutive records, at the last one's step and bytes."""
+def _means(records: Sequence[Mapping[str, Any]], most: int, value: str = "loss") -> list[dict[str, float]]:
+    """At most so many points, each a mean over as many consecutive records, at the last one's step and bytes."""
     size = max(1, math.ceil(len(records) / most))
     parts = [records[begin : begin + size] for begin in range(0, len(records), size)]
     return [
-        {**{key: part[-1][key] for key in ("step", "bytes")}, "loss": statistics.fmean(r["loss"] for r in part)}
+        {**{key: part[-1][key] for key in ("step", "bytes")}, value: statistics.fmean(r[value] for r in part)}
         for part in parts
     ]
 

@@ -12,7 +12,8 @@ devices. An exchange is the codec alone, without a loss or an optimizer. Its sta
 
 - Temporary: what a device allocates beside arguments and results, as a multiple of the gradient's size.
 - Passes: the bytes that XLA expects a device to read and write, as a multiple of an in-place pass over the gradient
-  (8 bytes an element). Of a conditional XLA counts the most expensive branch.
+  (8 bytes an element). Of a conditional XLA counts the most expensive branch; of a codec that is measured, the one for
+  magnitudes whose squares leave float32's range.
 
 `messages` is about the collectives of a program on four devices. The programs are that exchange, and two whole
 `train_step`s with Adam, a loss, an auxiliary output and a model state: one of ResNet-18, whose model state is its
@@ -66,6 +67,7 @@ from gradcomp_jax import (
     init,
     local_state,
     make_mesh,
+    measured,
     none,
     onebit,
     powersgd,
@@ -95,6 +97,8 @@ CODECS: dict[str, Callable[[], Compressor]] = {
     "adaptive": adaptive,
     "accordion-powersgd": lambda: accordion(powersgd(rank=4), powersgd(rank=1), interval=10),
     "accordion-topk": lambda: accordion(topk(fraction=0.1), topk(fraction=0.01), interval=10),
+    "powersgd-measured": lambda: measured(powersgd(rank=4)),
+    "qsgd-measured": lambda: measured(qsgd(bits=4, min_size=0)),
 }
 PLAIN = "pmean and Adam"
 # LLVM's passes take most of the time, and come after buffers and collectives are settled.

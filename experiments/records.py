@@ -5,12 +5,13 @@ The kind of a line is its "kind":
 - run, the first: what was run, see `training.header`;
 - train, every --log_every steps: means over the steps since the line before;
 - test, at every evaluation;
+- leaves, after a line "test", where codecs are measured: "error" and "residual" by path;
 - levels, after a line "train": what accordion decided, and why, for each leaf, where that has changed;
 - resumed, where a run went on from a checkpoint;
 - end, the last, only in a run that has reached its end.
 
-A line "train" also has "code_bits", of the last step, for codecs whose codes vary in length: see
-`gradcomp_jax.code_bits`.
+A line "train" also has "code_bits" for codecs whose codes vary in length, see `gradcomp_jax.code_bits`, and "error" and
+"residual" where codecs are measured, see `gradcomp_jax.metrics`. These, and those of "leaves", are of the last step.
 
 All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent by then, and
 "dense_bytes", what it would have sent by a dense all-reduce of the gradients in their own type. Both are of the
@@ -47,6 +48,7 @@ class Run(NamedTuple):
       test: the lines "test".
       resumed: the lines "resumed".
       levels: the lines "levels", whose "decisions" are sentences.
+      leaves: the lines "leaves".
       end: the line "end"; empty in a run that has not reached its end.
     """
 
@@ -55,6 +57,7 @@ class Run(NamedTuple):
     test: list[Record]
     resumed: list[Record]
     levels: list[Record]
+    leaves: list[Record]
     end: Record
 
     @property
@@ -118,15 +121,16 @@ def of(lines: Iterable[Record]) -> Run:
       RecordsError: the first one is not of the kind "run", or another is of an unknown kind.
     """
     header, *rest = lines or [{}]
-    kinds: dict[str, list[Record]] = {"train": [], "test": [], "resumed": [], "levels": [], "end": []}
+    kinds: dict[str, list[Record]] = {kind: [] for kind in ("train", "test", "resumed", "levels", "leaves", "end")}
     if header.get("kind") != "run":
         raise RecordsError("the first line is not of the kind 'run'")
     for record in rest:
         if record.get("kind") not in kinds:
             raise RecordsError(f"there is a line of kind {record.get('kind')!r}")
         kinds[record["kind"]].append(record)
-    end = kinds["end"][-1] if kinds["end"] else {}
-    return Run(header, kinds["train"], kinds["test"], kinds["resumed"], kinds["levels"], end)
+    ends = kinds.pop("end")
+    end = ends[-1] if ends else {}
+    return Run(header=header, end=end, **kinds)
 
 
 def read(path: pathlib.Path) -> Run:
@@ -243,9 +247,8 @@ class Recorder:
         with _named(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_text(line))
         if self.board:
-            for key, value in values.items():
-                if isinstance(value, int | float):
-                    self.board.add_scalar(f"{kind}/{key}", value, line["step"])
+            for key, value in _scalars(values):
+                self.board.add_scalar(f"{kind}/{key}", value, line["step"])
 
     def close(self) -> Run:
         """The run so far."""
@@ -272,10 +275,21 @@ def _named(path: pathlib.Path) -> Iterator[None]:
         raise RecordsError(f"cannot write {path}: {error.strerror}") from error
 
 
+def _scalars(values: Record) -> Iterator[tuple[str, float]]:
+    """The numbers among values, by key; of those by path, by both."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}/{path}", x) for path, x in value.items())
+        elif isinstance(value, int | float):
+            yield key, value
+
+
 def _text(line: Record) -> str:
     return json.dumps(line) + "\n"
 
 
 def _rounded(value: Any) -> Any:
-    """A float with six significant digits, as a float32 has no more; anything else as it is."""
+    """A float with six significant digits, as a float32 has no more, by itself or in a dict; anything else as it is."""
+    if isinstance(value, dict):
+        return {key: _rounded(x) for key, x in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

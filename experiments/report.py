@@ -21,6 +21,13 @@ from experiments.records import Run
 from experiments.summary import BASELINE, Row, Section, order, summarize
 
 EMULATED = "The workers are emulated on one CPU: none of this tells of the time that a network saves."
+LOST_ERROR = (
+    "The norm of what was not sent in a step, over the norm of what was to be sent: the gradient and the residual."
+)
+LOST_RESIDUAL = (
+    "How many gradients error feedback owes, by their norms. Steady is healthy; growing without end is not. Codecs "
+    "without error feedback are not shown."
+)
 DOUBTS = "These runs differ in more than the codec and the seed"
 UNFINISHED = "Unfinished, and in no table and no figure"
 # What a report takes from the lines of each kind, and of what type it is.
@@ -110,6 +117,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "skipped steps": lambda row: str(row.skipped),
     "ms a step": lambda row: f"{row.step_ms:.1f}",
 }
+# Where codecs were measured.
+LOST: dict[str, Callable[[Row], str]] = {
+    "relative error": lambda row: "" if row.error is None else f"{row.error:.3f}",
+    "residual / gradient": lambda row: "" if row.residual is None else f"{row.residual:.2f}",
+}
+
+
+def columns(section: Section) -> dict[str, Callable[[Row], str]]:
+    """Those of a section's table."""
+    return COLUMNS | (LOST if any(row.error is not None for row in section.rows) else {})
 
 
 def series_of(section: Section, looks: dict[str, figures.Style]) -> tuple[list[figures.Series], figures.Series | None]:
@@ -145,6 +162,12 @@ def plots(number: int, section: Section, looks: dict[str, figures.Style]) -> lis
         ("Training loss against steps", smooth + thin, figures.curves(series, "loss", "step")),
         ("Training loss against bytes", smooth + thin, figures.curves(series, "loss", "bytes")),
     ]
+    for title, value, what in (
+        ("Relative error of compression against steps", "error", LOST_ERROR),
+        ("Residual over gradient against steps", "residual", LOST_RESIDUAL),
+    ):
+        if any(figures.told(run, value) for one in series for run in one.runs):
+            drawn.append((title, f"{what} {smooth}{thin}", figures.curves(series, value, "step")))
     return [
         Plot(title, caption, figures.svg(figure, f"s{number}-f{place}"))
         for place, (title, caption, figure) in enumerate(drawn)
@@ -164,7 +187,7 @@ def html(sections: Sequence[Section]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         title=_title(sections),
-        columns=COLUMNS,
+        columns=columns,
         doubts=DOUBTS,
         unfinished=UNFINISHED,
         looks=looks,
@@ -181,10 +204,11 @@ def markdown(sections: Sequence[Section]) -> str:
             if sentences:
                 lines += [f"**{heading}:**", "", *(f"- {_plain(sentence)}" for sentence in sentences), ""]
         if section.rows:
-            alignment = ["---", *["---:"] * (len(COLUMNS) - 1)]
-            table = [list(COLUMNS), alignment, *([cell(row) for cell in COLUMNS.values()] for row in section.rows)]
-            table[2:] = [[_plain(cell) for cell in cells] for cells in table[2:]]
-            lines += [*(f"| {' | '.join(cells)} |" for cells in table), ""]
+            cells = columns(section)
+            alignment = ["---", *["---:"] * (len(cells) - 1)]
+            table = [list(cells), alignment, *([cell(row) for cell in cells.values()] for row in section.rows)]
+            table[2:] = [[_plain(cell) for cell in line] for line in table[2:]]
+            lines += [*(f"| {' | '.join(line)} |" for line in table), ""]
             lines += [f"![Accuracy against bytes]({picture(number)})", ""]
         lines += [*(f"- {_plain(note)}" for note in section.notes), ""]
         lines += ["Common to all: " + "; ".join(f"{_plain(key)} {_plain(x)}" for key, x in section.facts) + ".", ""]

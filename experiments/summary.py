@@ -34,6 +34,8 @@ class Row(NamedTuple):
       compressed_ratio: how many times fewer bytes than dense over those; None if there are none.
       skipped: steps whose gradients were not finite, in all runs together.
       step_ms: milliseconds of a step, the mean of the runs' medians.
+      error: the relative error of compression, over the second half of the steps; None where it was not measured.
+      residual: the residual over the gradient, the same.
       settings: all settings of the codec.
     """
 
@@ -53,6 +55,8 @@ class Row(NamedTuple):
     compressed_ratio: float | None
     skipped: int
     step_ms: float
+    error: float | None
+    residual: float | None
     settings: str
 
 
@@ -169,8 +173,16 @@ def row(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
         compressed_ratio=statistics.fmean(compressed) if compressed else None,
         skipped=sum(run.end["skipped"] for run in runs),
         step_ms=mean(lambda run: run.step_ms),
+        error=_late(runs, "error"),
+        residual=_late(runs, "residual"),
         settings=", ".join(f"{key}={x}" for key, x in own_settings(runs[0]).items()),
     )
+
+
+def _late(runs: Sequence[Run], value: str) -> float | None:
+    """The mean of what lines "train" of the second half of the steps tell; None where they do not."""
+    found = [line[value] for run in runs for line in run.train if value in line and 2 * line["step"] > run.step]
+    return statistics.fmean(found) if found else None
 
 
 def _verdict(accuracy: float, base: Sequence[float]) -> str:

@@ -31,6 +31,8 @@ from gradcomp_jax import (
     delayed,
     init,
     make_mesh,
+    measured,
+    metrics,
     place,
     resize_workers,
     skipped,
@@ -42,6 +44,7 @@ FLAGS = flags.FLAGS
 
 codecs.define_flags()
 flags.DEFINE_boolean("delayed", False, "Exchange in each step the gradients of the one before, with every codec.")
+flags.DEFINE_boolean("measured", True, "Record what codecs lose and owe; a step takes a little longer for it.")
 flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", lower_bound=2)
 flags.DEFINE_integer("epochs", 10, "Passes over the training split.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Examples a step, over all workers; a multiple of --workers.", lower_bound=1)
@@ -98,6 +101,8 @@ SHOWN = (
     "out_dir",
     "checkpoint_dir",
 )
+# The figures of `gradcomp_jax.metrics` that are recorded.
+LOST = ("error", "residual")
 NO_REORDERING = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # What a run must have in common with the checkpoint from which it goes on, beside the experiment's own flags.
 SETTINGS = (
@@ -114,6 +119,7 @@ SETTINGS = (
     "seed",
     "eval_every",
     "log_every",
+    "measured",
 )
 
 
@@ -155,6 +161,8 @@ def codec(name: str, task: Task) -> optax.GradientTransformationExtraArgs:
     # A cosine falls in every step, by which accordion would compress in none.
     schedule = learning_rate(steps_per_epoch) if FLAGS.schedule == "step" else None
     made = codecs.from_flags(name, FLAGS.seed, codecs.Course(steps_per_epoch, schedule))
+    if FLAGS.measured and name != "none":  # which loses nothing
+        made = measured(made)
     return delayed(made) if FLAGS.delayed else made
 
 
@@ -236,7 +244,7 @@ def train(
             status = f"loss {loss:.3f}, {FLAGS.batch_size / seconds:.0f} examples/s, {recorder.sent}"
             progress.update(bar, advance=1, status=status)
             if done % FLAGS.log_every == 0 or done == steps:
-                recorder.train(lr=lr, skipped=int(skipped(opt_state)), **code_length(opt_state))
+                recorder.train(lr=lr, skipped=int(skipped(opt_state)), **code_length(opt_state), **lost(opt_state))
                 decisions = accordion_log(opt_state)
                 if recorder.levels(decisions):
                     low = sum(": low" in decision for decision in decisions)
@@ -246,6 +254,8 @@ def train(
                 with recorder.timed("evaluate"):
                     judged = task.evaluate(params, model_state)
                 recorder.write("test", **judged)
+                if leaves := lost_by_leaf(opt_state):
+                    recorder.write("leaves", **leaves)
                 left = (time.perf_counter() - since) / (done - first) * (steps - done)
                 screen.print(
                     f"{run_name}: epoch {math.ceil(done / steps_per_epoch)}, step {done}/{steps}, {status}, train "
@@ -285,6 +295,18 @@ def code_length(opt_state: Any) -> dict[str, float]:
         return {"code_bits": code_bits(opt_state)}
     except ValueError:
         return {}
+
+
+def lost(opt_state: Any) -> dict[str, float]:
+    """The relative error and the residual over the gradient, as "error" and "residual"; nothing if not measured."""
+    figures = jax.device_get(metrics(opt_state))
+    return {} if figures.error is None else {name: float(getattr(figures, name)) for name in LOST}
+
+
+def lost_by_leaf(opt_state: Any) -> dict[str, dict[str, float]]:
+    """The same by path."""
+    leaves = {path: x for path, x in jax.device_get(metrics(opt_state).leaves).items() if x.error is not None}
+    return {name: {path: float(getattr(x, name)) for path, x in leaves.items()} for name in LOST if leaves}
 
 
 def checkpoint(

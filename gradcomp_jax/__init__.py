@@ -33,6 +33,7 @@ from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.mesh import make_mesh
+from gradcomp_jax.metrics import LeafMetrics, Metrics, measured, metrics
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
 from gradcomp_jax.parallel import data_parallel
@@ -74,7 +75,9 @@ __all__ = [
     "EFMomentumState",
     "Feedback",
     "GradiVeQState",
+    "LeafMetrics",
     "LossScaleState",
+    "Metrics",
     "OneBitState",
     "PerLayerState",
     "PerWorker",
@@ -106,6 +109,8 @@ __all__ = [
     "loss_scale",
     "loss_scaled",
     "make_mesh",
+    "measured",
+    "metrics",
     "none",
     "onebit",
     "per_layer",

@@ -24,9 +24,10 @@ from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.parcels import Parcels, pack, unpack
 from gradcomp_jax.exchange.plan import Plan, Settings, flatten, half, plan, salt, tell
 from gradcomp_jax.exchange.rounds import Bucket, Exchange, Exchanged, Terms
+from gradcomp_jax.norms import no_norms, of_lost, of_terms
 from gradcomp_jax.notes import alone, remark
 from gradcomp_jax.sharding import PerWorker, Shards, is_per_worker
-from gradcomp_jax.views import narrow, wide, widen
+from gradcomp_jax.views import always, narrow, wide, widen
 
 BY_PATH = "by path"
 
@@ -50,13 +51,17 @@ class CompressorState(NamedTuple):
       residual: what error feedback still owes, for each compressed leaf by path; empty without it.
       wire: bits sent, see `wire_bits`; of `across` a `Links`.
       skipped: int32, steps in which some worker's gradient was not finite. Such a step yields zeros and
-        leaves `codec` and `residual` as they were; what it sent is counted in `wire`.
+        leaves `codec`, `residual` and `norms` as they were; what it sent is counted in `wire`.
+      norms: what `metrics` reads, empty unless the codec is `measured`. By path, float32 [3], this worker's 2-norms in
+        the last step that was compressed: of the gradient; of what was to be sent; of what of that was not sent. Zeros
+        before the first step.
     """
 
     codec: Any
     residual: PerWorker
     wire: Any
     skipped: jax.Array
+    norms: PerWorker
 
 
 class Estimated(NamedTuple):
@@ -250,7 +255,7 @@ class _Update(_Made):
     def __call__(
         self,
         updates: Any,
-        state: CompressorState,
+        state: Any,
         params: Any = None,
         *,
         flush: bool = False,
@@ -271,7 +276,8 @@ class _Update(_Made):
         narrower, extra = None if flush else settings.dense_dtype, jax.tree.leaves(beside)
         parcels = pack(the, leaves, extra, wire, settings.inside is not True, narrower)
         feeds = settings.error_feedback is not None
-        exchange = Exchange(codec, settings.aggregate, wire, feeds, feeds, fresh is True, narrower)
+        wants_own = feeds or settings.measured
+        exchange = Exchange(codec, settings.aggregate, wire, feeds, wants_own, fresh is True, narrower)
         if flush:
             exchange = exchange._replace(codec=Uncompressed(), aggregate=None)
         done, state = _exchange(exchange, codec, settings, the, leaves, state, parcels, learning_rate, flush)
@@ -305,7 +311,8 @@ def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     tensors = {path: _widened(seen) for path, seen in the.kept.items()}
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
     zeros = lambda: {path: jnp.zeros(x.shape, x.dtype) for path, x in tensors.items()}  # noqa: E731
-    return _first_state(_marked(codec, state, settings, the), settings, zeros, the)
+    norms = {path: no_norms() for path in tensors}
+    return _first_state(_marked(codec, state, settings, the), settings, zeros, norms, the)
 
 
 def _widened(leaf: Any) -> Any:
@@ -315,22 +322,28 @@ def _widened(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, wide(leaf.dtype))
 
 
-def _first_state(state: Any, settings: Settings, zeros: Callable[[], Any], the: Plan | None) -> CompressorState:
+def _first_state(
+    state: Any, settings: Settings, zeros: Callable[[], Any], norms: Any, the: Plan | None
+) -> CompressorState:
     feedback = settings.error_feedback
     if feedback is not None and not feedback.owes:
         state = Estimated(state, _of_chip(zeros(), settings, the, "estimate"))
     role = "owed" if feedback is None or feedback.owes else "estimate"
     memory = _of_worker(zeros() if feedback is not None else {}, settings, the, role)
-    return CompressorState(state, memory, no_bits(settings.fast is not None), jnp.int32(0))
+    kept = _of_worker(norms if settings.measured else {}, settings, the, "norms", cut=False)
+    return CompressorState(state, memory, no_bits(settings.fast is not None), jnp.int32(0), kept)
 
 
-def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str) -> Any:
-    """What differs between the workers; of shards, between their chips too. Of these, without a plan, one leaf."""
+def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str, cut: bool = True) -> Any:
+    """What differs between the workers; of shards, between their chips too. Of these, without a plan, one leaf.
+
+    What is by path is of shards of the leaves, where it is `cut`.
+    """
     if settings.fast is None:
         return PerWorker(value, settings.axis_name, role)
     if the is None:
         return value if isinstance(value, PLACEHOLDER) else BY_PATH
-    cuts = tuple(the.cuts.get(path) for path in sorted(value)) if isinstance(value, dict) else (None,)
+    cuts = tuple(the.cuts.get(path) if cut else None for path in sorted(value)) if isinstance(value, dict) else (None,)
     along = {path: the.shards[path][0] if path in the.shards else None for path in the.leaves}
     lie = tuple(sorted(along.items())) if the.shards else ()
     return PerWorker(value, settings.axes, role, Shards((settings.axis_name, settings.fast), cuts, lie))
@@ -350,7 +363,7 @@ def _placeholders(codec: Codec, settings: Settings, placeholder: Any) -> Compres
     """
     by_path = lambda x: isinstance(x, dict)  # noqa: E731
     state = jax.tree.map(lambda x: BY_PATH if by_path(x) else x, codec.start({}), is_leaf=by_path)
-    return _first_state(_marked(codec, state, settings, None), settings, lambda: placeholder, None)
+    return _first_state(_marked(codec, state, settings, None), settings, lambda: placeholder, BY_PATH, None)
 
 
 def _exchange(
@@ -359,11 +372,11 @@ def _exchange(
     settings: Settings,
     the: Plan,
     leaves: dict[str, Any],
-    state: CompressorState,
+    state: Any,
     parcels: Parcels,
     learning_rate: Any,
     flush: bool,
-) -> tuple[Exchanged, CompressorState]:
+) -> tuple[Exchanged, Any]:
     """What the codec makes of the compressed leaves, with the means that are to be applied; and the next state."""
     feedback, memory = settings.error_feedback, state.residual.value
     estimated = isinstance(state.codec, Estimated)
@@ -385,21 +398,36 @@ def _exchange(
         estimates = jax.lax.cond(done.ok, moved, lambda: old)
         mean = {path: jnp.where(done.ok, estimates[path], 0) for path in terms}
     residual = memory | {path: jnp.where(done.ok, 0, x) for path, x in owing.items()}
+    given = {path: of_terms(x) for path, x in terms.items()} if settings.measured and not flush else {}
     for path in terms.keys() & memory.keys():
         old = memory[path]
         lost = _lost(mean[path], leaves[path].dtype) if feedback.owes else 0  # estimates are wide, and stay
         if flush:
             residual[path] = jnp.where(done.ok, 0, old) if feedback.owes else old
         else:
-            residual[path] = feedback.settle(terms[path], old, done.own[path], done.ok)
+            # Known only once the old memory has been read, so that the new one can overwrite it where it lies.
+            ok = done.ok & always(given[path]) if given else done.ok
+            residual[path] = feedback.settle(terms[path], old, done.own[path], ok)
             residual[path] = residual[path] if isinstance(lost, int) else residual[path] + jnp.where(done.ok, lost, 0)
     after = _marked(codec, after, settings, the)
-    return done._replace(mean=mean), CompressorState(
+    state = state._replace(
         codec=Estimated(after, _of_chip(estimates, settings, the, "estimate")) if estimated else after,
         residual=state.residual._replace(value=residual),
-        wire=state.wire,
         skipped=state.skipped + jnp.where(done.ok, 0, 1),
     )
+    return done._replace(mean=mean), _measured(state, feedback, terms, done, given) if given else state
+
+
+def _measured(
+    state: CompressorState, feedback: Any, terms: Terms, done: Exchanged, given: dict[str, jax.Array]
+) -> CompressorState:
+    """The state with the norms of a step, whose terms have the norms `given`."""
+    norms = dict(state.norms.value)
+    for path, norm in given.items():
+        lost = of_lost(feedback, terms[path][0], state.residual.value.get(path), done.own[path], norm)
+        now = narrow(jnp.concatenate([norm, lost]), jnp.float32)
+        norms[path] = jnp.where(done.ok, now, norms[path])
+    return state._replace(norms=state.norms._replace(value=norms))
 
 
 def _buckets(the: Plan, terms: Terms, parcels: Parcels, owing: dict[str, jax.Array]) -> list[Bucket]:
@@ -488,6 +516,11 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
             f"quantizer=qsgd(dense_dtype='{quantizer.settings.dense_dtype}') of codec {codec!r} sends nothing dense: "
             f"give dense_dtype to {codec}"
         )
+    if quantizer.settings.measured:
+        raise ValueError(
+            f"quantizer of codec {codec!r} is measured, and loses nothing by itself: measure the whole, as in "
+            f"measured({codec}(..., quantizer=qsgd(4)))"
+        )
     if aggregate != "psum":
         raise ValueError(
             f"aggregate={aggregate!r} beside a quantizer, with which codec {codec!r} is not linear: say there how "
@@ -533,7 +566,7 @@ def _require_local(settings: Settings, leaves: dict[str, Any]) -> None:
     collectives.require_same_elsewhere(list(leaves.items()), settings.axes)
 
 
-def _require_state_of(codec: str, state: CompressorState, expected: CompressorState) -> None:
+def _require_state_of(codec: str, state: Any, expected: Any) -> None:
     """Raises ValueError, naming the leaf, for a state that was not made for gradients like these."""
 
     def shapes(tree):

@@ -53,6 +53,11 @@ class Feedback:
         gradient, owed = jax.lax.optimization_barrier(terms[0]), terms[1]
         return _plus(jnp.where(ok, gradient[None] + owed[None], memory[None]), own, -1, ok)
 
+    def missing(self, gradient: jax.Array, memory: jax.Array) -> jax.Array:
+        """What of its terms was not sent in the step that left this memory."""
+        del gradient
+        return memory
+
 
 @dataclasses.dataclass(frozen=True)
 class EF21:
@@ -72,6 +77,10 @@ class EF21:
         """The next memory; as it was where not `ok`."""
         del terms
         return _plus(memory[None], own, 1, ok)
+
+    def missing(self, gradient: jax.Array, memory: jax.Array) -> jax.Array:
+        """What of its terms was not sent in the step that left this memory."""
+        return gradient - memory
 
 
 def _plus(x: jax.Array, own: Any, share: int, ok: jax.Array) -> jax.Array:

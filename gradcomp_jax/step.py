@@ -369,7 +369,7 @@ def keep_state(kept: jax.Array, new: Any, old: Any) -> Any:
             return new
         if is_compressor_state(new):
             # Another codec of the chain may have seen nothing wrong.
-            return new._replace(codec=keep(kept, new.codec, old.codec), residual=keep(kept, new.residual, old.residual))
+            return keep(kept, new, old)._replace(wire=new.wire, skipped=new.skipped)
         if is_loss_scale(new):
             return new._replace(inner=keep_state(kept, new.inner, old.inner))
         return keep(kept, new, old)

@@ -244,7 +244,15 @@ class _Part(NamedTuple):
             skipped = functools.reduce(jnp.add, [state.skipped for state in self.old])
         first = self.old[place_ : place_ + 1] if like else []
         nested = [x for state in [*first, *self.old] for x in _nested(state.codec)]
-        return CompressorState(self._codec(new, nested), new.residual._replace(value=residual), wire, skipped)
+        kept = self.old[place_].norms.value if like else {}
+        norms = {path: kept.get(path, fresh) for path, fresh in new.norms.value.items()}
+        return CompressorState(
+            codec=self._codec(new, nested),
+            residual=new.residual._replace(value=residual),
+            wire=wire,
+            skipped=skipped,
+            norms=new.norms._replace(value=norms),
+        )
 
     def _codec(self, new: CompressorState, nested: list[Any]) -> Any:
         if not isinstance(new.codec, Estimated):

@@ -19,8 +19,9 @@ import gradcomp_jax as gcj
 from gradcomp_jax.compressor import compressor_states
 from gradcomp_jax.describe import __main__ as command
 from gradcomp_jax.describe import table, texts
-from tests import trees
-from tests.contexts import run
+from gradcomp_jax.testing import trees
+from gradcomp_jax.testing.contexts import run
+from tests import networks
 
 
 def like(shapes, dtype=jnp.float32):
@@ -228,7 +229,7 @@ class TestText:
     """For readers, and for programs."""
 
     def test_a_line_for_leaves_that_are_alike(self):
-        told = gcj.describe(gcj.powersgd(2), like(trees.transformer(layers=3)), 8)
+        told = gcj.describe(gcj.powersgd(2), like(networks.transformer(layers=3)), 8)
         lines = str(told).splitlines()
         names = [line.partition("  ")[0] for line in lines[: lines.index("")] if line[0] != " "]
         assert names == [
@@ -255,7 +256,7 @@ class TestText:
         rows = gcj.describe(gcj.powersgd(2), like({f"a{i}/conv2/w": (64, 64) for i in range(11)}), 8).rows
         assert [(path, count) for path, _, count in table.grouped(rows)] == [("a*/conv2/w", 11)]
 
-    @pytest.mark.parametrize("tree", [trees.resnet18(), trees.transformer(), {"x" * 300: (64, 64)}, (64, 64)])
+    @pytest.mark.parametrize("tree", [networks.resnet18(), networks.transformer(), {"x" * 300: (64, 64)}, (64, 64)])
     def test_it_is_as_wide_as_a_page(self, tree):
         tx = optax.partition({"a": gcj.gradiveq(allow_dense=True), "b": gcj.powersgd(2)}, lambda _: "a")
         for told in (gcj.describe(tx, like(tree), 8), gcj.describe(gcj.powersgd(4), like(tree), {"data": 1024})):

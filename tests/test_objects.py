@@ -17,7 +17,12 @@ from tests.test_refusals import refuses
 
 TREE = {"conv": (3, 3, 8, 16), "layer": {"kernel": (64, 16), "bias": (16,)}}
 CODECS = {row.id: row.make for row in [*EACH, BY_ID["topk-ef21"], BY_ID["powersgd-2-qsgd"], BY_ID["topk-dct"]]}
+CODECS |= {
+    "measured": lambda: gc.measured(gc.powersgd(2)),
+    "measured-ef21": lambda: gc.measured(BY_ID["topk-ef21"].make()),
+}
 AROUND = {
+    "delayed-measured": lambda: gc.delayed(gc.measured(gc.onebit(second_residual=True))),
     "delayed": lambda: optax.chain(gc.delayed(gc.onebit(second_residual=True)), gc.ef_momentum()),
     "partition": lambda: optax.partition({"a": gc.none(), "b": gc.topk(0.1)}, {"conv": "a", "layer": "b"}),
     "masked": lambda: optax.chain(optax.masked(gc.powersgd(2), {"conv": False, "layer": True}), optax.sgd(0.1, 0.9)),

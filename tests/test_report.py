@@ -299,6 +299,37 @@ def test_lines_have_their_styles_and_can_be_hidden():
     assert '#s0:has(#s0-show1:not(:checked)) figure [id$="-codec1"]' in page
 
 
+def lossy(codec, errors, residuals, **more):
+    """The records of a run that tells what the codec lost and owed at steps 10, 20, 30 and 40."""
+    content = lines(codec, **more)
+    train = [record for record in content if record["kind"] == "train"]
+    for record, error, residual in zip(train, errors, residuals, strict=True):
+        record |= {"error": error, "residual": residual}
+    content.insert(4, {"kind": "leaves", "step": 20, "bytes": 1, "dense_bytes": 1, "error": {"a": 0.5}})
+    return records.of(content)
+
+
+def test_what_codecs_lose_is_in_the_table_and_in_figures_where_it_was_measured():
+    topk = lossy("topk", [0.9, 0.8, 0.7, 0.5], [1.0, 2.0, 3.0, 5.0])
+    qsgd = lossy("qsgd", 4 * [0.25], 4 * [0.0])
+    section = only([NONE[0], topk, qsgd])
+    lost = {row.name: (row.error, row.residual) for row in section.rows}
+    assert lost == {"none": (None, None), "qsgd": (0.25, 0.0), "topk": (pytest.approx(0.6), 4.0)}
+    table = [line.split(" | ") for line in report.markdown([section]).splitlines() if line[:1] == "|"]
+    assert [line[-2:] for line in table if line[0] == "| topk"] == [["0.600", "4.00 |"]]
+    assert [line[-2:] for line in table if line[0] == "| none"] == [["", " |"]]
+    page = report.html([section])
+    *_, error, residual = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    looks = figures.styles({name: name for name in ("none", "qsgd", "topk")})
+    colors = {name: look.color for name, look in looks.items()}
+    assert [colors[name] in error for name in ("none", "qsgd", "topk")] == [False, True, True]
+    # Without error feedback nothing is owed, of which a logarithmic axis has no place.
+    assert [colors[name] in residual for name in ("none", "qsgd", "topk")] == [False, False, True]
+    assert re.findall(r'id="s0-f7-run\d-codec(\d)"', page) == ["2"]
+    assert page.count("<svg") == 8
+    assert report.html([only([NONE[0], run("topk")])]).count("<svg") == 6
+
+
 def test_losses_are_means_of_neighbours():
     train = [{"step": n + 1, "bytes": 10 * n, "loss": float(n)} for n in range(5)]
     assert figures._means(train, 5) == train

@@ -85,6 +85,26 @@ def test_records_tell_true_code_lengths_and_what_accordion_decided(tmp_path):
     assert f"step 12, {low} of {len(decisions[-1])} leaves at low compression" in said.getvalue()
 
 
+def test_records_tell_what_codecs_lose(tmp_path):
+    given(tmp_path / "topk", f"--tensorboard_dir={tmp_path / 'board'}", codec="topk")
+    run, shown = train(), scalars(tmp_path / "board")
+    assert all(0 < line["error"] < 1 and line["residual"] > 0 for line in run.train)
+    assert [line["step"] for line in run.leaves] == [line["step"] for line in run.test]
+    for line in run.leaves:
+        assert (
+            {*line["error"]}
+            == {*line["residual"]}
+            == {f"layer{n}/{name}" for n in (1, 2) for name in ("bias", "kernel")}
+        )
+        assert shown["leaves/error/layer1/kernel", line["step"]] == pytest.approx(line["error"]["layer1/kernel"])
+    given(tmp_path / "plain", "--nomeasured", codec="topk")
+    plain = train()
+    assert "error" not in plain.train[0]
+    assert not plain.leaves
+    assert [line["loss"] for line in plain.train] == [line["loss"] for line in run.train]
+    assert plain.end["bytes"] == run.end["bytes"]
+
+
 def test_a_training_that_is_done_is_not_done_again(tmp_path):
     given(tmp_path)
     first = train()

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
       fast: of `across`, the axis of the chips of a worker; None: a worker is one device.
       inside: of `across`, whether gradients come whole from each chip, and are summed into shards; or which do; or by
         path the axis along which each is cut, None of those that come whole.
+      measured: of `measured`, whether the state has the norms of what is lost.
     """
 
     axis_name: AxisName
@@ -56,6 +57,7 @@ class Settings(NamedTuple):
     buckets: Bucketing = None
     fast: AxisName | None = None
     inside: bool | Predicate | dict[str, int | None] = True
+    measured: bool = False
 
     @property
     def axes(self) -> tuple[str, ...]:
