@@ -103,7 +103,8 @@ def measured(codec: Compressor) -> Compressor:
     if not isinstance(codec, Compressor):
         raise ValueError(
             f"codec={shown(codec)} must be a codec, as in optax.chain(measured(topk(0.01)), optax.sgd(0.1)); what goes "
-            "around a codec goes around measured, as in delayed(measured(onebit()))"
+            "around a codec goes around measured, as in delayed(measured(onebit())), and of a per_layer of several "
+            "codecs each is measured"
         )
     return compressor(codec.codec, codec.settings._replace(measured=True))
 

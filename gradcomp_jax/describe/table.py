@@ -56,7 +56,7 @@ def ratio(fewer: float | None) -> str:
 
 def _cells(path: str, row: "Row", count: int, several: bool) -> tuple[str, ...]:
     """The cells of rows that are alike."""
-    name = row.codec.partition("(")[0]
+    name = row.codec.removeprefix("measured(").partition("(")[0]
     taken = f"{name}: {row.view}" if several and row.view else row.view or name
     taken = f"dense: {row.why}" if row.codec == "" else taken + (f"; {row.advice}" if row.advice else "")
     return (
