@@ -52,8 +52,8 @@ class CompressorState(NamedTuple):
       wire: bits sent, see `wire_bits`; of `across` a `Links`.
       skipped: int32, steps in which some worker's gradient was not finite. Such a step yields zeros and
         leaves `codec`, `residual` and `norms` as they were; what it sent is counted in `wire`.
-      norms: what `metrics` reads, empty unless the codec is `measured`. By path, float32 [3], this worker's 2-norms in
-        the last step that was compressed: of the gradient; of what was to be sent; of what of that was not sent. Zeros
+      norms: what `metrics` reads; () unless the codec is `measured`. By path, float32 [3], this worker's 2-norms in the
+        last step that was compressed: of the gradient; of what was to be sent; of what of that was not sent. Zeros
         before the first step.
     """
 
@@ -61,7 +61,7 @@ class CompressorState(NamedTuple):
     residual: PerWorker
     wire: Any
     skipped: jax.Array
-    norms: PerWorker
+    norms: Any
 
 
 class Estimated(NamedTuple):
@@ -330,7 +330,7 @@ def _first_state(
         state = Estimated(state, _of_chip(zeros(), settings, the, "estimate"))
     role = "owed" if feedback is None or feedback.owes else "estimate"
     memory = _of_worker(zeros() if feedback is not None else {}, settings, the, role)
-    kept = _of_worker(norms if settings.measured else {}, settings, the, "norms", cut=False)
+    kept = _of_worker(norms, settings, the, "norms", cut=False) if settings.measured else ()
     return CompressorState(state, memory, no_bits(settings.fast is not None), jnp.int32(0), kept)
 
 

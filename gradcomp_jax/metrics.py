@@ -91,7 +91,7 @@ def measured(codec: Compressor) -> Compressor:
       codec: a codec, such as `powersgd(2)`, `accordion(...)` or `across(...)`.
 
     Returns:
-      A `Compressor`, in the place of the codec; its state's `norms` are no longer empty.
+      A `Compressor`, in the place of the codec; its state has `norms`.
 
     Raises:
       ValueError: codec is none. What goes around codecs goes around this, as in `delayed(measured(onebit()))`.
@@ -179,13 +179,13 @@ def _metrics(states: list[Any]) -> Metrics:
 def _paths(state: CompressorState) -> list[str]:
     """Of the leaves of which there are figures."""
     residual = {} if isinstance(state.codec, Estimated) else state.residual.value
-    return list(state.norms.value or residual)
+    return list(state.norms.value if state.norms else residual)
 
 
 def _norms(state: CompressorState) -> dict[str, _Norms]:
     estimated = isinstance(state.codec, Estimated)
     residuals = {} if estimated else {path: narrow(norm(x), jnp.float32) for path, x in state.residual.value.items()}
-    if not state.norms.value:
+    if not state.norms:
         return {path: _Norms(x) for path, x in residuals.items()}
     found = {}
     for path, x in state.norms.value.items():

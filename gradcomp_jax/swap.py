@@ -244,14 +244,16 @@ class _Part(NamedTuple):
             skipped = functools.reduce(jnp.add, [state.skipped for state in self.old])
         first = self.old[place_ : place_ + 1] if like else []
         nested = [x for state in [*first, *self.old] for x in _nested(state.codec)]
-        kept = self.old[place_].norms.value if like else {}
-        norms = {path: kept.get(path, fresh) for path, fresh in new.norms.value.items()}
+        norms = new.norms
+        if norms:
+            kept = self.old[place_].norms.value if like and self.old[place_].norms else {}
+            norms = norms._replace(value={path: kept.get(path, fresh) for path, fresh in norms.value.items()})
         return CompressorState(
             codec=self._codec(new, nested),
             residual=new.residual._replace(value=residual),
             wire=wire,
             skipped=skipped,
-            norms=new.norms._replace(value=norms),
+            norms=norms,
         )
 
     def _codec(self, new: CompressorState, nested: list[Any]) -> Any:

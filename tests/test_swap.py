@@ -186,6 +186,17 @@ class TestWhatGoesOn:
         before, after = self.swapped(old, old)
         chex.assert_trees_all_equal(before, after)
 
+    def test_norms_go_on_where_both_are_measured(self):
+        plain, measured, new = gc.powersgd(2), gc.measured(gc.powersgd(2)), gc.measured(topk(0.1))
+        params, state = after_steps(measured, WORKERS, 2)
+        chex.assert_trees_all_equal(gc.swap(measured, new, params, state, WORKERS).norms, state.norms)
+        unmeasured = gc.swap(measured, plain, params, state, WORKERS)
+        assert unmeasured.norms == ()
+        again = gc.swap(plain, new, params, unmeasured, WORKERS)
+        assert not any(x.any() for x in again.norms.value.values())
+        _, after = after_steps(new, WORKERS, 1, params, again)
+        assert gc.metrics(after).error > 0
+
     def test_estimates_go_on_under_ef21_and_owe_nothing_elsewhere(self, caplog):
         old, new = (gc.powersgd(rank, error_feedback=gc.EF21()) for rank in (4, 2))
         before, after = self.swapped(old, new)
