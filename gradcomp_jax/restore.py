@@ -107,7 +107,7 @@ def _lies(x: PerWorker) -> PerWorker:
 
 
 def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> Any:
-    """What Orbax is to read: `like` with as many workers as were saved. If there are others now, it lies on the host."""
+    """What Orbax is to read: `like` with as many workers as were saved. If their number changed, it is on the host."""
     mine = _by_path(like)
     if differing := sorted(mine.keys() ^ saved.keys()):
         what = "lacks" if differing[0] in mine else "has beside what like has"
