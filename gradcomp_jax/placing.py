@@ -154,7 +154,7 @@ def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
         return x
     try:
         return jax.device_put(x, sharding)
-    except AssertionError as error:  # jax says so that processes give different values
+    except AssertionError as error:  # jax's way to say that processes give different values
         raise ValueError(
             f"leaf {jax.tree_util.keystr(path)} differs between the processes, and is to be the same on all: make it "
             "from one seed on all, or take the first process's by "
