@@ -1,6 +1,7 @@
 """Reduces what workers bring beside gradients: the loss, auxiliary outputs, model state.
 
-All of it rides in the codec's own messages, as floating arrays, and their means over the workers arrive.
+It rides in the codec's own messages as floating arrays, and their means over the workers arrive. Only the integer
+leaves of a model state travel apart; the largest value of each arrives.
 """
 
 import warnings

@@ -432,7 +432,7 @@ def _measured(
 
 
 def _buckets(the: Plan, terms: Terms, parcels: Parcels, owing: dict[str, jax.Array]) -> list[Bucket]:
-    """The parts of the exchange; `owing`: what fewer chips left of leaves whose shards do not shrink among so many."""
+    """The parts of the exchange; `owing`: the residuals of leaves that are dense now, but were not on fewer chips."""
     buckets = []
     for paths, riders, checked in zip(the.buckets, parcels.riders, parcels.checked, strict=True):
         mine = {path: terms[path] for path in paths if path in terms}

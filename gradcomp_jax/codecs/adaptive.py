@@ -1,9 +1,9 @@
 """Adaptive quantisation: the largest elements of a matrix, as one positive and one negative value for each column.
 
 Dryden, Moon, Jacobs, Van Essen, "Communication Quantization for Data-Parallel Training of Deep Neural Networks", MLHPC
-2016, in the form of the authors' poster and of their LBANN library of 2017 (threshold_scope="matrix"); that of the
 2016, in the form of the authors' poster and of their LBANN library of 2017 (threshold_scope="matrix"). The form of the
 library of 2016 is threshold_scope="column". (The paper's own text was not at hand.) With v = g + e, the gradient plus
+the residual, an n x m matrix, and pi the proportion:
 
     t <- the magnitude that about n m / pi elements reach
     tau+ <- the smallest v > 0 with |v| >= t     tau- <- the largest v < 0 with |v| >= t; if none, minus the other

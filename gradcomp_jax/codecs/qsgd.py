@@ -174,7 +174,7 @@ class Buckets(Coder):
 
         def shorten(message: Message) -> tuple[jax.Array, jax.Array, jax.Array]:
             signed = unpack(message["codes"], self.bits).astype(jnp.int32) - s
-            # The last shard is filled up with zeros, whose codes are those of -s.
+            # The last shard is filled up with zero bytes, which are codes of -s.
             signed = jnp.where(message["scale"] > 0, signed, 0)
             data, lengths = elias.encode(signed, room, form)
             # Up to the first sum that is too large, no sum has wrapped around.

@@ -2,15 +2,15 @@
 
 One example is the warm-up of Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887,
 section 3.3: it sends 25, 6.25, 1.5625, 0.4 and 0.1 per cent of the gradients, for an epoch each. Another is a rank that
-grows. The given values are v_0, v_1, ..., those that send more first, and w is the wanted value of the schedule. In use
-is
+grows. The given values are v_0, v_1, ..., those that send more first, and w is the wanted value of the schedule.
+The value in use is
 
     the first v_i that sends no more than w does, else the last
 
 So w is rounded to the next value that sends less. A w that would send less than all of them gets the last.
 
-The strengths share one state, and all of it is inside the compiled step, as with `accordion`. A lower strength really
-sends less.
+The strengths share one state, and all of it is inside the compiled step, as with `accordion`. Fewer bytes
+really travel at a strength that sends less.
 """
 
 import dataclasses
