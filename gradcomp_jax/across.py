@@ -24,29 +24,28 @@ def across(
     `gradiveq` by whole slices. A leaf that does not divide is filled up with zeros. Each shard is compressed on its
     own, with two exceptions: `powersgd` has one Q for the whole matrix and sends r (n + m) / L numbers, and `gradiveq`
     has one basis. Both give the means that they give without `across`. `min_size`, `compress` and a codec's own rule
-    are asked about the whole leaf. A leaf whose shard would not shrink is sent dense. Dense leaves send 1 / L from each
-    chip.
+    see the whole leaf. A leaf whose shard would not shrink is sent dense. Each chip sends 1 / L of the dense leaves.
 
     Args:
       codec: a codec, such as `qsgd(4)`; leave its axis_name out, or give `slow`.
       slow: the mesh axis, or axes, of the slices or nodes.
       fast: the mesh axis, or axes, of the chips in each.
-      inside: whether gradients come whole, each chip's own; they are then summed and joined inside. False: they come in
-        shards, when parameters lie in shards over `fast` and a loss gathers them; the codec then runs on shards, and
+      inside: how gradients come. True: whole, each chip's own; they are then summed and joined inside. False: in
+        shards, if parameters lie in shards over `fast` and the loss gathers them; the codec then runs on shards, and
         gives shards. Or the parameters' layout, a tree of `PartitionSpec`s like them: leaves that it does not cut over
         `fast`, such as those that do not divide, come whole. Or (path, leaf) -> bool, whether a leaf comes whole; the
-        others are cut along their first axis, or along the one behind the layers of powersgd's `stacked=`. Beside
+        others are cut along their first axis, or along the axis behind the layers of powersgd's `stacked=`. Beside
         shards, the chips' gradients of whole leaves are summed too. So the worker's gradient is the sum over its chips,
         and a loss that is a mean divides by their number. `powersgd` and `gradiveq` see shards with the cut axis in
         front, behind the axis of layers. `flush` is for whole parameters. For shards, the codec's
-        `update(zeros, state, flush=True)` in a step of your own gives what is owed at the end.
+        `update(zeros, state, flush=True)` in a step of your own gives the debt at the end.
 
     Returns:
-      A `Compressor`, in the place of the codec. Its state is of shards; `init` makes it for a mesh.
+      A `Compressor`, to use instead of the codec. Its state holds shards; `init` makes it for a mesh.
 
     Raises:
       ValueError: codec is no codec, is on another axis, or is across slices already; slow and fast share an axis;
-        inside is none of these; or inside cuts a leaf otherwise than along one axis over all of fast.
+        inside is none of these; or inside cuts a leaf in another way than along one axis over all of fast.
 
     >>> import optax
     >>> import gradcomp_jax as gcj

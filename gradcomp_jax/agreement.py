@@ -1,4 +1,4 @@
-"""That the workers stay alike: what tx gives is the same on all, or it is refused, in words of ours."""
+"""Keeps the workers alike: tx must give the same on all, or it is refused in our own words."""
 
 import functools
 import re
@@ -45,7 +45,7 @@ _SEARCHES = (
 
 
 class Shapes(NamedTuple):
-    """A tree's structure, shapes and types, to remember it by."""
+    """The structure, shapes and types of a tree, as a key to remember it by."""
 
     treedef: Any
     leaves: tuple
@@ -61,10 +61,10 @@ class Shapes(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def require_agreement(tx: optax.GradientTransformation, sizes: tuple[tuple[str, int], ...], params: Shapes) -> None:
-    """Refuses a tx that would let the workers part, in the same words whatever the step then runs in.
+    """Refuses a tx that would let the workers part, in the same words wherever the step then runs.
 
-    Under shard_map types tell what may differ between workers; vmap and unchecked steps have no such types. There tx is
-    traced alone, over a mesh of no devices.
+    Under shard_map, types tell which values may differ between workers. vmap and unchecked steps have no such types.
+    For them tx is traced alone, over a mesh of no devices.
     """
     _trace_alone(tx, dict(sizes), params.tree(), check_vma=True)
 
@@ -89,13 +89,13 @@ def on_no_devices(
     params: Any,
     check_vma: bool = True,
 ) -> None:
-    """Traces `update(grads, state, params)` of tx over a mesh of no devices, where types tell what may differ.
+    """Traces `update(grads, state, params)` of tx over a mesh of no devices, where types tell which values may differ.
 
     Args:
-      update: what is traced.
+      update: the function to trace.
       tx: the transformation.
-      sizes: of the axes of workers.
-      params: their shapes and types.
+      sizes: the sizes of the workers' axes.
+      params: the shapes and types of the parameters.
       check_vma: whether types tell.
     """
     axes = tuple(sizes)
@@ -118,18 +118,18 @@ def update_of(
     loss: jax.Array,
     **extra_args: Any,
 ) -> tuple[Any, Any]:
-    """`tx.update`, where types tell what differs between workers, with our words for what they refuse.
+    """`tx.update`; if types tell which values differ between workers, it refuses in our own words.
 
-    Where types are not tracked it is `tx.update` alone.
+    If types are not tracked, it is `tx.update` alone.
 
     Args:
       tx: the transformation.
-      sizes: of the axes of workers.
-      grads: this worker's.
+      sizes: the sizes of the workers' axes.
+      grads: this worker's gradients.
       state: the state.
       params: the parameters.
-      loss: this worker's, of which the mean is `value` for transformations that ask for it.
-      **extra_args: of the codec.
+      loss: this worker's loss; transformations that ask for `value` get its mean.
+      **extra_args: the codec's extra arguments.
     """
     axes = tuple(sizes)
     try:
@@ -138,7 +138,7 @@ def update_of(
         if not collectives.tracked(axes):
             raise
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
-        # What fails without types too has other reasons, and gives them.
+        # An update that fails without types too has other reasons, and gives them.
         _trace_alone(tx, sizes, shapes, check_vma=False)
         raise ValueError(_AROUND.format(axes=axes)) from error
     if refusals := _differing(updates, axes, _UPDATES_DIFFER) + _differing(state, axes, _STATE_DIFFERS):
@@ -162,7 +162,7 @@ def _call(
             raise ValueError(_SEARCHES.format(asked=" and ".join(asked))) from error
         if not extra_args or "unexpected keyword argument" not in str(error):
             raise
-        # Perhaps of a transformation, such as optax's sam, that takes no further arguments but its own.
+        # Perhaps a transformation, such as optax's sam, that takes no arguments but its own.
         return update(grads, state, params)
 
 
@@ -175,7 +175,7 @@ def _differing(tree: Any, axes: AxisName, refusal: str) -> list[str]:
 
 
 def differing(tree: Any, axes: AxisName) -> list[str]:
-    """The paths of leaves that may differ along `axes`, as types tell, without being marked to do so."""
+    """The paths of leaves that may differ along `axes` by their types, and are not marked so."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_per_worker)
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")

@@ -1,6 +1,7 @@
-"""What workers bring beside gradients, and what becomes of it: the loss, auxiliary outputs, model state.
+"""Reduces what workers bring beside gradients: the loss, auxiliary outputs, model state.
 
-All of it rides in the codec's own messages, as floating arrays of which the means over the workers arrive.
+It rides in the codec's own messages as floating arrays, and their means over the workers arrive. Only the integer
+leaves of a model state travel apart; the largest value of each arrives.
 """
 
 import warnings
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 REDUCTIONS = ("mean", "sum", "workers")
-# Whole numbers of fewer bits come back exactly from their float32 mean: three roundings of 2^-24 stay below 1/2.
+# Whole numbers with fewer bits come back exactly from their float32 mean: three roundings of 2^-24 stay below 1/2.
 EXACT_BITS = 21
 
 
@@ -21,10 +22,10 @@ def reductions(reduce_aux: Any, aux: Any, rows: set[int]) -> Any:
     Args:
       reduce_aux: as `train_step` takes it.
       aux: one worker's outputs.
-      rows: of the leaves of the worker's part of the batch.
+      rows: the numbers of rows in the leaves of the worker's part of the batch.
 
     Raises:
-      ValueError: reduce_aux is no prefix of aux, or names another reduction; or there is a random key in aux.
+      ValueError: reduce_aux is no prefix of aux, or names another reduction; or aux holds a random key to be reduced.
     """
     if reduce_aux is None:
         return jax.tree_util.tree_map_with_path(lambda path, x: _by_type(path, x, rows), aux)
@@ -43,7 +44,7 @@ def reductions(reduce_aux: Any, aux: Any, rows: set[int]) -> Any:
 
 
 def over_parts(aux: Any, hows: Any) -> Any:
-    """One worker's outputs, of those of the parts of its batch [parts, ...]; where each keeps its own, as they are."""
+    """One worker's outputs from those of the parts of its batch [parts, ...]; under "workers" all parts are kept."""
 
     def reduced(x: jax.Array, how: str) -> jax.Array:
         if how == "workers":
@@ -92,11 +93,11 @@ def arrived(aux: Any, hows: Any, means: list[list[jax.Array]], workers: int, own
     """The auxiliary outputs of the step.
 
     Args:
-      aux: one worker's.
+      aux: one worker's outputs.
       hows: the reduction of each leaf.
-      means: what came of what was `sent`.
-      workers: how many there are.
-      own: what to make of an output that each worker keeps.
+      means: the means of the arrays of `sent`.
+      workers: the number of workers.
+      own: turns an output that each worker keeps into the step's output.
     """
     leaves, treedef = jax.tree.flatten(aux)
     of = lambda x, how, mean: own(x) if how == "workers" else _reduced(x, how, mean, workers)  # noqa: E731
@@ -111,7 +112,7 @@ def _reduced(x: jax.Array, how: str, means: list[jax.Array], workers: int) -> ja
 
 
 def _pieces(x: jax.Array, workers: int) -> list[jax.Array]:
-    """Whole numbers as floats of so few bits that the sum of each over the workers is exact."""
+    """Whole numbers as floats with so few bits that each one's sum over the workers is exact."""
     x = _summable(x)
     unsigned = x.astype(jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
     bits = _piece_bits(workers)
@@ -121,7 +122,7 @@ def _pieces(x: jax.Array, workers: int) -> list[jax.Array]:
 
 
 def _joined(x: jax.Array, means: list[jax.Array], workers: int) -> jax.Array:
-    """The sum over the workers, of the means of its pieces; it wraps as its type does."""
+    """The sum over the workers, from the means of its pieces; it wraps around like its type."""
     dtype = _summable(x).dtype
     total = jnp.zeros(x.shape, dtype)
     for i, mean in enumerate(means):
@@ -135,12 +136,12 @@ def _piece_bits(workers: int) -> int:
 
 
 def _summable(x: jax.Array) -> jax.Array:
-    """In a type of 32 bits at least, as `jnp.sum` has it."""
+    """The array in a type of at least 32 bits, as in `jnp.sum`."""
     return jnp.asarray(x, jnp.sum(jnp.zeros(1, x.dtype)).dtype)
 
 
 def model_state_parts(model_state: Any) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Its floating leaves, which are averaged, and its others, of which the largest is kept.
+    """The floating leaves, which are averaged, and the others; of these the largest value is kept.
 
     Raises:
       TypeError: a leaf is a random key.
@@ -158,9 +159,9 @@ def model_state_parts(model_state: Any) -> tuple[list[jax.Array], list[jax.Array
 
 
 def model_state(like: Any, before: Any, floats: list[jax.Array], others: list[jax.Array], kept: jax.Array) -> Any:
-    """The model state, from the means of its floating leaves and the largest of its others.
+    """The model state, made of the means of its floating leaves and the largest values of its other leaves.
 
-    In a step that is skipped a floating leaf stays as it was before if it is not finite.
+    If the step is skipped, a floating leaf that is not finite stays as it was before.
 
     Raises:
       ValueError: loss_fn changed the structure, or a leaf's shape or kind of type.
@@ -179,7 +180,7 @@ def model_state(like: Any, before: Any, floats: list[jax.Array], others: list[ja
 
 
 def require_like(new: Any, before: Any) -> None:
-    """Raises ValueError for a model state of another structure than before, or a leaf of another shape or kind."""
+    """Raises ValueError if a model state has another structure than before, or a leaf another shape or kind."""
     treedef, given = jax.tree.structure(new), jax.tree.structure(before)
     if len({treedef, given}) > 1:
         raise ValueError(f"loss_fn is given a model state {given}, and returns one of another structure: {treedef}")

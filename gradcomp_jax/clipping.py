@@ -19,17 +19,18 @@ def clip_by_global_norm(
 ) -> optax.GradientTransformation:
     """`optax.clip_by_global_norm` for updates whose leaves lie in shards over a mesh axis, like their parameters.
 
-    Optax's own takes the norm of one chip's shards, so each chip would clip otherwise.
+    Optax's own function takes the norm of one chip's shards, so each chip would clip differently.
 
     Args:
       max_norm: the largest norm of the whole tree.
-      over: the mesh axis, or axes, of the chips that have a shard each.
-      inside: like that of `across`: the layout of the updates, a tree of `PartitionSpec`s like them; or (path, leaf) ->
-        whether a leaf is whole, and the same on all chips; False: none is. Leaves that shard_map's types know to be the
-        same on all chips are whole.
+      over: the mesh axis, or axes, of the chips; each has a shard.
+      inside: like that of `across`. The layout of the updates, a tree of `PartitionSpec`s like them. Or (path, leaf) ->
+        whether a leaf is whole, and the same on all chips. False: no leaf is whole. A leaf is whole too if the types of
+        shard_map show that it is the same on all chips.
 
     Returns:
-      A stateless transformation, to stand after `across(codec, inside=...)`. Its update raises ValueError if the axis
+      A stateless transformation, to put after `across(codec, inside=...)`. Its update raises ValueError if the axis
+      is not bound.
       is not bound.
 
     >>> import optax

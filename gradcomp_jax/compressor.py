@@ -1,9 +1,9 @@
-"""A codec as an optax transformation: plan, owe, exchange, settle. The one place that puts the parts together.
+"""A codec as an optax transformation: plan, owe, exchange, settle. This is where the parts come together.
 
     tree -- plan --> leaves -- feedback.owe --> terms -- rounds --> means -- feedback.settle --> tree and memory
 
-It refuses what must not be summed, sends what is not compressed along, keeps what is not finite out, and counts the
-bits. No codec does any of that.
+It refuses gradients that must not be summed, sends uncompressed leaves along, keeps out numbers that are not finite,
+and counts the bits. No codec does any of that.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ def _placeholder_type() -> type:
     return seen[0]
 
 
-# Of what `optax.tree_map_params` gives to init in the place of parameters.
+# The type of the placeholder that `optax.tree_map_params` gives to init instead of parameters.
 PLACEHOLDER = _placeholder_type()
 
 
@@ -46,15 +46,15 @@ class CompressorState(NamedTuple):
     """The state of every codec's transformation.
 
     Attributes:
-      codec: the codec's own state, such as a warm start; the same on all workers, but for leaves in `PerWorker`. Under
-        EF21 an `Estimated`.
-      residual: what error feedback still owes, for each compressed leaf by path; empty without it.
-      wire: bits sent, see `wire_bits`; of `across` a `Links`.
-      skipped: int32, steps in which some worker's gradient was not finite. Such a step yields zeros and
-        leaves `codec`, `residual` and `norms` as they were; what it sent is counted in `wire`.
-      norms: what `metrics` reads; () unless the codec is `measured`. By path, float32 [3], this worker's 2-norms in the
-        last step that was compressed: of the gradient; of what was to be sent; of what of that was not sent. Zeros
-        before the first step.
+      codec: the codec's own state, such as a warm start; the same on all workers, except for leaves in `PerWorker`.
+        Under EF21 an `Estimated`.
+      residual: what error feedback still owes, for each compressed leaf by path; empty without error feedback.
+      wire: bits sent, see `wire_bits`; under `across` a `Links`.
+      skipped: int32, the number of steps in which some worker's gradient was not finite. Such a step yields zeros and
+        leaves `codec`, `residual` and `norms` as they were. `wire` counts the bits that it sent.
+      norms: what `metrics` reads; () unless the codec is `measured`. By path, float32 [3]: three 2-norms of this
+        worker in the last compressed step. They are the norms of the gradient, of the tensor to be sent, and of the
+        part of that tensor that was not sent. They are zeros before the first step.
     """
 
     codec: Any
@@ -65,11 +65,11 @@ class CompressorState(NamedTuple):
 
 
 class Estimated(NamedTuple):
-    """A codec's state under EF21, whose estimates are in the place of the residual.
+    """A codec's state under EF21, which keeps estimates instead of a residual.
 
     Attributes:
       codec: the codec's own state.
-      mean: the mean of the workers' estimates by path, which is applied; the same on all.
+      mean: the mean of the workers' estimates by path. It is applied, and is the same on all workers.
     """
 
     codec: Any
@@ -77,12 +77,12 @@ class Estimated(NamedTuple):
 
 
 class Delivered(NamedTuple):
-    """What update returns in the place of its state where it was given `beside`.
+    """What update returns instead of its state if it was given `beside`.
 
     Attributes:
       state: the state.
-      beside: the means over the workers of what rode along, leaves in float32 or wider; of no meaning in a step that
-        was skipped.
+      beside: the means over the workers of what rode along, leaves in float32 or wider. They mean nothing in a skipped
+        step.
     """
 
     state: Any
@@ -90,13 +90,13 @@ class Delivered(NamedTuple):
 
 
 class Called(NamedTuple):
-    """Remarked where one of the two functions of a codec's transformation was called.
+    """The remark that init and update of a codec's transformation make when they are called.
 
     Attributes:
-      made: the function.
+      made: the function that was called.
       tree: parameters, or updates.
-      plan: that of update; None in init.
-      state: what update returns; None in init.
+      plan: the plan of update; None in init.
+      state: the state that update returns; None in init.
     """
 
     made: Any
@@ -109,9 +109,9 @@ class Kind(NamedTuple):
     """A kind of step.
 
     Attributes:
-      state: that before it, in local form.
-      phase: as of `Codec.talk`.
-      strengths: each leaf's place among those of the codec, where it has several.
+      state: the state before such a step, in local form.
+      phase: the phase for `Codec.talk`.
+      strengths: each leaf's place among the codec's strengths, if it has several.
     """
 
     state: CompressorState
@@ -120,13 +120,13 @@ class Kind(NamedTuple):
 
 
 def kinds(codec: Codec, settings: Settings, the: Plan, state: CompressorState) -> dict[str, Kind]:
-    """The kinds of steps that may send different amounts, by name, first the one that the codec is for.
+    """The kinds of steps that may send different amounts, by name; the codec's main kind comes first.
 
     Args:
       codec: the codec.
       settings: its settings.
       the: the plan.
-      state: the first state in local form, whose large arrays may be shapes.
+      state: the first state in local form; its large arrays may be shapes.
     """
     estimated = isinstance(state.codec, Estimated)
     first = _unmarked(state.codec.codec if estimated else state.codec, settings)
@@ -140,14 +140,14 @@ def kinds(codec: Codec, settings: Settings, the: Plan, state: CompressorState) -
 
 
 class Compressor(optax.GradientTransformationExtraArgs):
-    """An optax transformation, local gradients in and aggregated gradients out, that carries its codec.
+    """An optax transformation that carries its codec: local gradients go in, aggregated gradients come out.
 
-    Made of equal codecs and settings they are equal. With another function of its two, by `_replace`, it is none any
-    more, but an optax transformation like others.
+    Two of them are equal if their codecs and settings are equal. If `_replace` exchanges one of the two functions, the
+    outcome is a plain optax transformation.
 
     Attributes:
       codec: the codec.
-      settings: with which `compressor` made this of it.
+      settings: the settings that `compressor` was given.
     """
 
     @property
@@ -164,7 +164,7 @@ class Compressor(optax.GradientTransformationExtraArgs):
         return self.update.name
 
     def named(self, call: str) -> "Compressor":
-        """The same, made by this call."""
+        """The same transformation, under the name of this call."""
         return Compressor(*(dataclasses.replace(function, said=call) for function in self))
 
     def __repr__(self) -> str:
@@ -184,40 +184,41 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
       codec: the codec.
       settings: the keywords of every public factory:
         axis_name: the mesh axis, or axes, of the workers.
-        error_feedback: a `Feedback`, which keeps a residual, float32, for each compressed leaf; `EF21`; or None.
-        min_size: leaves of fewer elements are sent dense.
+        error_feedback: a `Feedback`, which keeps a float32 residual for each compressed leaf; `EF21`; or None.
+        min_size: leaves with fewer elements are sent dense.
         compress: (path, leaf) -> whether to compress the leaf, such as `lambda path, leaf: "embed" not in path`; None
-          leaves it to the codec. Leaves whose payload would not be smaller than they are, and those below min_size, are
-          sent dense whatever it says. (Of small leaves cut among many workers, the shards' payloads may still add up
-          to more.)
-        allow_dense: accept a tree of which no leaf is compressed.
-        aggregate: the way what the codec says travels.
-        dense_dtype: the type in which what is not compressed travels and is summed, "bfloat16" or "float16" (beyond
-          whose range it is cut off): leaves that are sent dense, whose rounding is not fed back, and the gradients of
-          a codec's own uncompressed steps, of which error feedback keeps it. None is float32, or float64 for such. CPUs
-          sum bfloat16 in float32, which then travels and counts.
-        buckets: in how many parts, of about one size, the exchange goes, each with messages of its own, which can be on
-          their way while a backward pass computes the gradients of the next: in the reverse of the paths' natural
-          order, in which that is taken to finish them. Or (path) -> the number of a leaf's part, of which lower ones go
-          first. What is finite is decided for all parts at once. Codecs that draw at random draw other numbers. By
-          default 1 on CPUs, whose collectives do not overlap; elsewhere up to 4, of 16 MiB of gradients or more.
+          leaves it to the codec. A leaf is sent dense in any case if it is below min_size, or if its payload would not
+          be smaller than the leaf. (If small leaves are cut among many workers, the payloads of the shards may still
+          add up to more.)
+        allow_dense: accept a tree in which no leaf is compressed.
+        aggregate: how the codec's numbers travel.
+        dense_dtype: the type in which uncompressed numbers travel and are summed: "bfloat16", or "float16", which clips
+          them to its range. It holds for leaves that are sent dense and for the gradients of a codec's own
+          uncompressed steps. Error feedback keeps the rounding error of the latter, not of the former. None is float32,
+          or float64 for float64 leaves. CPUs sum bfloat16 in float32; then float32 travels and is counted.
+        buckets: the number of parts of the exchange. The parts are of about one size, and each has messages of its own.
+          A part can be on its way while the backward pass still computes the gradients of the next. Parts go in the
+          reverse of the paths' natural order, because a backward pass is taken to finish them in that order. Or
+          (path) -> the number of a leaf's part; lower numbers go first. Whether all is finite is decided for all parts
+          at once. Random codecs draw other numbers in another number of parts. The default is 1 on CPUs, whose
+          collectives do not overlap; elsewhere it is up to 4 parts of 16 MiB of gradients or more.
 
     Returns:
       A transformation to put first in `optax.chain`. Its update takes this worker's own gradients and must run where
-      `axis_name` is bound. Where a gradient is not finite on any worker it returns zeros on all; `train_step` and
-      `simulate` then keep parameters and optimiser state, while in a bare `optax.chain` the zeros reach the next
-      transformation. One counts as not finite too where what is computed of it would leave its type's range, and under
-      error feedback above 2^100. Means are rounded to the gradient's type and kept within its range; error feedback
-      sends later what that takes away. Extra arguments of update:
+      `axis_name` is bound. If a gradient is not finite on any worker, it returns zeros on all. `train_step` and
+      `simulate` then keep parameters and optimiser state; in a bare `optax.chain` the zeros reach the next
+      transformation. A gradient also counts as not finite if a number computed from it would leave its type's range,
+      and, under error feedback, if it is above 2^100. Means are rounded to the gradient's type and kept within its
+      range; error feedback sends the difference later. Extra arguments of update:
         flush: True, as `gradcomp_jax.flush` gives, sends gradients and residuals dense; the codec's state stays.
-        beside: a tree of floating arrays whose means over the workers are wanted too: they travel in the codec's own
-          messages, and update returns `Delivered` in the place of its state.
-        learning_rate: of this step, for codecs that ask.
-        fresh: True, as `train_step` gives, where the gradients are computed in the same program: they are then read in
-          the order in which their backend computed them, which may change last bits.
+        beside: a tree of floating arrays that are to be averaged over the workers too. They travel in the codec's own
+          messages, and update returns `Delivered` instead of its state.
+        learning_rate: the learning rate of this step, for codecs that ask for it.
+        fresh: True, as `train_step` gives, if the same program computes the gradients. They are then read in the order
+          in which their backend computed them, which may change last bits.
 
-      Gradients that are already reduced are refused by name where types are tracked, which is under
-      `shard_map(check_vma=True)`; under vmap, pmap and `check_vma=False` that cannot be seen.
+      Gradients that are already reduced are refused by name if types are tracked, which is under
+      `shard_map(check_vma=True)`. Under vmap, pmap and `check_vma=False` they cannot be seen.
     """
     require_whole("min_size", settings.min_size, 0)
     if settings.buckets is not None and not callable(settings.buckets):
@@ -228,7 +229,7 @@ def compressor(codec: Codec, settings: Settings) -> Compressor:
 
 @dataclasses.dataclass(frozen=True)
 class _Made:
-    """One of the two functions of a codec's transformation; a value, so that it can be copied and compared."""
+    """One of the two functions of a codec's transformation. It is a value, so it can be copied and compared."""
 
     codec: Codec
     settings: Settings
@@ -240,7 +241,7 @@ class _Made:
         return self.said or self.codec.name
 
     def __hash__(self) -> int:
-        return hash((type(self), type(self.codec)))  # predicates of users may have no hash
+        return hash((type(self), type(self.codec)))  # users' predicates may have no hash
 
 
 class _Init(_Made):
@@ -293,7 +294,7 @@ class _Update(_Made):
 
 
 def _shards(settings: Settings) -> int | None:
-    """How many chips a worker has; None where the fast axis is not bound."""
+    """How many chips a worker has; None if the fast axis is not bound."""
     try:
         return 1 if settings.fast is None else collectives.workers(settings.fast)
     except ValueError:
@@ -306,7 +307,7 @@ def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
     shards = _shards(settings)
     the = plan(codec, settings, params, shards or 1)
     leaves, _ = flatten(params)
-    if shards is not None:  # else it is asked for types alone
+    if shards is not None:  # otherwise init is asked for types alone
         tell(codec, the, leaves)
     tensors = {path: _widened(seen) for path, seen in the.kept.items()}
     state = codec.start({path: codec.init(path, leaf, salt(path)) for path, leaf in tensors.items()})
@@ -335,9 +336,9 @@ def _first_state(
 
 
 def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str, cut: bool = True) -> Any:
-    """What differs between the workers; of shards, between their chips too. Of these, without a plan, one leaf.
+    """Marks state that differs between the workers; if leaves are cut into shards, it differs between chips too.
 
-    What is by path is of shards of the leaves, where it is `cut`.
+    If `cut`, the entries by path are shards of the leaves. Without a plan, sharded state is one leaf.
     """
     if settings.fast is None:
         return PerWorker(value, settings.axis_name, role)
@@ -350,16 +351,16 @@ def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str, cut:
 
 
 def _of_chip(value: Any, settings: Settings, the: Plan | None, role: str) -> Any:
-    """What is of a shard, the same on all workers."""
+    """Marks state of a shard that is the same on all workers."""
     if settings.fast is None or the is None:
         return value
     return PerWorker(value, settings.fast, role, Shards((settings.fast,), tuple(map(the.cuts.get, sorted(value)))))
 
 
 def _placeholders(codec: Codec, settings: Settings, placeholder: Any) -> CompressorState:
-    """The state as `optax.tree_map_params` asks for it: the placeholder is where there are copies of the parameters.
+    """The state as `optax.tree_map_params` asks for it: the placeholder stands for copies of the parameters.
 
-    What the codec keeps by path is one leaf here, as there are no paths.
+    The codec's state by path is one leaf here, because there are no paths.
     """
     by_path = lambda x: isinstance(x, dict)  # noqa: E731
     state = jax.tree.map(lambda x: BY_PATH if by_path(x) else x, codec.start({}), is_leaf=by_path)
@@ -377,7 +378,7 @@ def _exchange(
     learning_rate: Any,
     flush: bool,
 ) -> tuple[Exchanged, Any]:
-    """What the codec makes of the compressed leaves, with the means that are to be applied; and the next state."""
+    """Exchanges the compressed leaves; returns the exchange, with the means to be applied, and the next state."""
     feedback, memory = settings.error_feedback, state.residual.value
     estimated = isinstance(state.codec, Estimated)
     own = _unmarked(state.codec.codec if estimated else state.codec, settings)
@@ -392,7 +393,7 @@ def _exchange(
     after = jax.tree.map(lambda new, old: jnp.where(done.ok, new, old), after, own) if flush else after
     mean, estimates = done.mean, _estimates(state.codec.mean) if estimated else {}
     if estimated and not flush:
-        # Once, as what a conditional gives: a sum computed for each use could be applied and kept with other last bits.
+        # The sum is the output of a conditional: if each use computed it, applied and kept last bits could differ.
         old = dict(estimates)
         moved = lambda: {**old, **{path: x + old[path] for path, x in done.mean.items()}}  # noqa: E731
         estimates = jax.lax.cond(done.ok, moved, lambda: old)
@@ -401,11 +402,11 @@ def _exchange(
     given = {path: of_terms(x) for path, x in terms.items()} if settings.measured and not flush else {}
     for path in terms.keys() & memory.keys():
         old = memory[path]
-        lost = _lost(mean[path], leaves[path].dtype) if feedback.owes else 0  # estimates are wide, and stay
+        lost = _lost(mean[path], leaves[path].dtype) if feedback.owes else 0  # estimates are wide, and lose nothing
         if flush:
             residual[path] = jnp.where(done.ok, 0, old) if feedback.owes else old
         else:
-            # Known only once the old memory has been read, so that the new one can overwrite it where it lies.
+            # Known only once the old memory has been read: so the new memory can overwrite it in place.
             ok = done.ok & always(given[path]) if given else done.ok
             residual[path] = feedback.settle(terms[path], old, done.own[path], ok)
             residual[path] = residual[path] if isinstance(lost, int) else residual[path] + jnp.where(done.ok, lost, 0)
@@ -421,7 +422,7 @@ def _exchange(
 def _measured(
     state: CompressorState, feedback: Any, terms: Terms, done: Exchanged, given: dict[str, jax.Array]
 ) -> CompressorState:
-    """The state with the norms of a step, whose terms have the norms `given`."""
+    """The state with the norms of a step; `given` holds the norms of its terms."""
     norms = dict(state.norms.value)
     for path, norm in given.items():
         lost = of_lost(feedback, terms[path][0], state.residual.value.get(path), done.own[path], norm)
@@ -431,7 +432,7 @@ def _measured(
 
 
 def _buckets(the: Plan, terms: Terms, parcels: Parcels, owing: dict[str, jax.Array]) -> list[Bucket]:
-    """What is exchanged; owing: of leaves whose shards do not shrink among so many chips, what was left by fewer."""
+    """The parts of the exchange; `owing`: the residuals of leaves that are dense now, but were not on fewer chips."""
     buckets = []
     for paths, riders, checked in zip(the.buckets, parcels.riders, parcels.checked, strict=True):
         mine = {path: terms[path] for path in paths if path in terms}
@@ -448,12 +449,12 @@ def _estimates(mean: Any) -> dict[str, jax.Array]:
 
 
 def _lost(mean: jax.Array, dtype: Any) -> Any:
-    """What a narrower type cannot hold of the mean."""
+    """The part of the mean that a narrower type cannot hold."""
     return 0 if mean.dtype == dtype else mean - widen(narrow(mean, dtype))
 
 
 def _marked(codec: Codec, state: Any, settings: Settings, the: Plan | None) -> Any:
-    """What differs between the workers, or their chips, as state across devices has it."""
+    """The codec's state with its marks turned into `PerWorker`: what differs between workers, or between chips."""
     if settings.fast is not None and the is not None:
         state = codec.of_shards(state, lambda field, name: _field(codec, field, name, settings, the))
     is_mine = lambda x: isinstance(x, Mine)  # noqa: E731
@@ -462,7 +463,7 @@ def _marked(codec: Codec, state: Any, settings: Settings, the: Plan | None) -> A
 
 
 def _field(codec: Codec, field: dict[str, Any], name: str, settings: Settings, the: Plan) -> PerWorker:
-    """A codec's field by leaf, of which each chip has its shard's."""
+    """A codec's field by leaf; each chip has the entries of its shards."""
     fast = settings.fast
     assert fast is not None
     cuts = tuple(codec.shard_cut(name, path, whole(the.kept[path])) for path in sorted(field))
@@ -479,11 +480,14 @@ def _unmarked(state: Any, settings: Settings) -> Any:
 
 
 def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_name: Any) -> tuple[Any, str | None]:
-    """The coder through which a linear codec's numbers travel, and the way; None and `aggregate` without a quantizer.
+    """The coder that encodes a linear codec's numbers, and how they travel.
+
+    Returns:
+      The quantizer's coder, and its way of aggregation; None and `aggregate` without a quantizer.
 
     Raises:
-      ValueError: a quantizer that is not unbiased, is transformed or on another axis, keeps residuals of its own, or is
-        given beside aggregate="ring".
+      ValueError: the quantizer is not unbiased, is transformed, is on another axis, or keeps residuals of its own; or
+        it is given beside aggregate="ring".
     """
     if quantizer is None:
         return None, aggregate
@@ -530,11 +534,11 @@ def quantizing(codec: str, quantizer: Compressor | None, aggregate: str, axis_na
 
 
 def skipped(opt_state: Any) -> int:
-    """How many steps the codecs in `opt_state` skipped, as some worker's gradient was not finite.
+    """How many steps the codecs in `opt_state` skipped because some worker's gradient was not finite.
 
     Args:
-      opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
-        the local form, the global one, or one replicated for pmap.
+      opt_state: an optimiser state that holds the state of one codec, or of several, which are added up. It may be
+        the local form, the global form, or one replicated for pmap.
 
     Raises:
       ValueError: `opt_state` holds no codec's state.
@@ -546,7 +550,7 @@ def skipped(opt_state: Any) -> int:
 
 
 def skipped_steps(opt_state: Any) -> jax.Array:
-    """`skipped` inside a step: int32, of the local form."""
+    """`skipped` inside a step: int32, from the local form."""
     return jnp.sum(jnp.stack([jnp.int32(0), *(state.skipped for state in compressor_states(opt_state))]))
 
 
@@ -567,7 +571,7 @@ def _require_local(settings: Settings, leaves: dict[str, Any]) -> None:
 
 
 def _require_state_of(codec: str, state: Any, expected: Any) -> None:
-    """Raises ValueError, naming the leaf, for a state that was not made for gradients like these."""
+    """Raises ValueError, and names the leaf, if a state was not made for gradients like these."""
 
     def shapes(tree):
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)

@@ -18,7 +18,7 @@ class DelayedState(NamedTuple):
 
     Attributes:
       codec: the state of the codec's transformation.
-      pending: this worker's gradients of the last step, which the next one exchanges; of the parameters' types.
+      pending: this worker's gradients of the last step, in the parameters' types; the next step exchanges them.
     """
 
     codec: CompressorState
@@ -26,18 +26,18 @@ class DelayedState(NamedTuple):
 
 
 def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
-    """Exchanges in each step the gradients of the step before, and keeps those of this step for the next.
+    """Exchanges the gradients of the step before, and keeps those of this step for the next.
 
     It is the double buffering of 1-bit SGD (Seide et al., Interspeech 2014); QSGD's experiments use it too. The
     exchange does not wait for this step's gradients, so a runtime with asynchronous collectives (GPU, TPU; not XLA's
     CPU) can run it while they are computed. Gradients are applied one step late, to parameters one step newer than
     those they were computed at.
 
-    The first update is zero. Zeros are exchanged then, and a codec that counts or samples steps takes this one like
-    others (GradiVeQ without a warm-up, Accordion's first window). Over any steps, the sum of the applied updates, the
-    mean of the residuals and the mean of the pending gradients make up the sum of the mean gradients. A gradient that
-    is not finite is skipped in the step that would apply it. `flush` sends the pending gradients. State: the codec's,
-    and each worker's gradients.
+    The first update is zero, because zeros are exchanged then. A codec that counts or samples steps takes this step
+    like others (GradiVeQ without a warm-up, Accordion's first window). After any number of steps, the applied updates,
+    the mean of the residuals and the mean of the pending gradients add up to the sum of the mean gradients. A gradient
+    that is not finite is skipped in the step that would apply it. `flush` sends the pending gradients. The state is the
+    codec's, and each worker's gradients.
 
     Args:
       tx: a codec, such as `powersgd(rank=2)`.
@@ -46,7 +46,7 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
       A transformation to put first in `optax.chain`, like the codec itself.
 
     Raises:
-      ValueError: tx is not a codec, or one for parameters in shards.
+      ValueError: tx is not a codec, or it is one for parameters in shards.
 
     >>> import optax
     >>> import gradcomp_jax as gcj
@@ -71,7 +71,7 @@ def delayed(tx: Compressor) -> optax.GradientTransformationExtraArgs:
         collectives.require_local(list(leaves.items()), axis_name)
         collectives.require_same_elsewhere(list(leaves.items()), axis_name)
         applied, codec = tx.update(state.pending.value, state.codec, params, **extra_args | {"fresh": False})
-        # The state keeps its types, those of the parameters, where gradients have others.
+        # The state keeps its types, which are the parameters', even if gradients have others.
         applied = jax.tree.map(lambda a, g: narrow(a, g.dtype), applied, updates)
         pending = jax.tree.map(lambda g, p: narrow(g, p.dtype), updates, state.pending.value)
         late = lambda codec: DelayedState(codec, PerWorker(pending, axis_name, "pending"))  # noqa: E731

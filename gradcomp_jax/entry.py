@@ -1,4 +1,4 @@
-"""What a step is made of and called with, made sure of before jax meets it."""
+"""Checks the parts and the arguments of a step before jax meets them."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,13 +13,13 @@ from gradcomp_jax.contract import require_whole
 
 
 class Form(NamedTuple):
-    """What a step is given after params and opt_state, and what loss_fn returns.
+    """The arguments of a step after params and opt_state, and the outputs of loss_fn.
 
     Attributes:
       has_state: there is a model state.
       has_aux: loss_fn returns auxiliary outputs.
       rng: there is a random key.
-      shared: there is something that is the same on all workers.
+      shared: there is an argument that is the same on all workers.
     """
 
     has_state: bool
@@ -29,7 +29,7 @@ class Form(NamedTuple):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of what a step is given after params and opt_state, and loss_fn after params, in order."""
+        """The names of a step's arguments after params and opt_state, and of loss_fn's after params, in order."""
         return (*("model_state",) * self.has_state, "batch", *("key",) * self.rng, *("shared",) * self.shared)
 
     @property
@@ -39,22 +39,22 @@ class Form(NamedTuple):
 
     @property
     def returned(self) -> str:
-        """What loss_fn returns, in words."""
+        """The outputs of loss_fn, in words."""
         more = "(model_state, aux)" if self.has_state and self.has_aux else "model_state" if self.has_state else "aux"
         return f"(loss, {more})" if self.has_state or self.has_aux else "loss"
 
     @property
     def flags(self) -> str:
-        """The settings by which a step has this form, in words."""
+        """The settings that give a step this form, in words."""
         extra = [f"{name}=True" for name in ("rng", "shared") if getattr(self, name)]
         return ", ".join((f"has_aux={self.has_aux}", f"has_state={self.has_state}", *extra))
 
 
 def checked(loss_fn: Callable[..., Any], tx: Any, form: Form, accumulate: Any) -> Callable[..., Any]:
-    """`loss_fn`, which refuses what it returns where a step cannot use that.
+    """A `loss_fn` that refuses outputs that a step cannot use.
 
     Raises:
-      ValueError: it does not take what a step gives, tx is no transformation, or accumulate no number of batches.
+      ValueError: it does not take a step's arguments, tx is no transformation, or accumulate no number of parts.
     """
     require_transformation(tx)
     require_whole("accumulate", accumulate, 1)
@@ -79,7 +79,7 @@ def checked(loss_fn: Callable[..., Any], tx: Any, form: Form, accumulate: Any) -
 
 
 def require_rest(rest: tuple[Any, ...], form: Form) -> None:
-    """Raises ValueError for what is given to a step after params and opt_state, where that is not of its form."""
+    """Raises ValueError if a step's arguments after params and opt_state do not have its form."""
     given = ", ".join(("params", "opt_state", *form.names))
     if len(rest) != len(form.names):
         raise ValueError(
@@ -99,7 +99,7 @@ def require_rest(rest: tuple[Any, ...], form: Form) -> None:
 
 
 def require_key(what: str, key: Any) -> None:
-    """Raises ValueError for what is not one random key, of the new kind or of the old."""
+    """Raises ValueError if `key` is not one random key, of the new kind or the old."""
     dtype, shape = getattr(key, "dtype", None), np.shape(key)
     if dtype is None or not (
         (jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()) or (dtype == jnp.uint32 and len(shape) == 1)
@@ -111,7 +111,7 @@ def require_key(what: str, key: Any) -> None:
 
 
 def _require_pairs(out: Any, returned: str, flags: str, depth: int) -> None:
-    """Refuses what is not a pair whose second is a pair ..., to this depth."""
+    """Refuses an output that is not a pair; down to `depth`, its second element must be a pair too."""
     if depth == 0:
         return
     if not isinstance(out, tuple | list) or len(out) != 2:

@@ -1,4 +1,4 @@
-"""The end of training: the gradients that residuals still hold are applied."""
+"""The end of training: applies the gradients that residuals still hold."""
 
 import functools
 from collections.abc import Callable
@@ -21,9 +21,9 @@ from gradcomp_jax.sharding import PerWorker, is_per_worker, require_state
 from gradcomp_jax.step import simulate, train_step
 from gradcomp_jax.views import widen
 
-# Points of the run so far, from now back to its begin, at which schedules are looked at.
+# Points of the run so far, from now back to its beginning, at which schedules are read.
 POINTS = tuple(1 - i / 16 for i in range(17))
-# Sizes of a gradient, next to what is owed, at which the rest of the chain is compared with what it makes of all of it.
+# Gradient sizes, as shares of the debt, whose results through the rest of the chain are compared with the full size's.
 SMALLER = (1.0, 2.0**-4, 2.0**-8)
 
 
@@ -55,7 +55,7 @@ def flush(
       tx: the optimiser, like in `train_step`.
       params: the parameters.
       opt_state: the optimiser state, in its global form.
-      mesh: the workers, by default all devices; or, for an opt_state of `simulate`, how many there are.
+      mesh: the workers, by default all devices; or, for an opt_state of `simulate`, their number.
       learning_rate: the factor for the mean residual, past the rest of the chain; None goes through the chain.
       at_least: the least share of the mean residual that the chain may apply.
 
@@ -93,7 +93,7 @@ def _flush(
     _require_share(tx, axes, params, opt_state, least)
     before = opt_state
     flushed, opt_state, _ = step(params, opt_state, batch)
-    if skipped(opt_state) > skipped(before):  # what was pending was not finite, and is gone now
+    if skipped(opt_state) > skipped(before):  # the pending gradient was not finite, and is gone now
         residuals = _owed(opt_state)
         _require_share(tx, axes, params, opt_state, least)
         flushed, opt_state, _ = step(flushed, opt_state, batch)
@@ -130,7 +130,7 @@ def _step(flushing: optax.GradientTransformation, axis_name: Any, mesh: Mesh | i
 
 
 def _owed(opt_state: Any) -> list[PerWorker]:
-    """Residuals, and gradients that are pending."""
+    """Residuals, and pending gradients."""
     marked = [x for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker) if is_per_worker(x)]
     return [x for x in marked if x.role in ("owed", "pending")]
 
@@ -140,7 +140,7 @@ def _any_nonzero(tree: Any) -> bool:
 
 
 def _mean_owed(residuals: list[PerWorker], params: Any) -> dict[str, jax.Array]:
-    """By path, the mean over the workers of all that is owed."""
+    """The mean over the workers of the whole debt, by path."""
     owed: dict[str, jax.Array] = {}
     like = flatten(params)[0]
     for x in residuals:
@@ -152,7 +152,7 @@ def _mean_owed(residuals: list[PerWorker], params: Any) -> dict[str, jax.Array]:
 
 @jax.jit
 def _moved(params: Any, owed: dict[str, jax.Array], learning_rate: Any) -> Any:
-    """The parameters less learning_rate times what is owed."""
+    """The parameters minus learning_rate times the debt."""
     leaves, treedef = flatten(params)
     moved = [
         (widen(x) - learning_rate * widen(owed[path])).astype(x.dtype) if path in owed else x
@@ -162,7 +162,7 @@ def _moved(params: Any, owed: dict[str, jax.Array], learning_rate: Any) -> Any:
 
 
 def _kept(after: Any, before: Any, stays: Callable[[Any], bool]) -> Any:
-    """`after`, where what `stays` is as it was before."""
+    """`after`, but states for which `stays` holds are as they were before."""
     whole = lambda x: _of_codec(x) or _of_losses(x)  # noqa: E731
     return jax.tree.map(lambda new, old: old if stays(new) else new, after, before, is_leaf=whole)
 
@@ -172,16 +172,16 @@ def _of_codec(x: Any) -> bool:
 
 
 def _of_losses(x: Any) -> bool:
-    """Whether it follows the loss, of which a flush has none."""
+    """Whether a state follows the loss; a flush has no loss."""
     return isinstance(x, optax.contrib.ReduceLROnPlateauState)
 
 
 def _require_share(
     tx: optax.GradientTransformationExtraArgs, axes: tuple[str, ...], params: Any, opt_state: Any, at_least: float
 ) -> None:
-    """Refuses a flush of which the rest of the chain would apply too small a share.
+    """Refuses a flush if the rest of the chain would apply too small a share of it.
 
-    Not where what is pending is not finite, as such a flush is skipped.
+    If the pending gradient is not finite, nothing is refused, because such a flush is skipped.
     """
     if at_least <= 0:
         return
@@ -194,7 +194,7 @@ def _require_share(
         )
 
     got = jax.device_get(responses(params, opt_state))
-    got = got * np.sign(got[np.argmax(np.abs(got))])  # a chain without a learning rate goes up what is owed
+    got = got * np.sign(got[np.argmax(np.abs(got))])  # a chain without a learning rate moves up along the debt
     now, most = float(got[0]), float(np.max(got))
     if now < at_least * most:
         share = max(now, 0.0) / most
@@ -214,15 +214,15 @@ def _response(
     size: Any,
     point: Any,
 ) -> Any:
-    """How far a step moves the parameters in the direction of what is owed, for each unit of that.
+    """How far a step moves the parameters in the direction of the debt, for each unit of debt.
 
     Args:
       tx: the optimiser.
-      axes: of the workers.
+      axes: the axes of the workers.
       params: the parameters.
       opt_state: its state, in the global form.
-      size: what is owed in this step, as a share of what really is.
-      point: where schedules are, from 0, their begin, to 1, now.
+      size: the debt in this step, as a share of the real debt.
+      point: where schedules are, from 0, their beginning, to 1, now.
     """
     owed = _mean_owed(_owed(opt_state), params)
     updates = functools.partial(_updates, tx, axes, params, _earlier(opt_state, point))
@@ -234,7 +234,7 @@ def _response(
 def _updates(
     tx: optax.GradientTransformationExtraArgs, axes: tuple[str, ...], params: Any, opt_state: Any, size: Any
 ) -> Any:
-    """The updates of a flush, of so much of what is owed, by a single worker."""
+    """The updates of a flush on a single worker, which owes the share `size` of the debt."""
     state = _as_of_one_worker(opt_state, size)
     zeros, loss = jax.tree.map(jnp.zeros_like, params), jnp.float32(0)
 
@@ -247,7 +247,7 @@ def _updates(
 
 
 def _as_of_one_worker(opt_state: Any, size: Any) -> Any:
-    """The local form of the state of a single worker, who owes so much of what all owe on average."""
+    """The local form of the state of a single worker, which owes `size` times the mean debt of all."""
 
     def one(x: Any) -> Any:
         if not is_per_worker(x):
@@ -260,7 +260,7 @@ def _as_of_one_worker(opt_state: Any, size: Any) -> Any:
 
 
 def _earlier(opt_state: Any, point: Any) -> Any:
-    """The state with its schedules, but no other counts, where they were at a point of the run so far."""
+    """The state with its schedules, but no other counts, set back to a point of the run so far."""
     at = lambda tree: jax.tree.map(lambda n: jnp.floor(n.astype(jnp.float32) * point).astype(jnp.result_type(n)), tree)  # noqa: E731
     injects = lambda x: isinstance(x, optax.InjectStatefulHyperparamsState)  # noqa: E731
     schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)  # noqa: E731

@@ -1,4 +1,4 @@
-"""A jitted step that looks at what it is called with, before jax does."""
+"""A jitted step that checks its arguments before jax does."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from gradcomp_jax.placing import in_global_form, is_train_state, place
 
 
 class Jitted:
-    """Calls what jax.jit made, on a mesh or for a number of workers.
+    """Calls a function of jax.jit on a mesh, or for a number of workers.
 
-    Of several processes, it refuses a batch of one of them. Of several CPU devices, it begins when the step before is
-    done: each may have 32 programs in flight; one more waits on a thread of the pool that the programs before it need,
-    and where there are no more threads than devices, a loop that reads no results ends so.
+    With several processes, it refuses a batch of one of them. With several CPU devices, it begins when the step before
+    is done. Each device may have 32 programs in flight. One more program waits on a thread of the pool that the
+    programs before it need. If there are no more threads than devices, a loop that reads no results would hang.
     """
 
     def __init__(self, mesh: Mesh | int):
@@ -33,7 +33,7 @@ class Jitted:
         self._one_at_a_time = not isinstance(mesh, int) and emulates(mesh)
 
     def run(self, step: Any, args: Sequence[Any], awaited: Callable[[Any], Any]) -> Any:
-        """The results of a step, of which `awaited` tells one that the next step waits for."""
+        """The results of a step; `awaited` picks the result that the next step waits for."""
         last, self._last = self._last, None
         if last is not None and not last.is_deleted():
             jax.block_until_ready(last)
@@ -53,9 +53,9 @@ class Jitted:
         return results
 
     def placed(self, tree: Any) -> Any:
-        """What the workers share, on the mesh; where it lies is told by its first array.
+        """Puts a tree that the workers share on the mesh; its first array tells where the tree is.
 
-        A step would compile once for where it lies, and once for where it returns it.
+        Without this a step would compile twice: for the place of its argument, and for the place of its result.
         """
         first = next(iter(jax.tree.leaves(tree)), None)
         if isinstance(first, jax.core.Tracer | None):
@@ -68,13 +68,13 @@ class Jitted:
         return tree if lies else place(tree, self._mesh)
 
     def require_of_all(self, batch: Any) -> None:
-        """Raises ValueError for a batch that one process holds alone, where there are several."""
+        """Raises ValueError for a batch that one process holds alone, if there are several processes."""
         if self._processes > 1:
             _require_of_all(batch, self._processes)
 
 
 class Step(Jitted):
-    """A step of `train_step` or `simulate`, jitted; else as jax.jit made it."""
+    """A jitted step of `train_step` or `simulate`; other attributes are those of jax.jit's function."""
 
     def __init__(
         self,
@@ -123,13 +123,13 @@ class Step(Jitted):
         return in_automatic_axes(self._mesh, self._of(args).lower)(*args)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_apart":  # of an object that is being copied
+        if name == "_apart":  # an object that is being copied has none yet
             raise AttributeError(name)
         return getattr(self._apart, name)
 
 
 def _by_compiler(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of `simulate` whose workers XLA lays on devices."""
+    """A step of `simulate` whose workers XLA spreads over devices."""
 
     def only_sums(*args: Any) -> Any:
         with collectives.sums_only():

@@ -1,8 +1,8 @@
-"""A worker's own loss and gradients, whatever a model contains.
+"""A worker's own loss and gradients, for any model.
 
-`shard_map(check_vma=True)` tracks by types what may differ between workers. Some models train, but cannot be given such
-types: a scan whose carry starts from a constant, a conditional with a constant branch, a custom_vjp that returns plain
-zeros. Their step is traced without types.
+The types of `shard_map(check_vma=True)` track which values may differ between workers. Some models train, but cannot be
+given such types: a scan whose carry starts from a constant, a conditional with a constant branch, a custom_vjp that
+returns plain zeros. Their step is traced without types.
 """
 
 from collections.abc import Callable
@@ -32,20 +32,20 @@ class UntypedError(Exception):
 
 
 def own_gradients(loss_fn: Callable[..., Any], params: Any, rest: Any, axes: tuple[str, ...], scale: Any) -> Any:
-    """This worker's loss, what is beside it, and gradients.
+    """This worker's loss, the outputs beside it, and its gradients.
 
     Args:
       loss_fn: (params, rest) -> (loss, others).
       params: the parameters, the same on all workers.
-      rest: what else loss_fn takes.
-      axes: of the workers.
-      scale: by which the loss is multiplied before it is differentiated.
+      rest: the other arguments of loss_fn.
+      axes: the axes of the workers.
+      scale: the factor for the loss before it is differentiated, or None.
 
     Returns:
-      ((loss, others), gradients); the loss as it was returned, gradients of it times the scale.
+      ((loss, others), gradients). The loss is as loss_fn returned it; the gradients are those of loss * scale.
 
     Raises:
-      UntypedError: where types are tracked, loss_fn raised anything.
+      UntypedError: types are tracked, and loss_fn raised an error.
       ValueError: the loss is reduced over the workers already.
     """
 
@@ -71,7 +71,7 @@ def own_gradients(loss_fn: Callable[..., Any], params: Any, rest: Any, axes: tup
 def accumulated_gradients(
     loss_fn: Callable[..., Any], params: Any, rest: Any, axes: tuple[str, ...], scale: Any, form: Form, micro: int
 ) -> Any:
-    """As `own_gradients`, over `micro` parts of the worker's batch, one after another in one loop.
+    """Like `own_gradients`, over `micro` parts of the worker's batch, one after another in one loop.
 
     The gradients are means over the parts, summed in float32 or wider. A model state passes from part to part. Each
     part has a key of its own.
@@ -79,14 +79,14 @@ def accumulated_gradients(
     Args:
       loss_fn: (params, rest) -> (loss, (model state, auxiliary outputs)).
       params: the parameters, the same on all workers.
-      rest: what else loss_fn takes, of the given form.
-      axes: of the workers.
-      scale: by which the loss is multiplied before it is differentiated.
-      form: of rest.
-      micro: into how many parts the batch is cut, along the first axes.
+      rest: the other arguments of loss_fn, in the given form.
+      axes: the axes of the workers.
+      scale: the factor for the loss before it is differentiated, or None.
+      form: the form of rest.
+      micro: the number of parts into which the batch is cut, along the first axes.
 
     Returns:
-      ((loss, (model state, auxiliary outputs)), gradients); auxiliary outputs with a leading axis of parts.
+      ((loss, (model state, auxiliary outputs)), gradients); auxiliary outputs have a leading axis of parts.
     """
     k = int(form.has_state)
     parts = jax.tree.map(lambda x: x.reshape(micro, -1, *x.shape[1:]), rest[k])
@@ -110,12 +110,12 @@ def accumulated_gradients(
 
 
 def require_unconstrained(loss_fn: Callable[..., Any], params: Any, rest: Any, mesh: Mesh, specs: Any) -> None:
-    """Refuses a sharding constraint in a model, which jax would notice when it compiles, in words of its own.
+    """Refuses a sharding constraint in a model, in our own words; jax would notice it only when it compiles.
 
     Args:
       loss_fn: (params, rest) -> (loss, others).
       params: the parameters.
-      rest: what else loss_fn takes.
+      rest: the other arguments of loss_fn.
       mesh: the workers.
       specs: how `rest` is split over the mesh.
 

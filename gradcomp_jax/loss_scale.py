@@ -22,8 +22,8 @@ class LossScaleState(NamedTuple):
 
     Attributes:
       inner: the state of the optimiser inside.
-      scale: float32, by which the next step's loss is multiplied.
-      steps: int32, steps since the scale changed or one was skipped.
+      scale: float32, the factor for the next step's loss.
+      steps: int32, steps since the scale last changed or a step was last skipped.
     """
 
     inner: Any
@@ -35,13 +35,13 @@ class LossScaleState(NamedTuple):
 def loss_scaled(
     tx: optax.GradientTransformation, *, initial: float = 2.0**15, factor: float = 2.0, period: int = 2000
 ) -> optax.GradientTransformationExtraArgs:
-    """Dynamic loss scaling around a whole optimiser, its codec included.
+    """Dynamic loss scaling around a whole optimiser, including its codec.
 
-    `train_step` and `simulate` multiply the loss by the scale before they differentiate it. In a step of your own
-    multiply it by `loss_scale(opt_state)`. Gradients are divided by the scale before they reach the codec. Residuals
-    are then in true units, and stay right when the scale changes. Unscaling behind the codec would apply residuals of
-    one scale at another. When the codec skips a step, because some worker's gradient overflowed, the scale is divided
-    by `factor`, on all workers alike; it does not fall below 1.
+    `train_step` and `simulate` multiply the loss by the scale before they differentiate it. In a step of your own,
+    multiply it by `loss_scale(opt_state)`. Gradients are divided by the scale before they reach the codec. So residuals
+    are in true units, and stay right when the scale changes. If gradients were unscaled behind the codec, residuals of
+    one scale would be applied at another. When the codec skips a step, because some worker's gradient overflowed, the
+    scale is divided by `factor` on all workers. It does not fall below 1.
 
     Args:
       tx: the optimiser, with a codec inside: `optax.chain(powersgd(2), optax.adam(1e-3))`.

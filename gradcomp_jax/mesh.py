@@ -13,14 +13,14 @@ def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
     """A device mesh for `train_step` and `data_parallel`.
 
     Args:
-      workers: how many devices to lay along the axis "data"; or axis names with their sizes, such as
-        `{"node": 2, "local": 4}`; by default all devices there are, along "data".
+      workers: the number of devices to lay along the axis "data"; or axis names with their sizes, such as
+        `{"node": 2, "local": 4}`; by default all devices along "data".
 
     Returns:
       A mesh with automatic axes, which take ordinary arrays.
 
     Raises:
-      ValueError: there are fewer devices.
+      ValueError: there are fewer devices, no axis, or a size that is not a whole number of at least 1.
     """
     available = jax.device_count()
     if not isinstance(workers, Mapping):
@@ -47,10 +47,10 @@ def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
 
 
 def require_mesh(mesh: Any, or_workers: bool = True) -> Any:
-    """`mesh`, a mesh or a number of workers; of None one over all devices.
+    """`mesh`, if it is a mesh or a number of workers; for None, a mesh over all devices.
 
     Raises:
-      ValueError: it is neither, or a number where only a mesh will do.
+      ValueError: it is neither, or it is a number and only a mesh will do.
     """
     mesh = own("mesh", mesh)
     if mesh is None:
@@ -62,20 +62,20 @@ def require_mesh(mesh: Any, or_workers: bool = True) -> Any:
 
 
 def automatic(mesh: Mesh) -> Mesh:
-    """`mesh` with automatic axes, which take ordinary arrays; those of `jax.make_mesh` are explicit."""
+    """`mesh` with automatic axes, which take ordinary arrays; the axes of `jax.make_mesh` are explicit."""
     return Mesh(mesh.devices, mesh.axis_names)
 
 
 def in_automatic_axes(mesh: Mesh | int, f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f`, called where the axes of all meshes are automatic, whatever mesh the caller has set.
+    """Calls `f` with the axes of all meshes automatic, whatever mesh the caller has set.
 
-    Under `jax.set_mesh(jax.make_mesh(...))`, whose axes are explicit, arrays carry their sharding in their types, and
-    those on a mesh with automatic axes are refused. So arguments come from the caller's types, and results go to them;
-    the memory stays where it is.
+    Under `jax.set_mesh(jax.make_mesh(...))` the axes are explicit. Then arrays carry their sharding in their types, and
+    arrays on a mesh with automatic axes are refused. So arguments are converted from the caller's types, and results
+    are converted back; the memory stays where it is.
 
     Args:
-      mesh: for which f computes; or a number of workers, for any.
-      f: a function of trees of arrays to one.
+      mesh: the mesh for which f computes; or a number of workers, for any mesh.
+      f: a function from trees of arrays to a tree of arrays.
     """
 
     def called(*args: Any) -> Any:
@@ -92,7 +92,7 @@ def in_automatic_axes(mesh: Mesh | int, f: Callable[..., Any]) -> Callable[..., 
 
 
 def _typed(tree: Any, types: dict[str, AxisType]) -> Any:
-    """The arrays of a tree where they lie, on meshes whose axes are of these types, or automatic."""
+    """The arrays of a tree in the same place, on meshes whose axes have these types; other axes are automatic."""
 
     def typed(x: Any) -> Any:
         if isinstance(x, jax.core.Tracer) or not isinstance(getattr(x, "sharding", None), NamedSharding):

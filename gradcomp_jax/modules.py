@@ -16,7 +16,7 @@ from gradcomp_jax.exchange import collectives
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Held:
-    """What a model and its optimiser hold, as a TrainState does.
+    """The contents of a model and its optimiser, in the form of a TrainState.
 
     Attributes:
       params: the parameters, a tree of arrays.
@@ -48,9 +48,9 @@ class ModuleStep:
     index into the model's random keys, which stay as they are.
 
     Args:
-      make: a loss_fn (params, model_state, batch, ..., shared) -> the step of it.
+      make: makes a step from a loss_fn (params, model_state, batch, ..., shared).
       loss_fn: (model, batch, ...) -> loss, or (loss, aux).
-      axes: of the workers.
+      axes: the axes of the workers.
       has_aux: loss_fn returns auxiliary outputs.
       extra: whether there is a last argument that all workers share, 1 or 0.
     """
@@ -79,7 +79,7 @@ class ModuleStep:
         return tuple(out) if self._has_aux else out[0]
 
     def _loss_of(self, graph: Any, treedef: Any, wrt: Any) -> Callable[..., Any]:
-        """loss_fn of parameters and what else a model of such a graph holds."""
+        """loss_fn as a function of the parameters and the other state of a model with this graph."""
         from flax import nnx
 
         def of_params(params: Any, others: Any, *given: Any) -> Any:

@@ -1,13 +1,13 @@
-"""PowerSGD's momentum, which is not Nesterov's.
+"""PowerSGD's momentum, which differs from Nesterov's.
 
 Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization",
-NeurIPS 2019, arXiv 1905.13727, Algorithm 2: with the aggregated gradient D_t,
+NeurIPS 2019, arXiv 1905.13727, Algorithm 2, where D_t is the aggregated gradient:
 
     m_t = decay * m_{t-1} + D_t
     x_t = x_{t-1} - lr * (D_t + m_t)
 
-optax's (and PyTorch's) Nesterov applies D_t + decay * m_t instead. In a steady state at decay 0.9 the gain
-here is 11, there 10; at decay 0 this steps by twice the learning rate, there by once.
+The Nesterov momentum of optax and PyTorch applies D_t + decay * m_t instead. In a steady state at decay 0.9 the gain
+is 11 here and 10 there. At decay 0 the step is twice the learning rate here, and once there.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,7 @@ class EFMomentumState(NamedTuple):
 
 
 def ef_momentum(decay: float = 0.9) -> optax.GradientTransformation:
-    """Momentum after error feedback, PowerSGD's Algorithm 2; to be scaled by the learning rate.
+    """Momentum after error feedback, PowerSGD's Algorithm 2; scale its output by the learning rate.
 
     Args:
       decay: lambda of the paper, in [0, 1); the paper's image experiments use 0.9, its LSTM 0.
@@ -45,7 +45,7 @@ def ef_momentum(decay: float = 0.9) -> optax.GradientTransformation:
     >>> import gradcomp_jax as gcj
     >>> tx = optax.chain(gcj.powersgd(rank=2), gcj.ef_momentum(0.9), optax.scale_by_learning_rate(0.1))
     """
-    if not isinstance(decay, jax.Array):  # which optax.inject_hyperparams makes of a number or a schedule
+    if not isinstance(decay, jax.Array):  # optax.inject_hyperparams makes an array of a number or a schedule
         require_number("decay", decay, "a number; a schedule goes through optax.inject_hyperparams(ef_momentum)")
         decay = own("decay", decay)
     if not isinstance(decay, jax.Array) and not 0 <= decay < 1:

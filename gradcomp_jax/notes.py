@@ -1,4 +1,4 @@
-"""What the library tells of itself: in the log, each thing once in a process; to those who listen to a trace."""
+"""Messages of the library: to the log, each once in a process; and to listeners of a trace."""
 
 import contextlib
 import contextvars
@@ -26,7 +26,7 @@ _said: contextvars.ContextVar[list[Any] | None] = contextvars.ContextVar("said",
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[Any]]:
-    """Here the list that this gives collects what is remarked while a program is traced, in its order."""
+    """Within this context the list collects, in order, what is remarked while a program is traced."""
     said: list[Any] = []
     token = _said.set(said)
     try:
@@ -36,7 +36,7 @@ def listening() -> Iterator[list[Any]]:
 
 
 def remark(what: Callable[[], Any]) -> None:
-    """Tells those who listen what `what` returns; where nobody does it is not called."""
+    """Gives listeners the result of `what`; without a listener `what` is not called."""
     if (said := _said.get()) is not None:
         said.append(what())
 
@@ -53,8 +53,8 @@ def _once(level: int, text: str) -> None:
 
 
 def alone() -> None:
-    """Warns of a codec among one worker."""
-    # No warning of Python's, which ends a test where warnings are errors; one worker may be meant there.
+    """Warns that a codec has only one worker."""
+    # Not a warning of Python's, which ends a test if warnings are errors; one worker may be intended there.
     note(logging.WARNING, ALONE)
 
 
@@ -63,12 +63,12 @@ def summary(codec: str, compressed: Sequence[Leaf], dense: Sequence[Leaf]) -> st
 
     Args:
       codec: its name.
-      compressed: the leaves with what the codec takes each for.
-      dense: the leaves with the reason of each.
+      compressed: the leaves, each with the codec's view of it.
+      dense: the leaves, each with its reason.
 
     Returns:
-      A line with the share, and one for each kind of leaves, those of most elements first, which a large tree does not
-      make longer.
+      A line with the share, and one line for each kind of leaves. Kinds with the most elements come first. A large tree
+      does not make the text longer.
     """
     size, rest = (sum(leaf.size for _, leaf, _ in leaves) for leaves in (compressed, dense))
     count = len(compressed) + len(dense)
@@ -84,7 +84,7 @@ def summary(codec: str, compressed: Sequence[Leaf], dense: Sequence[Leaf]) -> st
 
 
 def _by_kind(leaves: Sequence[Leaf]) -> list[str]:
-    """A line for each text, with the paths of its leaves; by the number of their elements."""
+    """A line for each text, with the paths of its leaves; texts with the most elements come first."""
     kinds: dict[str, list[Leaf]] = {}
     for one in leaves:
         kinds.setdefault(one[2], []).append(one)

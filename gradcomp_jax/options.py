@@ -5,15 +5,15 @@ from gradcomp_jax.arguments import shown
 _OPTIONS = {
     "cpu": {},
     "gpu": {
-        # Each combines collectives up to so many bytes, which then wait for the last of their gradients.
+        # Each combines collectives up to so many bytes; combined ones wait for the last of their gradients.
         "xla_gpu_all_reduce_combine_threshold_bytes": "1",
         "xla_gpu_all_gather_combine_threshold_bytes": "1",
         "xla_gpu_reduce_scatter_combine_threshold_bytes": "1",
-        # How many may be on their way at once; of one, the next waits.
+        # The number of collectives that may be on their way at once; with 1, the next one waits.
         "xla_gpu_experimental_parallel_collective_overlap_limit": "4",
     },
     "tpu": {
-        # Between slices: how many all-reduces become one.
+        # Between slices: the number of all-reduces that become one.
         "xla_jf_crs_combiner_threshold_count": "1",
     },
 }

@@ -1,4 +1,4 @@
-"""A whole step that was written for one device, run by all workers, each on its part of the batch."""
+"""A whole step that was written for one device: all workers run it, each on its part of the batch."""
 
 import contextlib
 import functools
@@ -38,17 +38,18 @@ def data_parallel(
     donate: str | Sequence[str] = (),
     compiler_options: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Makes a training step for one device one for all workers, in the place of `jax.jit`.
+    """Turns a training step for one device into one for all workers; use it instead of `jax.jit`.
 
-    Each worker runs the whole step on its part of the batch: its gradients are its own, and reach the codec that is
-    first in the optimiser's chain as such. What the step returns is looked at when it is traced:
+    Each worker runs the whole step on its part of the batch. So its gradients are its own when they reach the codec,
+    which is first in the optimiser's chain. The outputs of the step are sorted when it is traced:
 
-    - what has the structure of an argument, or of a tree in one, is passed on: a TrainState, parameters, an optimiser's
-      state. It must be the same on all workers, or is refused by name, so without a codec nothing is trained by
-      mistake. (A single number has no structure.) In a step in which a gradient is not finite on any worker it stays
-      as it was, and only `skipped`, the count of bits and the scale of `loss_scaled` go on;
-    - of all else, such as the loss and metrics, floating arrays are averaged over the workers and whole numbers
-      summed, in one small message. `wire_bits` counts what the codec sends, not that one.
+    - An output with the structure of an argument, or of a tree in an argument, is passed on: a TrainState, parameters,
+      an optimiser's state. It must be the same on all workers, or it is refused by name; so nothing is trained without
+      a codec by mistake. (A single number has no structure.) In a step in which a gradient is not finite on any worker
+      it stays as it was. Only `skipped`, the count of bits, the scale of `loss_scaled` and the pending
+      gradient of `delayed` go on.
+    - All other outputs, such as the loss and metrics, are reduced over the workers in one small message: floating
+      arrays are averaged, whole numbers are summed. `wire_bits` counts the codec's bits, not that message.
 
     `train_step` sends the loss in the codec's own message, and takes auxiliary outputs and model state.
 
@@ -56,18 +57,18 @@ def data_parallel(
       step: a function of arrays and trees of them, such as `step(state, batch, key) -> (state, loss)`; None for use as
         a decorator with settings.
       mesh: the workers, by default all devices, taken when the step is first called.
-      batch: the arguments of which each leaf is split over the workers along its first axis, by name.
-      rng: the arguments that are random keys, by name: each worker folds its index into them.
-      donate: the arguments whose memory is reused, which cannot be read afterwards, by name.
+      batch: the names of the arguments whose leaves are split over the workers along their first axis.
+      rng: the names of the arguments that are random keys; each worker folds its index into them.
+      donate: the names of the arguments whose memory is reused; they cannot be read afterwards.
       compiler_options: as in `train_step`.
 
     Returns:
-      The step over all workers, called as before, with `lower` and `trace` as jax.jit has them. A fresh TrainState may
-      be given; an optimiser's state by itself is to be that of `init(tx, params, mesh)`.
+      The step over all workers. It is called as before, and has `lower` and `trace` like jax.jit. It takes a fresh
+      TrainState; an optimiser's state by itself must come from `init(tx, params, mesh)`.
 
     Raises:
-      ValueError: the step has no such arguments; or when it is called, see above, with a batch that does not divide
-        among the workers, or that is one process's of several.
+      ValueError: the step has no such arguments. When called: an output is refused, see above; or the batch does not
+        divide among the workers, or is one process's of several.
 
     >>> import jax, jax.numpy as jnp, optax
     >>> import gradcomp_jax as gcj
@@ -95,7 +96,7 @@ def data_parallel(
 
 
 class Parallel:
-    """A step of `data_parallel`."""
+    """A step made by `data_parallel`."""
 
     def __init__(self, step: Any, mesh: Any, batch: Any, rng: Any, donate: Any, compiler_options: Any):
         functools.update_wrapper(self, step)
@@ -172,7 +173,7 @@ class Parallel:
         return jax.tree.unflatten(jax.tree.structure(made[-1].out), leaves)
 
     def _worker(self, args: Sequence[Any], axes: tuple[str, ...]) -> Returned:
-        """What one worker makes of its arguments; in shard_map, without types."""
+        """Runs the step on one worker's arguments; in shard_map, without types."""
         index, own = collectives.worker_index(axes), self._batches + self._keys
         mine = [jax.random.fold_in(x, index) if k in self._keys else local_state(x) for k, x in enumerate(args)]
         given = [along(x, axes if k in own else ()) for k, x in enumerate(mine)]

@@ -1,4 +1,4 @@
-"""Settings by the leaves' paths: each leaf has the codec of the first pattern that is found in its path."""
+"""Settings by the leaves' paths: the first pattern that is found in a leaf's path chooses its codec."""
 
 import dataclasses
 import functools
@@ -18,10 +18,10 @@ from gradcomp_jax.exchange.plan import flatten
 
 
 class PerLayerState(NamedTuple):
-    """State of `per_layer` where all leaves that are compressed have one codec.
+    """State of `per_layer` if all compressed leaves have one codec.
 
     Attributes:
-      codec: the codec's.
+      codec: the codec's state.
     """
 
     codec: Any
@@ -29,16 +29,16 @@ class PerLayerState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Patterns:
-    """Regular expressions, of which the first that is found in a leaf's path decides.
+    """Regular expressions; the first that is found in a leaf's path decides.
 
     Attributes:
-      texts: in their order.
+      texts: the expressions, in order.
     """
 
     texts: tuple[str, ...]
 
     def place(self, path: str) -> int:
-        """The place of the one that decides; ValueError if none does."""
+        """The place of the pattern that decides; ValueError if none does."""
         for place, text in enumerate(self.texts):
             if re.search(text, path):
                 return place
@@ -50,7 +50,7 @@ class Patterns:
     def require(self, paths: Sequence[str]) -> None:
         """Raises ValueError for a leaf that no pattern matches, and for a pattern that decides about no leaf.
 
-        Nothing is asked of a tree without leaves, nor of the pattern "", which stands for all other leaves.
+        A tree without leaves is not checked, and neither is the pattern "", which stands for all other leaves.
         """
         used = {self.place(path) for path in paths}
         for place, text in enumerate(self.texts):
@@ -68,13 +68,13 @@ class Patterns:
 
 @dataclasses.dataclass(frozen=True)
 class PerLayer(Switching):
-    """Strengths of one codec, of which each leaf has one in all steps; see `per_layer`.
+    """Strengths of one codec; each leaf has the same strength in all steps; see `per_layer`.
 
     Attributes:
-      each: the codec of each strength alone.
-      patterns: which decide.
-      places: the strength of each pattern; None: leaves that it matches are sent dense, or are another codec's.
-      all_leaves: whether it sees the whole tree, so that each pattern is to be found in it.
+      each: the codec at each strength alone.
+      patterns: the patterns that decide.
+      places: the strength of each pattern; None: its leaves are sent dense, or belong to another codec.
+      all_leaves: whether it sees the whole tree, so each pattern must be found in it.
     """
 
     each: tuple[Codec, ...]
@@ -89,7 +89,7 @@ class PerLayer(Switching):
             self.patterns.require(paths)
 
     def place(self, path: str) -> int | None:
-        """The place of a leaf's strength; None: it is sent dense."""
+        """The place of a leaf's strength; None: the leaf is sent dense."""
         return self.places[self.patterns.place(path)]
 
     def of(self, path: str) -> Codec:
@@ -113,11 +113,11 @@ class PerLayer(Switching):
 
 @dataclasses.dataclass(frozen=True)
 class _Chosen:
-    """Which leaves `PerLayer` compresses; a value, so that compressors can be compared.
+    """Which leaves `PerLayer` compresses. It is a value, so compressors can be compared.
 
     Attributes:
       codec: the codec.
-      compress: the choice of the user, or None.
+      compress: the user's choice, or None.
     """
 
     codec: PerLayer
@@ -133,20 +133,20 @@ class _Chosen:
 def per_layer(codecs: Mapping[str, Compressor]) -> optax.GradientTransformationExtraArgs:
     """Another codec, or another strength, for each kind of leaf: `{pattern: codec}`.
 
-    A pattern is a regular expression, searched in the leaf's path, such as "layer1/kernel"; the first in the order of
+    A pattern is a regular expression that is searched in the leaf's path, such as "layer1/kernel". The first pattern of
     the dict that is found decides. The pattern "" stands for all other leaves.
 
-    Codecs that are strengths of one codec, in the same settings otherwise, are a family: its leaves share the codec's
-    messages, and leaves of `none()` ride with them. A leaf sends what it sends alone. With a single family this is a
-    codec like others, which `delayed` and `across` take too. Several families exchange one after another, each in
-    messages of its own; `wire_bits` and `skipped` add up over them. Where a gradient is not finite, the family that
-    has it skips; `train_step` and `simulate` skip the whole step.
+    Strengths of one codec with otherwise the same settings are a family. Its leaves share the codec's messages, and
+    leaves of `none()` ride with them. A leaf sends what it sends alone. With a single family the outcome is a codec
+    like others, which `delayed` and `across` take too. Several families exchange one after another, each in messages
+    of its own; `wire_bits` and `skipped` add up over them. If a gradient is not finite, its family skips;
+    `train_step` and `simulate` skip the whole step.
 
     Args:
-      codecs: by pattern a codec, such as `topk(0.01)` or `none()`.
+      codecs: a codec for each pattern, such as `topk(0.01)` or `none()`.
 
     Returns:
-      A transformation to put first in `optax.chain`; where there is one family, a `Compressor`.
+      A transformation to put first in `optax.chain`; a `Compressor`, if there is one family.
 
     Raises:
       ValueError: codecs is no such dict, or a pattern no regular expression; in init and update, no pattern matches a
@@ -170,8 +170,8 @@ class _Family(NamedTuple):
     """Codecs that exchange together.
 
     Attributes:
-      places: of those that are strengths of one codec, among all that were given.
-      dense: of none() whose leaves ride with them.
+      places: the places, among all given codecs, of the strengths of one codec.
+      dense: the places of those none() whose leaves ride with them.
     """
 
     places: list[int]
@@ -195,7 +195,7 @@ def _require_codecs(codecs: Any) -> None:
 
 
 def _families(given: list[Compressor]) -> list[_Family]:
-    """Which exchange together; none() rides with others, preferably with numbers that are summed, as they are."""
+    """Which codecs exchange together; none() rides with others, preferably if their numbers are summed as they are."""
     families: list[_Family] = []
     by_coder = sorted(range(len(given)), key=lambda place: isinstance(given[place].codec, Uncompressed))
     for place in by_coder:
@@ -213,7 +213,7 @@ def _families(given: list[Compressor]) -> list[_Family]:
 
 
 def _rides(dense: Compressor, codec: Compressor) -> bool:
-    """Whether it is a none() whose leaves another codec may send, with its own dense ones."""
+    """Whether `dense` is a none() whose leaves another codec may send with its own dense ones."""
     mine, theirs = dense.settings, codec.settings
     if not isinstance(dense.codec, Uncompressed) or mine.error_feedback is not None:
         return False
@@ -242,7 +242,7 @@ def _made(patterns: Patterns, given: list[Compressor], family: _Family, all_leav
 def _one_after_another(
     patterns: Patterns, families: list[_Family], made: list[Compressor]
 ) -> optax.GradientTransformationExtraArgs:
-    """Each family's codec on its own leaves, whose exchanges do not run side by side; see `collectives.in_order`."""
+    """Each family's codec on its own leaves; exchanges do not run side by side, see `collectives.in_order`."""
 
     def mask(tree: Any, family: _Family) -> Any:
         leaves, treedef = flatten(tree)

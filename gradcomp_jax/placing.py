@@ -1,4 +1,4 @@
-"""Where state, parameters and batches lie: made, or moved, where the steps on a mesh want them."""
+"""Puts state, parameters and batches where the steps on a mesh want them."""
 
 import functools
 from collections.abc import Callable
@@ -33,15 +33,14 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int | None 
       tx: the optimiser, with or without codecs.
       params: the parameters.
       mesh: the mesh of the step, by default of all devices; or, for `simulate`, the number of workers.
-      param_specs: as in `state_specs`, of parameters that are sharded over the chips of a worker.
+      param_specs: as in `state_specs`, for parameters that are sharded over the chips of a worker.
 
     Returns:
-      Like `tx.init(params)`, with a leading axis for the workers on what differs between them, sharded
-      over the mesh.
+      A state like `tx.init(params)`. State that differs between workers has a leading axis for them. It is sharded over
+      the mesh.
 
     Raises:
-      ValueError: a codec's axis_name is not an axis of the mesh, or a codec refuses `params`, or how they
-        lie.
+      ValueError: a codec's axis_name is not an axis of the mesh, or a codec refuses `params` or their sharding.
     """
     require_transformation(tx)
     require_arrays("params", params)
@@ -53,26 +52,26 @@ def init(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int | None 
 
 
 def init_parts(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int, choose: Callable[[Any], Any]) -> Any:
-    """What `choose` takes of the first state in its global form; nothing else is made."""
+    """The part of the first state in its global form that `choose` picks; no other part is made."""
     first = lambda params: choose(global_init(tx, mesh, params))  # noqa: E731
     if isinstance(mesh, int):
         return in_automatic_axes(mesh, jax.jit(first))(params)
     mesh = automatic(mesh)
-    jax.eval_shape(first, params)  # refuses a wrong axis before a sharding is made of it
+    jax.eval_shape(first, params)  # refuses a wrong axis before it is used in a sharding
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), choose(state_specs(tx, params)))
     made = jax.jit(first, out_shardings=shardings)
     return in_automatic_axes(mesh, lambda params: made(place(params, mesh)))(params)
 
 
 def global_init(tx: optax.GradientTransformation, mesh: Mesh | int, params: Any) -> Any:
-    """The first state in its global form, wherever it lies; as shapes also for a mesh whose devices are absent."""
+    """The first state in its global form, anywhere; as shapes it can be had for a mesh whose devices are absent too."""
     state = _with_axes(mesh, tx.init)(params)
     require_lying(state, None)
     return _of_all(state, mesh)
 
 
 def _of_all(state: Any, mesh: Mesh | int) -> Any:
-    """The global form of a local one, in which each worker has the same."""
+    """The global form of a local state; each worker has the same."""
     rows_of = leading_of(mesh)
 
     def stack(x: PerWorker) -> PerWorker:
@@ -83,7 +82,7 @@ def _of_all(state: Any, mesh: Mesh | int) -> Any:
 
 
 def spread(state: Any, mesh: Mesh | int) -> Any:
-    """The global form of a local one, on the mesh: each worker gets what there is for one."""
+    """The global form of a local state, on the mesh: each worker gets a copy of the one worker's state."""
     of_all = functools.partial(_of_all, mesh=mesh)
     if isinstance(mesh, int):
         return jax.jit(of_all)(state)
@@ -95,7 +94,7 @@ def spread(state: Any, mesh: Mesh | int) -> Any:
 
 
 def _init_in_shards(tx: optax.GradientTransformation, mesh: Mesh, param_specs: Any, params: Any) -> Any:
-    """`init`, where each chip sees its shard of the parameters."""
+    """`init` for parameters in shards: each chip sees its shard."""
     params = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, param_specs)
     specs = state_specs(tx, params, param_specs)
     made = lambda params: global_state(tx.init(params))  # noqa: E731
@@ -103,7 +102,7 @@ def _init_in_shards(tx: optax.GradientTransformation, mesh: Mesh, param_specs: A
 
 
 def _with_axes(mesh: Mesh | int, f: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`f`, called where the axes of the mesh are bound, so that it may ask for their sizes."""
+    """Calls `f` where the axes of the mesh are bound, so `f` may ask for their sizes."""
     if isinstance(mesh, int):
         return f
 
@@ -119,25 +118,26 @@ def _with_axes(mesh: Mesh | int, f: Callable[[Any], Any]) -> Callable[[Any], Any
 def place(tree: Any, mesh: Mesh | None = None) -> Any:
     """Puts parameters, an optimiser state, or a tree that holds them where the step on this mesh wants them.
 
-    What differs between workers is sharded over them, and all else is replicated. A fresh TrainState gets the global
-    form of its optimiser's state. But parameters that lie in shards on
-    this mesh already stay as they lie. A step on what lies there compiles once; on parameters that lie on one device,
-    such as new ones, it compiles a second time for those it returned; and what was restored from a checkpoint may be
-    committed to one device, where the step refuses it.
+    State that differs between workers is sharded over them, and all else is replicated. A fresh TrainState gets the
+    global form of its optimiser's state. Parameters that lie in shards on this mesh already stay as they lie.
+
+    If parameters lie on one device, such as new ones, a step of your own compiles twice: for them, and for the
+    parameters that it returned. For placed parameters it compiles once. Arrays that were restored from a checkpoint may
+    be committed to one device; the step refuses them there.
 
     Args:
-      tree: arrays, numpy's or jax's; an optimiser state in its global form; a TrainState, fresh too.
+      tree: numpy or jax arrays; an optimiser state in its global form; a TrainState, fresh too.
       mesh: the mesh of the step, by default of all devices.
 
     Returns:
-      The same tree on the mesh; arrays that lie there already are not copied.
+      The same tree on the mesh. Arrays that lie there already are not copied.
 
     Raises:
-      ValueError: the optimiser state is one of another number of workers, or several processes give different values.
+      ValueError: the optimiser state has another number of workers, or several processes give different values.
 
     >>> import jax.numpy as jnp
-    >>> from gradcomp_jax import make_mesh, place
-    >>> place({"w": jnp.ones(3)}, make_mesh(1))["w"].sharding.is_fully_replicated
+    >>> import gradcomp_jax as gcj
+    >>> gcj.place({"w": jnp.ones(3)}, gcj.make_mesh(1))["w"].sharding.is_fully_replicated
     True
     """
     mesh = automatic(require_mesh(mesh, or_workers=False))
@@ -154,7 +154,7 @@ def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
         return x
     try:
         return jax.device_put(x, sharding)
-    except AssertionError as error:  # by which jax says that processes give different values
+    except AssertionError as error:  # jax's way to say that processes give different values
         raise ValueError(
             f"leaf {jax.tree_util.keystr(path)} differs between the processes, and is to be the same on all: make it "
             "from one seed on all, or take the first process's by "
@@ -163,28 +163,28 @@ def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
 
 
 def lies_on(x: Any, mesh: Any) -> bool:
-    """Whether an array, or a shape with a sharding, is laid out on such a mesh."""
+    """Whether an array, or a shape with a sharding, lies on such a mesh."""
     lies = getattr(x, "sharding", None)
     return isinstance(lies, NamedSharding) and isinstance(lies.mesh, Mesh) and automatic(lies.mesh) == automatic(mesh)
 
 
 def shard_batch(batch: Any, mesh: Mesh | None = None) -> Any:
-    """One batch over the mesh, made of the rows that each process has read.
+    """Makes one batch over the mesh from the rows that each process has read.
 
     Args:
-      batch: this process's rows, arrays [rows, ...]; as many on every process, divisible among its devices. With one
-        process it is the whole batch.
+      batch: this process's rows, arrays [rows, ...]. Every process has the same number, which divides among its
+        devices. With one process it is the whole batch.
       mesh: the mesh of the step, by default of all devices.
 
     Returns:
-      Arrays of the rows of all processes, in the order of the mesh, split over all its axes.
+      Arrays with the rows of all processes, in the order of the mesh, split over all its axes.
 
     Raises:
       ValueError: the rows of a leaf do not divide among this process's devices.
 
     >>> import numpy as np
-    >>> from gradcomp_jax import make_mesh, shard_batch
-    >>> shard_batch({"x": np.ones((8, 3))}, make_mesh(1))["x"].shape
+    >>> import gradcomp_jax as gcj
+    >>> gcj.shard_batch({"x": np.ones((8, 3))}, gcj.make_mesh(1))["x"].shape
     (8, 3)
     """
     mesh = automatic(require_mesh(mesh, or_workers=False))
@@ -200,7 +200,7 @@ def shard_batch(batch: Any, mesh: Mesh | None = None) -> Any:
 
 
 def require_divisible(batch: Any, workers: int, whom: str) -> None:
-    """Raises ValueError, by name of the leaf, for a batch whose first axes do not divide among workers."""
+    """Raises ValueError, with the leaf's name, if the first axes of a batch do not divide among workers."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
         if not np.ndim(leaf) or np.shape(leaf)[0] % workers:
             raise ValueError(
@@ -210,18 +210,18 @@ def require_divisible(batch: Any, workers: int, whom: str) -> None:
 
 
 def is_train_state(x: Any) -> bool:
-    """Whether `x` is Flax's TrainState, or an object with what that has: Flax is not needed for it."""
+    """Whether `x` is Flax's TrainState, or an object with the same attributes. Flax is not needed for it."""
     return all(hasattr(x, name) for name in ("params", "opt_state", "tx", "step", "replace"))
 
 
 def in_global_form(tree: Any, mesh: Mesh | int) -> Any:
-    """`tree`, in which the optimiser's states of fresh TrainStates are for the workers of a mesh.
+    """The tree, in which fresh TrainStates hold their optimiser's state for the workers of a mesh.
 
-    `TrainState.create` makes the local form, see `gradcomp_jax.sharding`. What that keeps for a worker each gets, so
-    what the workers owe in the mean stays.
+    `TrainState.create` makes the local form, see `gradcomp_jax.sharding`. Each worker gets the state that the local
+    form keeps for one, so the mean debt of the workers stays.
 
     Raises:
-      ValueError: a TrainState of a codec that is across slices is in its local form and is not new.
+      ValueError: a TrainState of a codec under `across` is in its local form and is not new.
     """
     return jax.tree.map(lambda x: _in_global_form(x, mesh) if is_train_state(x) else x, tree, is_leaf=is_train_state)
 

@@ -1,4 +1,4 @@
-"""State for another number of workers: what the residuals owe stays."""
+"""State for another number of workers: the debt of the residuals stays."""
 
 import functools
 from typing import Any
@@ -17,9 +17,10 @@ from gradcomp_jax.sharding import PerWorker, leading_of, map_per_worker, specs_o
 def resize_workers(opt_state: Any, mesh: Mesh | int | None = None) -> Any:
     """The optimiser's state for another number of workers.
 
-    From n to m workers, where m divides n, a new worker gets the mean over n / m old ones; otherwise each gets
-    the mean over all. So the mean over the workers, which is what error feedback owes, stays; all that does not
-    differ between the workers is untouched. Of integers, such as the lengths that `code_bits` reads, it gets the first.
+    Going from n to m workers, a new worker gets the mean over n / m old ones if m divides n; otherwise each gets the
+    mean over all. So the mean over the workers stays, and error feedback owes as much as before. State that does not
+    differ between the workers is untouched. Integers, such as the lengths that `code_bits` reads, are not averaged: a
+    new worker gets those of the first.
 
     Args:
       opt_state: the global form, as `init` and the steps return it, or as read from a checkpoint. With several
@@ -34,9 +35,9 @@ def resize_workers(opt_state: Any, mesh: Mesh | int | None = None) -> Any:
         mesh, there is no worker, or several processes hold it on other devices.
 
     >>> import jax.numpy as jnp
-    >>> from gradcomp_jax import init, powersgd, resize_workers
-    >>> state = init(powersgd(1), {"w": jnp.ones((8, 8))}, 4)
-    >>> resize_workers(state, 6).residual.value["w"].shape
+    >>> import gradcomp_jax as gcj
+    >>> state = gcj.init(gcj.powersgd(1), {"w": jnp.ones((8, 8))}, 4)
+    >>> gcj.resize_workers(state, 6).residual.value["w"].shape
     (6, 8, 8)
     """
     mesh = require_mesh(mesh)
@@ -59,7 +60,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int | None = None) -> Any:
         opt_state = jax.tree.map(functools.partial(_movable, mesh=mesh), opt_state)
         if isinstance(mesh, int):
             return jax.jit(resize)(opt_state)
-        jax.eval_shape(resize, opt_state)  # refuses a wrong axis before a sharding is made of it
+        jax.eval_shape(resize, opt_state)  # refuses a wrong axis before it is used in a sharding
         shardings = jax.tree.map(lambda spec: NamedSharding(automatic(mesh), spec), specs_of(opt_state))
         return jax.jit(resize, out_shardings=shardings)(opt_state)
 
@@ -67,7 +68,7 @@ def resize_workers(opt_state: Any, mesh: Mesh | int | None = None) -> Any:
 
 
 def regrouped(old: jax.Array, new: int) -> jax.Array:
-    """Rows of old workers as those of new: means of equal groups, or of all; of whole numbers the first of each."""
+    """The rows of new workers: means of equal groups of old rows, or of all; for whole numbers, each group's first."""
     groups = new if old.shape[0] % new == 0 else 1
     grouped = old.reshape(groups, -1, *old.shape[1:])
     kept = jnp.mean(grouped, axis=1) if jnp.issubdtype(old.dtype, jnp.inexact) else grouped[:, 0]
@@ -75,7 +76,7 @@ def regrouped(old: jax.Array, new: int) -> jax.Array:
 
 
 def _resized(x: PerWorker, new: tuple[int, ...]) -> PerWorker:
-    """The global form of what differs between workers, for so many."""
+    """The global form, for new numbers of workers and chips, of state that differs between workers."""
     if x.shards is None:
         return jax.tree.map(lambda old: regrouped(old, *new), x)
     leaves, treedef = jax.tree.flatten(x)
@@ -84,13 +85,13 @@ def _resized(x: PerWorker, new: tuple[int, ...]) -> PerWorker:
 
 
 def alone(x: PerWorker) -> PerWorker:
-    """The local form for a single worker, of a single chip, of the global form of several."""
+    """The local form for a single worker with a single chip, from the global form of several."""
     ones = (1,) * len(x.leading)
     return jax.tree.map(lambda leaf: leaf[(0,) * len(ones)], _resized(x, ones))
 
 
 def cut_anew(old: jax.Array, cut: Cut | None, new: tuple[int, ...]) -> jax.Array:
-    """Shards [workers, chips, ...], or [chips, ...], for other numbers of both: what each element owes stays."""
+    """Shards [workers, chips, ...], or [chips, ...], for other numbers of both; each element's debt stays."""
     if len(new) == 2:
         old = jnp.swapaxes(jax.vmap(lambda one: cut_anew(one, cut, new[1:]))(old), 0, 1)
         return jnp.swapaxes(jax.vmap(lambda chip: regrouped(chip, new[0]))(old), 0, 1)
@@ -102,7 +103,7 @@ def cut_anew(old: jax.Array, cut: Cut | None, new: tuple[int, ...]) -> jax.Array
 
 
 def whole_of(x: PerWorker) -> list[jax.Array]:
-    """The arrays of a global form [workers, ...], of shards those of the whole leaves."""
+    """The arrays of a global form [workers, ...]; shards are joined to the whole leaves."""
     if x.shards is None:
         return jax.tree.leaves(x)
     join = lambda old, cut: jax.vmap(cut.join)(old)  # noqa: E731
@@ -110,7 +111,7 @@ def whole_of(x: PerWorker) -> list[jax.Array]:
 
 
 def _movable(x: Any, mesh: Mesh | int) -> Any:
-    """`x` on the devices of the mesh, by way of the host, or where several processes share it, as it is."""
+    """Moves `x` to the devices of the mesh through the host; if several processes share it, it stays as it is."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         if isinstance(mesh, int) or x.sharding.device_set != set(mesh.devices.flat):
             raise ValueError(

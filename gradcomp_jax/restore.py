@@ -1,4 +1,4 @@
-"""Checkpoints that Orbax wrote, for whatever number of workers there is now."""
+"""Reads checkpoints that Orbax wrote, for the number of workers there is now."""
 
 import dataclasses
 import os
@@ -27,26 +27,28 @@ def restore(
 ) -> Any:
     """Reads a checkpoint, made with any number of workers, for the workers of a mesh.
 
-    Orbax takes the shapes of what it reads from a target. Given that of another number of workers it refuses, and with
-    `strict=False`, which it then advises, it cuts residuals off or fills them with zeros. Here the number of workers is
-    read from the checkpoint first, and the state goes through `resize_workers` where there are others now.
+    Orbax takes the shapes of the arrays from a target. If the target has another number of workers, Orbax refuses, and
+    advises `strict=False`. With that it cuts residuals off or fills them with zeros. `restore` reads the number of
+    workers from the checkpoint first. If there are others now, the state goes through `resize_workers`.
 
     Args:
-      directory: of an `orbax.checkpoint.CheckpointManager`; or one checkpoint, of a `StandardCheckpointer`.
-      like: a tree like the one that was saved, such as `{"params": params, "opt_state": init(tx, params, mesh)}`;
-        arrays, or their shapes by `jax.eval_shape`; a TrainState may be fresh from its `create`. What lies in shards
-        on the mesh here is restored so.
+      directory: the directory of an `orbax.checkpoint.CheckpointManager`, or one checkpoint of a
+        `StandardCheckpointer`.
+      like: a tree like the one that was saved, such as `{"params": params, "opt_state": init(tx, params, mesh)}`. It
+        holds arrays, or their shapes from `jax.eval_shape`. A TrainState may be fresh from its `create`. Arrays that
+        lie in shards on the mesh here are restored in these shards.
       mesh: the mesh of the step, by default of all devices; or, for `simulate`, the number of workers.
-      step: which checkpoint; by default the last.
-      item: its item, where several were saved.
+      step: the step of the checkpoint; by default the last.
+      item: the item of the checkpoint, if several were saved.
 
     Returns:
-      A tree like `like`, placed on the mesh as by `place`: the next step can take it.
+      A tree like `like`, placed on the mesh as `place` does it: the next step can take it.
 
     Raises:
       ImportError: orbax-checkpoint is not installed.
       FileNotFoundError: there is no such checkpoint.
-      ValueError: a leaf is missing from it, left over in it, or of another shape for another reason than the workers.
+      ValueError: a leaf is missing from the checkpoint, is left over in it, or has another shape for a reason other
+        than the number of workers.
     """
     try:
         import orbax.checkpoint as ocp
@@ -69,7 +71,7 @@ def restore(
 
 
 def _of_manager(directory: str, target: Callable[[Any], Any], step: int | None, item: str) -> Any:
-    """What a CheckpointManager saved of a step, as the target of the shapes there says."""
+    """What a CheckpointManager saved for a step. `target` makes the target of the read from the shapes there."""
     import orbax.checkpoint as ocp
 
     handlers = {item: ocp.StandardCheckpointHandler()}
@@ -92,7 +94,7 @@ def _by_path(tree: Any) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Lies:
-    """How many leading axes an array has for workers and their chips, and how the whole is cut, if it is of shards."""
+    """How many leading axes an array has for workers and their chips; if it holds shards, how the whole is cut."""
 
     lead: int
     cut: Cut | None
@@ -105,7 +107,7 @@ def _lies(x: PerWorker) -> PerWorker:
 
 
 def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> Any:
-    """What Orbax is to read: `like`, with as many workers as were saved; those of another number on the host."""
+    """What Orbax is to read: `like` with as many workers as were saved. If their number changed, it is on the host."""
     mine = _by_path(like)
     if differing := sorted(mine.keys() ^ saved.keys()):
         what = "lacks" if differing[0] in mine else "has beside what like has"

@@ -1,4 +1,4 @@
-"""What becomes of what workers' own steps return: passed on, averaged, or refused; see `data_parallel`."""
+"""Handles the outputs of the workers' own steps: passed on, averaged, or refused; see `data_parallel`."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,8 +27,8 @@ class Returned(NamedTuple):
     """What a worker returns.
 
     Attributes:
-      out: its outputs, state in its global form.
-      leads: the leading axes of each leaf; none where it is the same on all workers.
+      out: its outputs, with state in its global form.
+      leads: the leading axes of each leaf; none if it is the same on all workers.
     """
 
     out: Any
@@ -36,7 +36,7 @@ class Returned(NamedTuple):
 
 
 def along(tree: Any, axes: Sequence[str]) -> Any:
-    """The axes along which each leaf of an argument may differ: these, and those of what differs between workers."""
+    """The axes along which each leaf of an argument may differ: `axes`, and for `PerWorker` state its own axes."""
     return map_per_worker(lambda x: jax.tree.map(lambda _: _names(x), x), tree, lambda _: frozenset(axes))
 
 
@@ -45,17 +45,17 @@ def _names(x: PerWorker) -> Axes:
 
 
 def returned(out: Any, differs: Any, passed: Sequence[Any], keys: Sequence[Any], rows: set[int]) -> Returned:
-    """What a worker returns, of what its step gave.
+    """Makes a worker's return value from the outputs of its step.
 
     Args:
       out: the outputs.
       differs: the axes along which each leaf may differ.
       passed: the arguments that a step may pass on.
-      keys: this worker's random keys, of which none that differs may be passed on.
-      rows: of the leaves of the worker's part of the batch.
+      keys: this worker's random keys; a key that differs by worker may not be passed on.
+      rows: the numbers of rows in the worker's part of the batch.
 
     Raises:
-      ValueError: what is passed on differs between the workers, or a random key does.
+      ValueError: an output that is passed on differs between the workers, or an output is a random key that does.
     """
     given = _nodes(passed)
     kinds = {kind for kind, _ in given}
@@ -79,7 +79,7 @@ def returned(out: Any, differs: Any, passed: Sequence[Any], keys: Sequence[Any],
 
 
 def _nodes(args: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """What a step may pass on, with its kind: the arguments, then the trees in them, those in these, and so on."""
+    """The trees that a step may pass on, each with its kind: the arguments, then the trees in them, and so on."""
     found, level = [], list(args)
     while level:
         found += level
@@ -89,13 +89,13 @@ def _nodes(args: Sequence[Any]) -> list[tuple[Any, Any]]:
 
 
 def _kind(x: Any) -> Any:
-    """The structure and shapes of a tree, by which it is known again; None of scalars, which may be anything."""
+    """The structure and shapes of a tree, which identify it; None for scalars, which may be anything."""
     shapes = tuple(map(np.shape, jax.tree.leaves(x)))
     return (jax.tree.structure(x), shapes) if any(shapes) else None
 
 
 def _before(parts: Sequence[Any], given: Sequence[tuple[Any, Any]]) -> list[Any]:
-    """What each part was before the step, or None; of several of a kind, as a mean of parameters, in their order."""
+    """What each part was before the step, or None; parts of one kind, such as a mean of parameters, go in order."""
     queues: dict[Any, list[Any]] = {}
     for kind, x in given:
         queues.setdefault(kind, []).append(x)
@@ -103,7 +103,7 @@ def _before(parts: Sequence[Any], given: Sequence[tuple[Any, Any]]) -> list[Any]
 
 
 def _require_same(name: str, part: Any, differs: Any) -> None:
-    """Raises ValueError, by name, for a leaf that differs between the workers and is not marked to do so."""
+    """Raises ValueError, with the name, if a leaf differs between the workers and is not marked so."""
     leaves = jax.tree_util.tree_leaves_with_path(part, is_leaf=is_per_worker)
     for (path, x), its in zip(leaves, jax.tree.leaves(differs, is_leaf=is_per_worker), strict=True):
         axes = frozenset().union(*jax.tree.leaves(its)) - (_names(x) if is_per_worker(x) else frozenset())
@@ -113,7 +113,7 @@ def _require_same(name: str, part: Any, differs: Any) -> None:
 
 
 def _require_no_key(name: str, part: Any, differs: Any, keys: Sequence[Any]) -> None:
-    """Raises ValueError, by name, for a random key of one worker; of the old kind by its shape and type."""
+    """Raises ValueError, with the name, for a worker's random key; a key of the old kind is known by shape and type."""
     kinds = {(x.shape, x.dtype) for x in keys}
     for (path, x), axes in zip(jax.tree_util.tree_leaves_with_path(part), jax.tree.leaves(differs), strict=True):
         if axes and (jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) or (x.shape, x.dtype) in kinds):
@@ -124,7 +124,7 @@ def _require_no_key(name: str, part: Any, differs: Any, keys: Sequence[Any]) -> 
 
 
 def _kept(parts: Sequence[Any], before: Sequence[Any]) -> list[Any]:
-    """What is passed on, as it was before in a step that a codec skipped."""
+    """The parts that are passed on; if a codec skipped the step, they are as before it."""
     mine = [part for part, old in zip(parts, before, strict=True) if old is not None]
     if not compressor_states(mine):
         return list(parts)
@@ -135,7 +135,7 @@ def _kept(parts: Sequence[Any], before: Sequence[Any]) -> list[Any]:
 
 
 def _reduced(metrics: dict[str, Any], rows: set[int], states: Any) -> dict[str, Any]:
-    """Outputs, each with the axes along which its leaves differ, as they are over all workers."""
+    """Reduces outputs over all workers; each comes with the axes along which its leaves differ."""
     trees = {name: part for name, (part, _) in metrics.items()}
     leaves = jax.tree_util.tree_leaves_with_path(trees)
     axes = jax.tree.leaves({name: its for name, (_, its) in metrics.items()})

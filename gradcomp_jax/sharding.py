@@ -1,12 +1,12 @@
-"""State across devices: what differs between workers is marked, stored as one global array, and resharded.
+"""State across devices: state that differs between workers is marked, stored as one global array, and resharded.
 
-Almost all of an optimiser's state is the same on all workers; a residual is not. Returned from shard_map as
-if it were replicated, it would silently keep one worker's copy. So a leaf that differs is wrapped in
-`PerWorker`, and has two forms:
+Almost all of an optimiser's state is the same on all workers. A residual is not. If shard_map returned it as
+replicated, one worker's copy would silently remain. So a leaf that differs is wrapped in `PerWorker`, and has two
+forms:
 
-- *local*, inside a step: this worker's value, shape [...]; what `tx.init(params)` returns;
-- *global*, between steps: one array [workers, ...], sharded over its first axis; what `init` returns, and
-  what a checkpoint holds.
+- *local*, inside a step: this worker's value, shape [...]. `tx.init(params)` returns this form.
+- *global*, between steps: one array [workers, ...], sharded over its first axis. `init` returns this form, and a
+  checkpoint holds it.
 """
 
 import functools
@@ -33,13 +33,13 @@ class _Value(NamedTuple):
 
 
 class Shards(NamedTuple):
-    """That what is in a `PerWorker` is of shards of the leaves, of which each chip of a worker has one.
+    """Says that a `PerWorker` holds shards of the leaves; each chip of a worker has one shard.
 
     Attributes:
-      axes: of which each has a leading axis of its own in the global form: the workers', if it differs between them,
-        and that of their chips.
-      cuts: of each array, in the order of its tree, how the whole is cut; None: the first chip's stands for all.
-      lie: where parameters themselves lie in shards, of all leaves the path, and the axis that is cut, or None.
+      axes: the axes that each have a leading axis in the global form: the workers' axis, if the value differs between
+        workers, and the axis of their chips.
+      cuts: how the whole of each array is cut, in the order of its tree; None: the first chip's array stands for all.
+      lie: if the parameters themselves are in shards: for every leaf its path, and the axis that is cut, or None.
     """
 
     axes: tuple[AxisName, ...]
@@ -50,15 +50,15 @@ class Shards(NamedTuple):
 class PerWorker(_Value):
     """State that differs between the workers.
 
-    It is a NamedTuple of its value alone, and so to jax, `optax.tree_utils` and `flax.serialization` what optax's
-    states are; axis and role are of its type, of which there is one for each pair of them.
+    It is a NamedTuple of its value alone. So jax, `optax.tree_utils` and `flax.serialization` treat it like optax's
+    own states. Axis, role and shards belong to its type; each combination has a type of its own.
 
     Attributes:
       value: arrays; local form [...], global form [workers, ...].
       axis: the mesh axis, or axes, along which it differs.
       role: what it is: "owed" to later steps, which `flush` sends; "pending", a gradient that waits for the next step;
-        an "estimate", as EF21's; or a part of a codec's own "state".
-      shards: of what `across` keeps of shards, how they lie; else None.
+        an "estimate", as in EF21; "norms", which `metrics` reads; or a part of a codec's own "state".
+      shards: how shards lie, for state of shards under `across`; else None.
     """
 
     __slots__ = ()
@@ -80,7 +80,7 @@ class PerWorker(_Value):
 
     @property
     def leading(self) -> tuple[AxisName, ...]:
-        """The mesh axes, or groups of them, of each of which the global form has an axis."""
+        """The mesh axes, or groups of them, that each have a leading axis in the global form."""
         return (self.axis,) if self.shards is None else self.shards.axes
 
 
@@ -96,7 +96,7 @@ def is_per_worker(x: Any) -> bool:
 
 
 def map_per_worker(f: Callable[[PerWorker], Any], state: Any, other: Callable[[Any], Any]) -> Any:
-    """`f` of each `PerWorker` of a state, `other` of each other leaf."""
+    """Applies `f` to each `PerWorker` of a state, and `other` to each other leaf."""
     return jax.tree.map(lambda x: f(x) if is_per_worker(x) else other(x), state, is_leaf=is_per_worker)
 
 
@@ -110,17 +110,17 @@ def state_specs(tx: optax.GradientTransformation, params: Any, param_specs: Any 
 
     Args:
       tx: the optimiser, with or without codecs.
-      params: the parameters, or their shapes; where they are sharded, whole.
+      params: the parameters, or their shapes; the whole ones, if they are sharded.
       param_specs: how the parameters are sharded over the chips of a worker, a tree of `PartitionSpec`s like them;
-        None: they are the same on all.
+        None: they are the same on all chips.
 
     Returns:
-      A tree like `tx.init(params)` with a `PartitionSpec` for each array: over the workers' axis for what
-      differs between them, as the parameters for copies of these, replicated otherwise. It serves as in_specs and
-      out_specs of shard_map.
+      A tree like `tx.init(params)` with a `PartitionSpec` for each array. State that differs between workers lies over
+      their axis, copies of the parameters lie as the parameters do, and the rest is replicated. It serves as in_specs
+      and out_specs of shard_map.
 
     Raises:
-      ValueError: a codec takes a parameter to lie otherwise.
+      ValueError: a codec expects a parameter to be sharded in another way.
     """
     require_transformation(tx)
     state = jax.eval_shape(tx.init, params)
@@ -132,7 +132,7 @@ def state_specs(tx: optax.GradientTransformation, params: Any, param_specs: Any 
 
 
 def require_lying(state: Any, param_specs: Any) -> None:
-    """Raises ValueError, by name, for a parameter that does not lie as a codec that is across slices has it."""
+    """Raises ValueError, with the name, if a parameter is not sharded as a codec under `across` expects it."""
     for x in marked(state):
         if x.shards is None or len(x.leading) < 2:
             continue
@@ -155,15 +155,15 @@ def require_lying(state: Any, param_specs: Any) -> None:
 
 
 def marked(state: Any) -> list[PerWorker]:
-    """All that is wrapped in `PerWorker`."""
+    """All values that are wrapped in `PerWorker`."""
     return [x for x in jax.tree.leaves(state, is_leaf=is_per_worker) if is_per_worker(x)]
 
 
 def local_state(state: Any) -> Any:
-    """The local form of a state, inside shard_map: strips the leading axis of what differs by worker.
+    """The local form of a state, inside shard_map: strips the leading axis of state that differs between workers.
 
     Raises:
-      ValueError: that axis is not 1 here, so the state was not sharded as `state_specs` says.
+      ValueError: the leading axis is not 1 here, so the state was not sharded as `state_specs` says.
     """
 
     def strip(path, x):
@@ -190,7 +190,7 @@ def global_state(state: Any) -> Any:
 
 
 def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
-    """Raises ValueError for a state of another number of workers than the mesh has."""
+    """Raises ValueError if a state has another number of workers than the mesh."""
     rows_of = leading_of(mesh)
     for x in jax.tree.leaves(opt_state, is_leaf=is_per_worker):
         if is_per_worker(x):
@@ -207,10 +207,10 @@ def require_workers(opt_state: Any, mesh: Mesh | int) -> None:
 
 
 def require_state(tx: optax.GradientTransformation, params: Any, opt_state: Any, mesh: Mesh | int) -> None:
-    """Refuses, by name of the leaf, a state that is not the global form of one of `tx` for `params` on the mesh.
+    """Refuses a state that is not the global form of a state of `tx` for `params` on the mesh, and names the leaf.
 
     Raises:
-      ValueError: it is another's; the message says what leads from it to one that fits, if anything does.
+      ValueError: the state belongs to another; the message says how to get one that fits, if there is a way.
     """
     require_transformation(tx)
     expected = jax.eval_shape(tx.init, params)
@@ -249,7 +249,7 @@ def _leaves(tree: Any) -> dict[str, Any]:
 
 
 def leading_of(mesh: Mesh | int) -> Callable[[PerWorker], tuple[int, ...]]:
-    """The sizes of the leading axes of the global form: how many workers, and of `across` how many chips."""
+    """The sizes of the leading axes of the global form: how many workers, and under `across` how many chips."""
     count = _count(mesh)
 
     def rows_of(x: PerWorker) -> tuple[int, ...]:
@@ -261,7 +261,7 @@ def leading_of(mesh: Mesh | int) -> Callable[[PerWorker], tuple[int, ...]]:
 
 
 def _require_slices(axes: tuple[AxisName, ...], mesh: Mesh | int) -> None:
-    """Raises ValueError for a mesh that has not the axes of a codec that is across slices."""
+    """Raises ValueError if a mesh lacks the axes of a codec under `across`."""
     if isinstance(mesh, int):
         raise ValueError(
             f"mesh={mesh} is a number of workers, and the codec is across slices: give a mesh of slices and their "

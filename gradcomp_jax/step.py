@@ -30,7 +30,7 @@ from gradcomp_jax.placing import require_divisible
 from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
 from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
 
-# The optimiser's state of a parameter of fewer elements is copied in less than it takes to compile what saves that.
+# With fewer elements, copying a parameter's optimiser state takes less time than compiling what saves the copy.
 LARGE = 2**15
 
 
@@ -51,63 +51,62 @@ def train_step(
 ) -> Step:
     """A jitted data-parallel step in which each worker's own gradient reaches `tx`.
 
-    Each worker computes the loss and gradient on its part of the batch; `tx`, with a codec first, makes
-    them one update; all workers apply it. Where a codec finds a gradient that is not finite on any worker,
-    parameters and optimiser state stay as they were on all, and only `skipped`, the count of bits and the scale of
-    `loss_scaled` go on. (`average` alone tests nothing.)
+    Each worker computes the loss and gradient on its part of the batch. `tx`, with a codec first, makes one update of
+    them, and all workers apply it. If a codec finds a gradient that is not finite on any worker, parameters and
+    optimiser state stay as they were on all. Only `skipped`, the count of bits, the scale of `loss_scaled`
+    and the pending gradient of `delayed` go on. (`average` alone tests nothing.)
 
     To freeze leaves, put `optax.freeze(mask)` after the codec. As a label of `optax.partition`, beside one that
     has a codec, use `optax.stateless(lambda u, p: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), u))`, which
     sends nothing: the zeros of `optax.set_to_zero` have the type of the worker's own gradients, and are refused.
 
     Args:
-      loss_fn: `(params, batch) -> loss`, a scalar that is this worker's mean over its part of the batch; not
-        reduced over the workers. Where `loss_scaled` is in tx, it returns the loss as it is. The settings below give it
-        more, in the order `(params, model_state, batch, key, shared)`.
+      loss_fn: `(params, batch) -> loss`. The loss is a scalar, this worker's mean over its part of the batch. It is not
+        reduced over the workers, and not scaled, even if `loss_scaled` is in tx. The settings below give loss_fn more
+        arguments, in the order `(params, model_state, batch, key, shared)`.
       tx: the optimiser, with a codec, or `average`, first. A transformation after the codec that asks for `value`,
         such as `optax.contrib.reduce_on_plateau`, gets the mean loss, which costs a small all-reduce of its own.
       mesh: the workers; the batch is split over all its axes. By default all devices, see `make_mesh`.
       has_aux: loss_fn returns `(loss, aux)`; the step returns aux last.
       has_state: loss_fn is `(params, model_state, batch) -> (loss, model_state)`, or with has_aux
-        `(loss, (model_state, aux))`, for batch statistics and the like. Floating leaves of the new model
-        state are averaged over the workers; of integer leaves, such as counters, the largest is kept. In a step that
-        is skipped the loss has been computed nonetheless: integers, and floating leaves that are finite, go on; a
-        floating leaf that is not finite stays as it was.
-      reduce_aux: what becomes of aux over the workers, a tree that is a prefix of it: "mean"; "sum", for integers
-        exact; or "workers", which keeps each worker's own: [workers, ...], sharded over the mesh, and not sent. By
-        default floating leaves are averaged, and integers and truth values summed.
+        `(loss, (model_state, aux))`, for batch statistics and the like. Floating leaves of the new model state are
+        averaged over the workers. Of integer leaves, such as counters, the largest is kept. A skipped step has computed
+        the loss nonetheless, so integers and finite floating leaves go on; a floating leaf that is not finite stays as
+        it was.
+      reduce_aux: how aux is reduced over the workers, a tree that is a prefix of aux. "mean" averages; "sum" adds, and
+        is exact for integers; "workers" keeps each worker's own: [workers, ...], sharded over the mesh, and not sent.
+        By default floating leaves are averaged, and integers and truth values are summed.
       accumulate: into how many parts each worker cuts its part of the batch. It computes their gradients one after
-        another, in the memory of one, and there is one exchange, of the mean. A model state passes from part to part;
-        aux is averaged, or summed, over the parts as over the workers, and of "workers" is [workers, parts, ...].
-      rng: the step and loss_fn take a random key after the batch. The step is given one key, a new one each time;
-        each worker folds its index into it, and each part of an accumulated batch its own.
+        another, in the memory of one part. There is one exchange, of the mean. A model state passes from part to part.
+        aux is averaged, or summed, over the parts as over the workers; under "workers" it is [workers, parts, ...].
+      rng: the step and loss_fn take a random key after the batch. Give the step one key, a new one each time. Each
+        worker folds its index into the key, and each part of an accumulated batch folds in its own index.
       shared: the step and loss_fn take a last argument, any tree that is the same on all workers, such as the number of
         the step or a temperature.
       donate: reuse the memory of params, opt_state and model_state, which cannot be read afterwards.
-      check_vma: let shard_map check what differs between workers. A model that cannot be given such types is traced
-        without; gradients stay local then too, and tx, which is traced by itself first, is still checked. So it is with
-        check_vma=False from the start.
-      compiler_options: XLA's, as for `jax.jit`; those of `compiler_options(platform)` let the parts of an exchange
-        overlap with the backward pass.
+      check_vma: let shard_map check which values differ between workers. If a model cannot be given such types, it is
+        traced without them. Gradients stay local then too, and tx is still checked, because it is traced by itself
+        first. check_vma=False does the same from the start.
+      compiler_options: XLA's options, as for `jax.jit`. The options of `compiler_options(platform)` let the parts of an
+        exchange overlap with the backward pass.
 
     Returns:
-      `step(params, opt_state, batch) -> (params, opt_state, loss)`, where opt_state comes from
-      `init(tx, params, mesh)`, every leaf of the batch is split along its first axis, and loss is the mean
-      over the workers. With has_state: `step(params, opt_state, model_state, batch) -> (params, opt_state,
-      model_state, loss)`. The step has jax.jit's `lower`. Parameters and model state that lie elsewhere, such as new
-      ones on one device, are placed on the mesh first, see `place`. Where the mesh is of several processes, make each
-      process's rows a batch by `shard_batch(rows, mesh)`.
+      `step(params, opt_state, batch) -> (params, opt_state, loss)`. The opt_state comes from `init(tx, params, mesh)`,
+      every leaf of the batch is split along its first axis, and loss is the mean over the workers. With has_state:
+      `step(params, opt_state, model_state, batch) -> (params, opt_state, model_state, loss)`. The step has jax.jit's
+      `lower`. Parameters and model state that lie elsewhere, such as new ones on one device, are placed on the mesh
+      first, see `place`. If the mesh has several processes, make one batch of each process's rows with
+      `shard_batch(rows, mesh)`.
 
-      In the place of params and opt_state may stand a Flax `TrainState`, fresh too, or another object with params,
+      A Flax `TrainState`, fresh too, may replace params and opt_state, and so may another object with params,
       opt_state, tx, step and replace: `step(state, batch) -> (state, loss)`. Its step counts the steps that are not
-      skipped. So may a module of Flax's NNX and its `nnx.Optimizer`, for a loss_fn of the module:
+      skipped. A module of Flax's NNX and its `nnx.Optimizer` may replace them too, for a loss_fn of the module:
       `step(model, optimizer, batch) -> loss`, or (loss, aux), changes both in place.
 
     Raises:
-      ValueError: when called with a batch that does not divide among the workers, or is one process's of several, a
-        loss that is reduced already, an optimiser state that is not one of tx for params and the mesh, a model that
-        constrains shardings over the mesh, or a tx that leaves the workers' updates or its state different, or calls a
-        codec in some steps only.
+      ValueError: when called. The batch does not divide among the workers, or is one process's of several. The loss is
+        reduced already. The optimiser state is not one of tx for params and the mesh. The model constrains shardings
+        over the mesh. Or tx leaves the workers' updates or its state different, or calls a codec in some steps only.
     """
     form = Form(has_state, has_aux, rng, shared)
     own_loss, mesh = checked(loss_fn, tx, form, accumulate), automatic(require_mesh(mesh, or_workers=False))
@@ -151,7 +150,7 @@ def train_step(
 def _on_modules(
     make: Callable[..., Step], loss_fn: Any, axes: tuple[str, ...], form: Form, accumulate: int, donate: bool
 ) -> Callable[[], Callable[..., Any]]:
-    """What makes a step of modules of Flax's NNX, of what makes one of parameters."""
+    """Returns a function that makes a step of modules of Flax's NNX; `make` makes a step of parameters."""
 
     def made() -> Callable[..., Any]:
         if form.has_state:
@@ -164,7 +163,7 @@ def _on_modules(
 
 
 def _on_global_state(worker: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
-    """A worker's step inside shard_map, where the state comes and goes in its global form."""
+    """A worker's step inside shard_map; the state comes and goes in its global form."""
 
     def on_worker(params, opt_state, *rest):
         with collectives.in_order() if emulates(mesh) else contextlib.nullcontext():
@@ -190,10 +189,10 @@ def simulate(
 ) -> Step:
     """The twin of `train_step` with all workers on one device, by vmap: the same numbers, no mesh.
 
-    On several devices it is data parallelism by XLA's own partitioning, under plain `jax.jit`. Give it a batch that
-    lies on them, by `shard_batch(batch)`, and `place((params, opt_state))`. A codec that sums sends there what
-    `wire_bits` counts, or less: GradiVeQ's bases are counted, but XLA need not send them. One that gathers, shuffles or
-    goes round a ring is refused there.
+    On several devices it is data parallelism, partitioned by XLA itself, under plain `jax.jit`. Give it a batch that
+    lies on them, from `shard_batch(batch)`, and `place((params, opt_state))`. A codec that sums sends there what
+    `wire_bits` counts, or less: GradiVeQ's bases are counted, but XLA need not send them. A codec that gathers,
+    shuffles or goes round a ring is refused there.
 
     Args:
       loss_fn: as in `train_step`.
@@ -209,11 +208,11 @@ def simulate(
       donate: as in `train_step`.
 
     Returns:
-      A step as `train_step` returns it, for an opt_state from `init(tx, params, workers)`.
+      A step like that of `train_step`, for an opt_state from `init(tx, params, workers)`.
 
     Raises:
-      ValueError: when called, as in `train_step`; a loss that is reduced already cannot be seen here. Or a codec does
-        not sum, and the batch lies on several devices.
+      ValueError: when called, as in `train_step`, except that a loss that is reduced already cannot be seen here. Or
+        the codec does not sum, and the batch lies on several devices.
     """
     form = Form(has_state, has_aux, rng, shared)
     own_loss, workers = checked(loss_fn, tx, form, accumulate), own("workers", workers)
@@ -245,7 +244,7 @@ def _require_divisible(batch: Any, workers: int, accumulate: int, whom: str) -> 
 
 
 def _with_rest(loss_fn: Callable[..., Any], form: Form) -> Callable[..., Any]:
-    """`loss_fn` as (params, rest) -> (loss, (model state, auxiliary outputs)), None where there are none."""
+    """`loss_fn` as (params, rest) -> (loss, (model state, auxiliary outputs)); None if there is none."""
 
     def with_rest(params, rest):
         out = loss_fn(params, *rest)
@@ -263,9 +262,9 @@ def _with_rest(loss_fn: Callable[..., Any], form: Form) -> Callable[..., Any]:
 def _worker_step(
     loss_fn: Any, tx: Any, sizes: Mapping[str, int], form: Form, accumulate: int, reduce_aux: Any, in_shards: bool
 ) -> Callable[..., Any]:
-    """What one worker does in a step, on local state; in shard_map, or else under vmap."""
+    """One worker's part of a step, on local state; in shard_map if `in_shards`, else under vmap."""
     axes, wire = tuple(sizes), Wire(tuple(sizes))
-    own = (lambda x: x[None]) if in_shards else (lambda x: x)  # of what each worker keeps, as its specs say
+    own = (lambda x: x[None]) if in_shards else (lambda x: x)  # for what each worker keeps, as its specs say
 
     def step(params, opt_state, *rest):
         scaled = loss_scale(opt_state) if loss_scales(opt_state) else None
@@ -294,7 +293,7 @@ def _worker_step(
 
 
 def _of_worker(rest: tuple[Any, ...], form: Form, axes: tuple[str, ...]) -> tuple[Any, ...]:
-    """What loss_fn is given after params on this worker: with its own key."""
+    """The arguments of loss_fn after params on this worker, with its own key."""
     if not form.rng:
         return rest
     key = rest[form.has_state + 1]
@@ -306,7 +305,7 @@ def _of_worker(rest: tuple[Any, ...], form: Form, axes: tuple[str, ...]) -> tupl
 
 
 def _reductions(reduce_aux: Any, aux: Any, batch: Any, accumulate: int) -> tuple[Any, Any]:
-    """What becomes of auxiliary outputs over the workers; and these, of all parts of an accumulated batch."""
+    """How auxiliary outputs are reduced over the workers; and the outputs over all parts of an accumulated batch."""
     rows = {x.shape[0] // accumulate for x in jax.tree.leaves(batch)}
     if accumulate == 1:
         return beside.reductions(reduce_aux, aux, rows), aux
@@ -321,7 +320,7 @@ def _update_beside(
     """Updates, the next state, and the means of the riders, which travel in the messages of tx's codec."""
     axes = tuple(sizes)
     states = compressor_states(opt_state)
-    # Of several codecs each would send it; one on a part of the axes would not reach all workers.
+    # Several codecs would each send them; a codec on a part of the axes would not reach all workers.
     rides = len(states) == 1 and set(collectives.axis_names(states[0].residual.axis)) == set(axes)
     extra = {"beside": riders, "fresh": fresh} if rides else {}
     updates, state = update_of(tx, sizes, grads, opt_state, params, riders[0], **extra)
@@ -344,15 +343,16 @@ def _is_delivered(x: Any) -> bool:
 
 
 def keep(kept: jax.Array, new: Any, old: Any) -> Any:
-    """`new`, or `old` in a step that was skipped."""
+    """`new`, or `old` if the step was skipped."""
     return jax.tree.map(lambda n, o: jnp.where(kept, n, o if o.dtype == n.dtype else o.astype(n.dtype)), new, old)
 
 
 def once_stored(kept: jax.Array, params: Any) -> jax.Array:
-    """`kept`, on CPUs known only once there are the new parameters.
+    """`kept`; on CPUs it is known only once the new parameters exist.
 
-    These are computed from the optimiser's state as it was before the step, and what selects by this flag overwrites
-    that. Without such an order XLA's CPU backend begins each step with a copy of the state; of small parameters it may.
+    The new parameters are computed from the optimiser's state before the step. The selection by this flag overwrites
+    that state. Without this order XLA's CPU backend begins each step with a copy of the state. Small parameters do not
+    get the order, so their state may be copied.
     """
     large = [x for x in jax.tree.leaves(params) if x.size >= LARGE]
     if not large or not on_cpus() or others_are_automatic():
@@ -361,7 +361,7 @@ def once_stored(kept: jax.Array, params: Any) -> jax.Array:
 
 
 def keep_state(kept: jax.Array, new: Any, old: Any) -> Any:
-    """The optimiser's state as `keep`, but counts go on, and what is pending is of this step anyway."""
+    """The optimiser's state as in `keep`, but counts go on, and a pending gradient is of this step anyway."""
     pending = lambda x: is_per_worker(x) and x.role == "pending"  # noqa: E731
 
     def part(new: Any, old: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Another codec in the middle of a run: what the old one owes, and what others keep, goes on."""
+"""Another codec in the middle of a run: residuals and the state of the rest of the chain go on."""
 
 import dataclasses
 import functools
@@ -21,7 +21,7 @@ from gradcomp_jax.notes import note
 from gradcomp_jax.placing import global_init, init_parts, place
 from gradcomp_jax.sharding import is_per_worker, require_state
 
-# Leaves that a message names.
+# The number of leaves that a message names.
 MOST_NAMED = 4
 
 
@@ -34,31 +34,31 @@ def swap(
 ) -> Any:
     """The optimiser's state for another codec, or another strength, in the middle of a run.
 
-    The rest of the chain goes on as it is: moments, counts, schedules, what is pending under `delayed`. Of the codec
+    The rest of the chain goes on as it is: moments, counts, schedules, what is pending under `delayed`. From the codec
     these are kept:
 
-    - residuals, leaf by leaf, what every worker still owes;
+    - residuals, leaf by leaf: what every worker still owes;
     - counts of bits and skipped steps;
-    - its own state where that of new_tx has the same type and shapes, also inside `accordion`, `scheduled` and
-      `per_layer`. From one rank of `powersgd` to another the common columns of Q are kept, and more are drawn. What
-      does not fit begins anew, such as the bases of `gradiveq` at another ratio.
+    - its own state, if the state of new_tx has the same type and shapes, also inside `accordion`, `scheduled` and
+      `per_layer`. From one rank of `powersgd` to another the common columns of Q are kept, and more are drawn. State
+      that does not fit begins anew, such as the bases of `gradiveq` at another ratio.
 
-    Residuals have no place in the new state where a leaf is sent dense now, without error feedback, and beside EF21's
-    estimates. Then the swap is refused unless they are zero, as after `flush`. The estimates of EF21 owe nothing: they
-    go on under EF21, and else they are dropped, which is logged.
+    The new state has no place for a residual if its leaf is now sent dense, if the new codec has no error feedback, or
+    if it keeps EF21's estimates. Then the swap is refused, unless the residuals are zero, as after `flush`. The
+    estimates of EF21 owe nothing: they go on under EF21, and otherwise they are dropped, which is logged.
 
-    What the state holds stays, such as a learning rate under `optax.inject_hyperparams`, whatever new_tx says. Make the
-    step anew with new_tx; the new state shares the memory of the old one, which a step with donate=True reuses.
+    Values that the state holds stay, whatever new_tx says, such as a learning rate under `optax.inject_hyperparams`.
+    Make a new step with new_tx. The new state shares the memory of the old one, which a step with donate=True reuses.
 
     Args:
       tx: the optimiser with which opt_state was made.
       new_tx: the same chain with another codec.
       params: the parameters.
       opt_state: the optimiser's state, in its global form.
-      mesh: the workers, by default all devices; or, for an opt_state of `simulate`, how many there are.
+      mesh: the workers, by default all devices; or, for an opt_state of `simulate`, their number.
 
     Returns:
-      The state for new_tx, in its global form, as `init` makes it.
+      The state for new_tx, in its global form, like that of `init`.
 
     Raises:
       ValueError: opt_state is not one of tx for params and the mesh; tx and new_tx differ beside the codec; or a
@@ -96,7 +96,7 @@ def _swap(new_tx: optax.GradientTransformation, mesh: Mesh | int, params: Any, o
 
 @dataclasses.dataclass(frozen=True)
 class _OfRank:
-    """In the place of an array of the new state: one of another rank, and the rest anew."""
+    """Stands for an array of the new state: columns of Q from another rank, and the missing ones drawn anew."""
 
     old: Any
 
@@ -105,16 +105,16 @@ _of_rank = jax.jit(of_rank)
 
 
 def _is_codecs(x: Any) -> bool:
-    """Whether it is the state of codecs' transformations alone, of one or, as of `per_layer`, of several."""
+    """Whether it is the state of codecs' transformations alone: of one, or of several, as under `per_layer`."""
     leaves = jax.tree.leaves(x, is_leaf=is_compressor_state)
     return bool(leaves) and all(is_compressor_state(leaf) for leaf in leaves)
 
 
 def _paired(opt_state: Any, want: Any) -> tuple[list[tuple[Any, Any]], Any]:
-    """The old and the new states of codecs, and arrays beside them; and the structure of the new around these.
+    """Pairs the old and the new states of codecs, and arrays beside them; also the new structure around them.
 
     Raises:
-      ValueError: beside the codecs the two are not alike.
+      ValueError: old and new are not alike beside the codecs.
     """
     for is_leaf in (_is_codecs, is_compressor_state):
         (old, around), (new, treedef) = (jax.tree.flatten(x, is_leaf=is_leaf) for x in (opt_state, want))
@@ -148,12 +148,12 @@ def _refuse_chain(opt_state: Any, want: Any) -> None:
 
 
 class _Memory(NamedTuple):
-    """What a worker keeps of a leaf.
+    """What a worker keeps for a leaf.
 
     Attributes:
-      rows: [workers, ...], or of shards [workers, chips, ...]; of what is the same on all workers, without these.
+      rows: [workers, ...]; for shards [workers, chips, ...]; without the axis of workers if it is the same on all.
       cut: how shards are cut, or None.
-      axes: how many count workers and chips.
+      axes: the number of leading axes, which count workers and chips.
     """
 
     rows: Any
@@ -161,7 +161,7 @@ class _Memory(NamedTuple):
     axes: int
 
     def as_cut(self, cut: Cut | None) -> Any:
-        """The rows, of shards that are cut otherwise."""
+        """The rows, cut into shards in another way."""
         if self.cut == cut or cut is None or self.cut is None:
             return self.rows
         before = self.cut
@@ -174,7 +174,7 @@ Key = tuple[str, Any, str]
 
 
 def _by_path(x: Any) -> dict[str, _Memory]:
-    """What a dict of arrays by path holds, which may be marked as per worker, or of shards."""
+    """The entries of a dict of arrays by path, which may be marked as per worker, or as shards."""
     value, shards, axes = (x.value, x.shards, len(x.leading)) if is_per_worker(x) else (x, None, 0)
     cuts = [None] * len(value) if shards is None else shards.cuts
     return {path: _Memory(value[path], cut, axes) for path, cut in zip(sorted(value), cuts, strict=True)}
@@ -193,8 +193,8 @@ class _Part(NamedTuple):
     """The states of codecs at one place of the chain.
 
     Attributes:
-      old: as they are.
-      new: as they are to be, shapes.
+      old: the old states.
+      new: the new states, as shapes.
       around: the structure of the new ones.
     """
 
@@ -207,12 +207,12 @@ class _Part(NamedTuple):
         return cls(compressor_states(old), *jax.tree.flatten(new, is_leaf=is_compressor_state))
 
     def left(self, role: str) -> dict[Key, Any]:
-        """The old memories of a role that have no place in the new states."""
+        """The old memories with this role that have no place in the new states."""
         places = _memories(self.new)
         return {key: x.rows for key, x in _memories(self.old).items() if key[0] == role and key not in places}
 
     def why(self, key: Key) -> str:
-        """Why there is no place for what is owed."""
+        """Why a debt has no place."""
         _, axes, path = key
         places = _memories(self.new)
         if ("estimate", axes, path) in places:
@@ -224,7 +224,7 @@ class _Part(NamedTuple):
         return "it sends them dense"
 
     def carried(self) -> Any:
-        """The new states, of old arrays; where there are none, of shapes, or `_OfRank`."""
+        """The new states, made of old arrays; without an old array, of shapes or `_OfRank`."""
         if dropped := self.left("estimate"):
             names = _named([path for *_, path in dropped])
             note(logging.INFO, f"swap drops EF21's estimates of {names}, which owe nothing")
@@ -239,7 +239,7 @@ class _Part(NamedTuple):
         wire, skipped = new.wire, new.skipped
         if like:
             wire, skipped = self.old[place_].wire, self.old[place_].skipped
-        elif place_ == 0:  # of which all are the sum
+        elif place_ == 0:  # the first gets the sums of all
             wire = jax.tree.map(_sum_of_pairs, *(state.wire for state in self.old))
             skipped = functools.reduce(jnp.add, [state.skipped for state in self.old])
         first = self.old[place_ : place_ + 1] if like else []
@@ -259,7 +259,7 @@ class _Part(NamedTuple):
     def _codec(self, new: CompressorState, nested: list[Any]) -> Any:
         if not isinstance(new.codec, Estimated):
             return _resumed(new.codec, nested)
-        # Each mean goes with the estimates that it is of.
+        # Each mean goes with its estimates.
         kept = {
             (state.residual.leading, path): memory
             for state in self.old
@@ -280,7 +280,7 @@ def _sum_of_pairs(*pairs: jax.Array) -> jax.Array:
 
 
 def _nested(state: Any) -> Iterator[Any]:
-    """A codec's state, and those in it, as of the codec that `accordion` switches."""
+    """A codec's state and the states inside it, such as that of the codec that `accordion` switches."""
     if not isinstance(state, Estimated):
         yield state
     if hasattr(state, "codec"):
@@ -288,14 +288,14 @@ def _nested(state: Any) -> Iterator[Any]:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    """Whether two states are of one type, with arrays of the same shapes and types."""
+    """Whether two states have one type, and arrays of the same shapes and types."""
     of = lambda x: jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), x)  # noqa: E731
     same = jax.tree.structure(a) == jax.tree.structure(b)  # type: ignore[operator]
     return same and of(a) == of(b)
 
 
 def _resumed(new: Any, nested: list[Any]) -> Any:
-    """A codec's new state with what fits of old ones, of which earlier ones go before."""
+    """A codec's new state, filled with old states that fit; earlier ones go first."""
     for old in nested:
         if _alike(new, old):
             return old
@@ -309,7 +309,7 @@ def _resumed(new: Any, nested: list[Any]) -> Any:
 
 
 def _of_ranks(new: PowerSGDState, olds: list[PowerSGDState]) -> PowerSGDState:
-    """PowerSGD's state with the Q of other ranks."""
+    """PowerSGD's state, filled with the Q of other ranks."""
     if not olds:
         return new
     q: dict[str, Any] = dict(new.q)
@@ -322,7 +322,7 @@ def _of_ranks(new: PowerSGDState, olds: list[PowerSGDState]) -> PowerSGDState:
 
 
 def _require_nothing_lost(parts: Sequence[_Part]) -> None:
-    """Raises ValueError, by name of the leaves, where what is owed, or a count, has no place in the new states."""
+    """Raises ValueError, with the leaves' names, if a debt, or a count of bits, has no place in the new states."""
     for part in parts:
         kinds = {type(state.wire) for state in [*part.old, *part.new]}
         if len(kinds) > 1:

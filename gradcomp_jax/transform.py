@@ -1,15 +1,15 @@
-"""Orthonormal transforms of blocks, before a coder: its loss then falls on other numbers, or is smaller.
+"""Orthonormal transforms of blocks, before a coder: its loss falls on other numbers, or is smaller.
 
-With T of b x b, the same on all workers, and C the coder, each block x of b elements in C order becomes
+T is a matrix of b x b, the same on all workers, and C is the coder. Each block x of b elements in C order becomes
 
     T^T C(T x)
 
-- "hadamard", T = H S / sqrt(b), H of -1 and 1 and S of random signs: Suresh, Yu, Kumar, McMahan, "Distributed Mean
-  Estimation with Limited Communication", ICML 2017, arXiv 1611.00429, section 3. It makes the elements of a block
-  alike. A few large ones then no longer set the scale of all, as with QSGD.
-- "dct", the discrete cosine transform of type II: Peng, Quesnelle, Kingma, "DeMo: Decoupled Momentum Optimization",
+- "hadamard": T = H S / sqrt(b), where H has entries -1 and 1, and S has random signs. Suresh, Yu, Kumar, McMahan,
+  "Distributed Mean Estimation with Limited Communication", ICML 2017, arXiv 1611.00429, section 3. It makes the
+  elements of a block alike. Then a few large ones no longer set the scale of all, as they do in QSGD.
+- "dct": the discrete cosine transform of type II. Peng, Quesnelle, Kingma, "DeMo: Decoupled Momentum Optimization",
   2024, arXiv 2411.19870. It gathers a slowly varying block in few elements, which top-k then sends. (DeMo has blocks of
-  64 x 64 of a matrix, and keeps k elements of each; here blocks are rows, and k is a leaf's.)
+  64 x 64 of a matrix, and keeps k elements of each. Here blocks are rows, and k counts elements of the leaf.)
 """
 
 import dataclasses
@@ -38,16 +38,16 @@ class Transform:
     seed: int
 
     def length(self, size: int) -> int:
-        """Of what a tensor of so many elements is turned to: whole blocks."""
+        """The number of elements after the transform of a tensor of `size` elements: whole blocks."""
         return -(-size // self.block) * self.block
 
     @property
     def growth(self) -> float:
-        """By how much a block's largest magnitude can grow."""
+        """The factor by which a block's largest magnitude can grow."""
         return math.sqrt(self.block)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """T of each block of x, flat; the last one is filled up with zeros."""
+        """T of each block of x, flat; the last block is filled up with zeros."""
         rows = buckets(x, self.block)
         return self._turned(rows * self._signs(rows), 0).reshape(-1)
 
@@ -57,9 +57,9 @@ class Transform:
         return from_buckets(rows * self._signs(rows), shape)
 
     def _turned(self, rows: jax.Array, axis: int) -> jax.Array:
-        """Rows [., b] times T without its signs, or from the other side, as a product of two small matrices' products.
+        """Multiplies rows [., b] by T without its signs (axis 0) or by its transpose (axis 1), as two small products.
 
-        HIGHEST, as the mean of what is turned is to be what the mean turns to.
+        The precision is HIGHEST, because the mean of transformed tensors must be the transform of their mean.
         """
         a, b = (jnp.asarray(factor, rows.dtype) for factor in self._factors())
         letters = "xac,ap,cq->xpq" if axis else "xac,pa,qc->xpq"
@@ -67,7 +67,7 @@ class Transform:
         return jnp.einsum(letters, cut, a, b, precision=jax.lax.Precision.HIGHEST).reshape(rows.shape)
 
     def _factors(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of T without its signs, a Kronecker product."""
+        """The two factors of T without its signs, which is their Kronecker product."""
         if self.kind == "dct":
             places = np.arange(self.block)
             waves = np.cos(np.pi / self.block * np.outer(places, places + 0.5)) * math.sqrt(2 / self.block)
@@ -88,23 +88,23 @@ def _hadamard(bits: int) -> np.ndarray:
 
 
 def _takes_flat(coder: Coder) -> bool:
-    """Whether a coder takes a tensor as flat, and what it stands for may be turned back."""
+    """Whether a coder takes a tensor as flat, and the inverse transform may follow it."""
     coder = coder.coders[0] if isinstance(coder, Switched) else coder
     return type(coder).lay is Coder.lay and not (coder.votes or coder.shares_scale)
 
 
 @factory
 def transformed(tx: Compressor, kind: str, block: int = 64, *, seed: int = 0) -> Compressor:
-    """A codec that codes, with an orthonormal transform of blocks before it and its inverse behind it.
+    """A codec that codes, with an orthonormal transform of blocks before it and the inverse behind it.
 
-    The error of a block's coding keeps its 2-norm. A leaf's last block is filled up, which sends a little more.
+    The coding error of a block keeps its 2-norm. A leaf's last block is filled up, which sends a little more.
 
     Args:
       tx: a codec whose coder takes a tensor as flat: `qsgd`, `topk`, or `signnorm` without majority.
       kind: "hadamard" or "dct".
-      block: b, the elements that are transformed together; a power of two for "hadamard". Both cost 2 (p + q) flops an
-        element: "hadamard" with p q = b, "dct" with p = 1 and q = b.
-      seed: of the signs of "hadamard", the same in all steps.
+      block: b, the number of elements that are transformed together; a power of two for "hadamard". Both kinds cost
+        2 (p + q) flops an element: "hadamard" with p q = b, "dct" with p = 1 and q = b.
+      seed: the seed of the signs of "hadamard", which are the same in all steps.
 
     Returns:
       A `Compressor`, with the settings of tx.

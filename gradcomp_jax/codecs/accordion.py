@@ -1,24 +1,25 @@
 """Accordion: strong compression, but weak where training is in a critical regime.
 
 Agarwal, Wang, Lee, Venkataraman, Papailiopoulos, "Accordion: Adaptive Gradient Communication via Critical Learning
-Regime Identification", MLSys 2021, arXiv 2010.16248, Algorithm 1. Every `interval` steps, with D the sum of a layer's
-gradients over the last `window` of them and D' that of the check before,
+Regime Identification", MLSys 2021, arXiv 2010.16248, Algorithm 1. There is a check every `interval` steps. D is the
+sum of a layer's gradients over the last `window` steps, and D' is that sum at the check before:
 
     critical if | |D'| - |D| | / |D'| >= threshold,  or  the learning rate fell
     critical -> low (compression), else -> high
 
-decided for each layer by itself, or once for the whole tree. Before the second check all is low, and so is a layer
-whose D' was zero. A fall of the learning rate takes all layers to low at once, until the next check.
+Each layer decides by itself, or the whole tree decides once. All layers are at low before the second check. A layer
+whose D' was zero is at low too. If the learning rate falls, all layers go to low at once, until the next check.
 
 The two levels are two strengths of one codec: ranks of PowerSGD, fractions of top-k, bits of QSGD, ratios of GradiVeQ.
 They share one state: PowerSGD keeps its warm start and drops or draws columns, GradiVeQ keeps its bases, and there is
-one residual. All of it is inside the compiled step, and what is sent at the high level is really less: what the layers
-send fills one buffer from its front, and the smallest of some fixed sizes that holds it is sent.
+one residual. All of it is inside the compiled step. At the high level fewer bytes really travel: the layers' numbers
+fill one buffer from its front, and the smallest of some fixed sizes that holds them is sent.
 
-Where sources differ: the printed rule lacks the absolute value, which its definition and the authors' code have. D is
-each worker's own sum, of the gradients before error feedback, and the workers' norms are averaged; in the authors' code
-the first worker's decide (`norm_source="first_worker"`), a window is one epoch of every ten, and PowerSGD's Q is drawn
-anew on each switch (`reset_on_switch=True`). Their top-k reducer sums where the paper averages, and keeps no residual.
+Where sources differ: the printed rule lacks the absolute value, which its definition and the authors' code have. Here D
+is each worker's own sum of the gradients before error feedback, and the workers' norms are averaged. In the authors'
+code the first worker's norms decide (`norm_source="first_worker"`), a window is one epoch of every ten, and PowerSGD's
+Q is drawn anew on each switch (`reset_on_switch=True`). Their top-k reducer sums where the paper averages, and keeps no
+residual.
 """
 
 import dataclasses
@@ -52,24 +53,24 @@ from gradcomp_jax.views import inverse_power, l2_norm
 
 LOW, HIGH = 0, 1
 NORM_SOURCES = ("mean", "first_worker")
-# Norms above this are not told apart.
+# Larger norms count as this one.
 MOST = 1e30
 
 
 class AccordionState(NamedTuple):
-    """State of `accordion`; the same on all workers but for `gradients`. Arrays are by leaf path.
+    """State of `accordion`; the same on all workers, except for `gradients`. Arrays are by leaf path.
 
     Attributes:
-      codec: the codec's, which serves both levels.
-      level: int32, 0 low or 1 high, of the next step.
+      codec: the codec's state, which serves both levels.
+      level: int32, the level of the next step: 0 is low, 1 is high.
       gradients: the sum of this worker's gradients over the window so far, float32.
       previous: the norm |D'| at the check before the last, float32; zero if there was none.
       norm: the norm |D| at the last check; zero if there was none.
       restart: bool, with reset_on_switch, whether the level changed after the last step; else empty.
       step: int32, exchanges done.
-      checked: int32, exchanges that were done at the last check; 0 before it.
+      checked: int32, exchanges that were done at the last check; 0 before the first check.
       dropped: int32, exchanges that were done when the learning rate last fell; -1 before that.
-      learning_rate: of the last step, float32; 0 before the first, and without a learning rate.
+      learning_rate: the learning rate of the last step, float32; 0 before the first step, and without a learning rate.
     """
 
     codec: Any
@@ -85,14 +86,14 @@ class AccordionState(NamedTuple):
 
 
 def next_level(previous: jax.Array, norm: jax.Array, threshold: float) -> jax.Array:
-    """The rule: `LOW` where |D'| is zero or |D| differs from it by `threshold` of it or more, else `HIGH`; int32."""
+    """The rule, int32: `LOW` if |D'| is zero or |D| differs from |D'| by `threshold` * |D'| or more; else `HIGH`."""
     change = jnp.abs(previous - norm) / jnp.where(previous > 0, previous, 1)
     return jnp.where((previous > 0) & (change < threshold), HIGH, LOW).astype(jnp.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class Accordion(Switching):
-    """The controller, around a codec of two strengths; see `accordion`."""
+    """The controller around a codec with two strengths; see `accordion`."""
 
     interval: int
     window: int
@@ -154,10 +155,10 @@ class Accordion(Switching):
         return {path: jnp.where(fell, LOW, state.level[path]) for path in paths}
 
     def window_sum(self, leaf: Any, gradient: jax.Array) -> jax.Array:
-        """The sum of gradients over the window so far, this one included."""
+        """The sum of gradients over the window so far, with this gradient."""
         place = leaf.step % self.interval
         more = jnp.where(place == 0, 0, leaf.gradients) + gradient.astype(jnp.float32)
-        most = float(jnp.finfo(jnp.float32).max)  # a sum may leave the range, and would never come back
+        most = float(jnp.finfo(jnp.float32).max)  # a sum that left the range would never come back
         return jnp.where(place < self.window, jnp.clip(more, -most, most), leaf.gradients)
 
     def checks(self, state: AccordionState) -> jax.Array:
@@ -170,21 +171,21 @@ class Accordion(Switching):
             restart = leaf.restart | (ctx.strength != leaf.level)
             leaf = leaf._replace(codec=self.inner.forget(leaf.codec, restart))
         sums = self.window_sum(leaf, d[0])
-        # The norm rides in every step, of meaning in those that check: a float a leaf is less than a conditional.
-        # Of finite gradients it is finite, or the step would be skipped, and the next, for ever.
+        # The norm rides in every step, and means something in those that check: one float a leaf costs less than a
+        # conditional. It must be finite if the gradients are, or this step and all later ones would be skipped.
         norm = lax.cond(
             self.checks(leaf),
             lambda: jnp.minimum(l2_norm(sums.reshape(1, -1))[0, 0], MOST),
             lambda: 0 * sums.reshape(-1)[0],
         )
-        if ctx.shards > 1:  # the norm of the leaf, whose squares may leave their type's range
+        if ctx.shards > 1:  # the norm of the whole leaf; its squares may leave their type's range
             largest = yield OverShards(norm, largest=True)
             down = inverse_power(largest)
             norm = jnp.minimum(jnp.sqrt((yield OverShards((norm * down) ** 2))) / down, MOST)
         ask = First(norm) if self.norm_source == "first_worker" else Say(norm, exact=True)
         result, heard = yield from alongside(super().talk(phase, d, leaf, ctx), ask)
         agreed = heard if self.norm_source == "first_worker" else heard.mean
-        if ctx.shards > 1:  # the same on all chips, which types do not know of what travelled beside shards
+        if ctx.shards > 1:  # the same on all chips, but the types of what travels beside shards do not say so
             agreed = yield OverShards(agreed, largest=True)
         return result._replace(news=result.news | {"norm": agreed})
 
@@ -197,7 +198,7 @@ class Accordion(Switching):
     def tick(self, state: AccordionState, after: AccordionState, ctx: Context) -> AccordionState:
         rate, level = self.rate(state, ctx.learning_rate), self.strengths(state, state.level, ctx.learning_rate)
         fell, check = rate < state.learning_rate, self.checks(state)
-        norm = after.norm  # of this step, agreed on
+        norm = after.norm  # this step's, on which the workers agree
         if not self.per_layer:
             joint = l2_norm(jnp.stack(list(norm.values()))[None])[0, 0]
             norm = dict.fromkeys(norm, joint)
@@ -233,36 +234,37 @@ def accordion(
 ) -> Compressor:
     """Accordion (Agarwal et al., MLSys 2021, Algorithm 1) over two strengths of one codec.
 
-    What all codecs take (`axis_name`, `error_feedback`, `min_size`, `compress`, `allow_dense`) is taken from low and
-    high, which must agree in it. Beside the codec's, state has a sum of gradients, float32, of the size of the
-    compressed leaves on each worker. A check sends one float a leaf.
+    low and high give the keywords of all codecs (`axis_name`, `error_feedback`, `min_size`, `compress`, `allow_dense`),
+    and must agree in them. Beside the codec's state, each worker keeps a float32 sum of gradients of the size of the
+    compressed leaves. Each step sends one float more for each compressed leaf.
 
     Args:
-      low: the codec at weak compression, such as `powersgd(rank=4)`. High decides which leaves are compressed; at low
-        they may be sent in more bytes than they have, as by `topk(0.99)`, the authors' own.
-      high: the same at strong compression, such as `powersgd(rank=1)`.
+      low: the codec at weak compression, such as `powersgd(rank=4)`. Which leaves are compressed is decided at `high`.
+        At `low` a leaf may even take more bytes than uncompressed, as with the authors' `topk(0.99)`.
+      high: the same codec at strong compression, such as `powersgd(rank=1)`.
       interval: steps from check to check. In the authors' code ten epochs.
-      window: the steps at the begin of each interval over which gradients are summed, after which is the check; by
-        default all. In the authors' code one epoch.
-      threshold: eta, the relative change of the norm from which a layer is critical.
-      per_layer: decide for each leaf by itself, by its own norm; else for all, by the norm over all.
+      window: the number of steps at the beginning of each interval over which gradients are summed. The check follows
+        them. By default the whole interval. In the authors' code one epoch.
+      threshold: eta. A layer is critical if its norm changes by this share or more.
+      per_layer: each leaf decides by its own norm; if False, all leaves decide together by the norm over all.
       learning_rate: the schedule of the optimiser that follows; or give `learning_rate=` to the transformation's update
-        in each step. Without either the second part of the rule does not exist. It is meant for schedules that fall
+        in each step. Without either, the second part of the rule does not exist. It is meant for schedules that fall
         in steps: under one that falls all the time, such as a cosine, everything stays low.
-      norm_source: whose norm decides, the "mean" of the workers' or the "first_worker"'s, as in the authors' code.
-      reset_on_switch: draw PowerSGD's Q anew where the level changes, as in the authors' code.
+      norm_source: whose norm decides: the "mean" of the workers' norms, or that of the "first_worker", as in the
+        authors' code.
+      reset_on_switch: draw PowerSGD's Q anew when the level changes, as in the authors' code.
 
     Returns:
-      A `Compressor`. See `accordion_log` for what it decided, and why.
+      A `Compressor`. See `accordion_log` for its decisions and their reasons.
 
     Raises:
-      ValueError: low and high are not two strengths of one codec with the same settings otherwise, the weaker first;
-        or an argument out of range.
+      ValueError: low and high are not two strengths of one codec, the weaker first, with otherwise the same settings;
+        or an argument is out of range.
 
     >>> import optax
-    >>> from gradcomp_jax import accordion, powersgd
+    >>> import gradcomp_jax as gcj
     >>> steps = 390  # an epoch
-    >>> codec = accordion(low=powersgd(rank=2), high=powersgd(rank=1), interval=10 * steps, window=steps)
+    >>> codec = gcj.accordion(low=gcj.powersgd(rank=2), high=gcj.powersgd(rank=1), interval=10 * steps, window=steps)
     >>> tx = optax.chain(codec, optax.sgd(0.1, momentum=0.9))
     """
     require_whole("interval", interval, 1)
@@ -281,13 +283,14 @@ def accordion(
 
 
 def accordion_log(opt_state: Any) -> list[str]:
-    """What `accordion` decided last, and why: a line for each leaf.
+    """The last decisions of `accordion` and their reasons, one line for each leaf.
 
     Args:
-      opt_state: an optimiser state that holds that of one or more accordions; any form.
+      opt_state: an optimiser state that holds the state of one or more accordions, in any form.
 
     Returns:
-      Such as "conv1/kernel: high from step 780 on, as the norm changed from 3.1 to 2.9, by 0.06"; empty without one.
+      Lines such as "conv1/kernel: high from step 780 on, as the norm changed from 3.1 to 2.9, by 0.06"; empty without
+      an accordion.
     """
     is_accordion = lambda x: isinstance(x, AccordionState)  # noqa: E731
     lines = []
@@ -299,7 +302,7 @@ def accordion_log(opt_state: Any) -> list[str]:
 
 
 def _first(x: Any) -> Any:
-    # pmap keeps one copy a device; all are the same.
+    # pmap keeps one copy on each device; all are the same.
     return np.asarray(jax.device_get(x)).reshape(-1)[0]
 
 
@@ -317,7 +320,7 @@ def _reason(state: AccordionState, path: str) -> str:
 
 
 def _weak_and_strong(low: Compressor, high: Compressor) -> tuple[Strength, Strength]:
-    """Their strengths; ValueError unless low and high are two of one codec, the weaker first."""
+    """Their strengths; raises ValueError unless low and high are two strengths of one codec, the weaker first."""
     weak, strong = require_strengths("accordion", {"low": low, "high": high})
     if (weak.value > strong.value) != weak.more_sends_more or weak.value == strong.value:
         order = "above" if weak.more_sends_more else "below"

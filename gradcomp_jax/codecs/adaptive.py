@@ -1,7 +1,7 @@
 """Adaptive quantisation: the largest elements of a matrix, as one positive and one negative value for each column.
 
 Dryden, Moon, Jacobs, Van Essen, "Communication Quantization for Data-Parallel Training of Deep Neural Networks", MLHPC
-2016, in the form of the authors' poster and of their LBANN library of 2017 (threshold_scope="matrix"); that of the
+2016, in the form of the authors' poster and of their LBANN library of 2017 (threshold_scope="matrix"). The form of the
 library of 2016 is threshold_scope="column". (The paper's own text was not at hand.) With v = g + e, the gradient plus
 the residual, an n x m matrix, and pi the proportion:
 
@@ -12,13 +12,13 @@ the residual, an n x m matrix, and pi the proportion:
     e <- v - Q(v)
 
 With "column", each column and each sign has a threshold of its own: a share of 1 / pi of the positive elements reaches
-it, at least one, and likewise of the negative ones. Zeros are never sent; in the library of 2016 a column of zeros
-sends all of them. If fewer than n m / pi elements differ from zero, all of these are sent; in the library of 2017 none
-is.
+it, at least one. The negative elements have theirs likewise. Zeros are never sent; in the library of 2016 a column of
+zeros sends all of them. If fewer than n m / pi elements differ from zero, all of these are sent; in the library of 2017
+none is.
 
-On the wire (`wire/columns.py`): 3 words of 32 bits a column, and 16 bits an element that is sent, in a buffer with room
-for a fixed number of them. Elements that do not fit are dropped from the last column backwards, and stay in the
-residual. In two stages ("shuffle") the columns are cut into stripes; each stripe has thresholds of its own, in both
+On the wire (`wire/columns.py`): 3 words of 32 bits a column, and 16 bits for each element that is sent, in a buffer
+with room for a fixed number of them. Elements that do not fit are dropped from the last column backwards, and stay in
+the residual. In two stages ("shuffle") the columns are cut into stripes; each stripe has thresholds of its own, in both
 stages.
 """
 
@@ -42,8 +42,8 @@ from gradcomp_jax.views import columns, from_columns, max_norm, sum_of
 from gradcomp_jax.wire import columns as sparse
 
 SCOPES = ("matrix", "column")
-# Sampling: elements for the thresholds of a matrix, rows for those of its columns; how many of either must be beyond
-# the thresholds, for which large proportions take more; and above which size to sample.
+# Sampling: the number of elements for the thresholds of a matrix, and of rows for those of its columns; how many must
+# lie beyond the thresholds, so large proportions take more; and the size above which leaves are sampled.
 ENTRIES, ROWS, BEYOND, LARGE = 1024, 128, 16, 2**16
 
 
@@ -62,16 +62,16 @@ class AdaptiveState(NamedTuple):
 def kth_largest(v: jax.Array, keep: jax.Array) -> jax.Array:
     """The keep-th largest of each column: v float32 [n, m], not negative, keep int32 [m], from 1 to n -> [m].
 
-    By bisection of the floats' bits, 31 passes: exact, whatever the values and however many are kept.
+    It bisects the floats' bits in 31 passes. This is exact for all values and any `keep`.
     """
-    keys = lax.bitcast_convert_type(v, jnp.int32)  # of the same order, as all are positive
+    keys = lax.bitcast_convert_type(v, jnp.int32)  # in the same order, because no value is negative
 
     def halve(i: jax.Array, least: jax.Array) -> jax.Array:
         middle = least | (1 << (30 - i))
         reached = jnp.sum(keys >= middle[None], axis=0, dtype=jnp.int32)
         return jnp.where(reached >= keep, middle, least)
 
-    # The type of zeros that vary as the values do.
+    # Zeros made of the keys, so that they vary over workers as the keys do.
     least = lax.fori_loop(0, 31, halve, jnp.sum(keys * 0, axis=0, dtype=jnp.int32))
     return lax.bitcast_convert_type(least, jnp.float32)
 
@@ -79,7 +79,7 @@ def kth_largest(v: jax.Array, keep: jax.Array) -> jax.Array:
 def thresholds(v: jax.Array, proportion: float, scope: str) -> tuple[jax.Array, jax.Array]:
     """tau+ and tau- of v [n, m], or of a sample of it: [1] for scope "matrix", [m] for "column".
 
-    Infinite where nothing is to be sent.
+    They are infinite if nothing is to be sent.
     """
     if scope == "matrix":
         v = v.reshape(-1, 1)
@@ -133,13 +133,13 @@ class Columns(Coder):
         return max(1, min(n * m, math.ceil(multiple * asked)))
 
     def entries(self, v: jax.Array, key: jax.Array) -> jax.Array:
-        """What the thresholds of v [n, m] are found on: all of it, or a random sample."""
+        """The elements of v [n, m] that the thresholds are found on: all, or a random sample."""
         if not self.sampled(v.shape):
             return v
         if self.threshold_scope == "matrix":
             count = min(v.size, max(ENTRIES, math.ceil(BEYOND * self.proportion)))
             return v.reshape(-1)[jax.random.randint(key, (count,), 0, v.size, jnp.int32)]
-        # Half of them, more or less, are of each sign.
+        # About half of them have each sign.
         count = min(len(v), max(ROWS, math.ceil(2 * BEYOND * self.proportion)))
         return v[jax.random.randint(key, (count,), 0, len(v), jnp.int32)]
 
@@ -152,7 +152,7 @@ class Columns(Coder):
             count = sum_of(jnp.abs, side.astype(y.dtype), 0)
             return sum_of(jnp.abs, jnp.where(side, y, 0), 0) / jnp.maximum(count, 1)
 
-        # NaN passes no threshold, and Inf may be among what is dropped: the values tell of both.
+        # NaN passes no threshold, and Inf may be among the dropped elements: the values show both.
         mark = 0 * max_norm(y.reshape(1, -1))[0]
         values = mean(selected & positive) + mark, mark - mean(selected & ~positive)
         return {"data": sparse.encode(selected, positive, *values, self.capacity(y.shape))}
@@ -181,7 +181,7 @@ class Adaptive(Coding):
     """The codec; see `adaptive`.
 
     Attributes:
-      coders: one, or several among which a leaf's strength chooses.
+      coders: the coder, or several; then a leaf's strength chooses one.
     """
 
     coders: tuple[Columns, ...]
@@ -203,7 +203,7 @@ class Adaptive(Coding):
         return Strength("proportion", coder.proportion, False, others, self.at)
 
     def at(self, proportions: tuple[float, ...]) -> "Adaptive":
-        """The codec of these proportions."""
+        """The codec with these proportions."""
         return Adaptive(tuple(dataclasses.replace(self.coders[0], proportion=p) for p in proportions))
 
 
@@ -238,17 +238,17 @@ def adaptive(
         or 32 pi rows, if those are more); by default for leaves of more than 65,536 elements.
       capacity: the buffer's room, as a multiple of the proportion's elements. By default 1 if thresholds are exact, and
         2 if they are sampled; the authors' is 4.
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and on more the one that sends less.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; without them the part that is not sent is lost.
-      seed: of the sampling.
+      seed: the seed of the sampling.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.

@@ -1,16 +1,17 @@
 """Gradients in a narrower type of floating numbers: bfloat16, float16, or float8 in either form.
 
 PyTorch's bf16_compress_hook and fp16_compress_hook do the same. It takes half or a quarter of float32's bytes. For each
-tensor
+tensor:
 
     own_w = D_w rounded to the type     mean <- mean of own_w
 
 With "psum" numbers of 16 bits are summed as they are, in 16 bits if the backend does that. Nothing is cheaper than
 such an all-reduce, but each addition rounds, and no own_w holds this loss. With "gather" and "shuffle" the numbers
 travel as bytes, and are averaged in float32. With "shuffle" a worker's shard of the mean is rounded again; this loss is
-part of its own_w. A tensor, or a shard of it, is first divided by a power of two next to its largest magnitude. Nothing
-then leaves the range, and little falls below it: float8_e4m3fn keeps its 3 bits of mantissa down to 2^-13 of the
-largest, and something down to 2^-17; float8_e5m2 keeps its 2 bits down to 2^-28. Values are rounded to the nearest.
+part of its own_w. A tensor, or a shard of it, is first divided by a power of two next to its largest magnitude. Then
+nothing leaves the range, and little falls below it. float8_e4m3fn keeps its 3 bits of mantissa down to 2^-13 of the
+largest magnitude, and something down to 2^-17; float8_e5m2 keeps its 2 bits down to 2^-28. Values are rounded to the
+nearest.
 """
 
 import dataclasses
@@ -30,12 +31,12 @@ from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import HALVES, dtype_of, halved, on_cpus, sum_of
 
 TYPES = {name: jnp.dtype(name) for name in ("bfloat16", "float16", "float8_e4m3fn", "float8_e5m2")}
-# Powers of two below this are not told apart: their reciprocal, times the largest value of a type, leaves the range.
+# Smaller powers of two count as this one: their reciprocal, times the largest value of a type, leaves the range.
 LEAST = 2.0**-112
 
 
 def power(largest: jax.Array) -> jax.Array:
-    """The largest power of two that is not above a float32, which is not negative; at least `LEAST`."""
+    """The largest power of two that is not above a float32 of at least 0; at least `LEAST`."""
     exponent = lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
     return jnp.maximum(lax.bitcast_convert_type(exponent, jnp.float32), LEAST)
 
@@ -60,11 +61,11 @@ class Narrow(Coder):
 
     @property
     def top(self) -> float:
-        """What the power of two below the largest magnitude becomes: with twice that, the type can be filled."""
+        """The image of the power of two below the largest magnitude; up to twice this value fits the type."""
         return 2.0 ** min(14, int(jnp.finfo(self.dtype).maxexp) - 2)
 
     def encode(self, y: jax.Array, part: Part) -> Message:
-        # A maximum may drop a NaN. Of the bits as integers it would not, but takes ten times as long on CPUs.
+        # A maximum may drop a NaN. A maximum of the bits as integers would keep it, but is ten times slower on CPUs.
         scale = jnp.max(jnp.abs(y)) + sum_of(lambda x: 0 * x, y, 0)
         return {"scale": scale, "values": (y * (self.top / power(scale))).astype(self.dtype)}
 
@@ -82,7 +83,7 @@ class Cast(Codec):
 
     Attributes:
       narrow: the coder.
-      summed: whether numbers are summed as they are; None: where a sum sends no more than codes.
+      summed: whether numbers are summed as they are; None: if a sum sends no more than codes.
     """
 
     narrow: Narrow
@@ -132,7 +133,7 @@ def cast(
       aggregate: "psum" (16 bits only), "gather" or "shuffle". By default "psum" for bfloat16 if the backend sums it in
         16 bits (GPU, TPU); else "gather" on two workers, and the one of the others that sends less on more. CPUs sum
         bfloat16 in float32, which then travels and counts. A sum of float16 has no scale: values beyond 65504 are cut
-        off, and those below 3e-8 n vanish.
+        off, and values below 3e-8 n vanish.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals. By default for 8 bits only. They round a value by up to 6 or 12 %; 16
         bits round it by at most 0.4 %, and a residual takes twice the memory of such gradients. The loss of additions
@@ -143,8 +144,8 @@ def cast(
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.

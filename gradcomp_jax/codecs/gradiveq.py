@@ -58,12 +58,12 @@ from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import buckets, from_buckets, inverse_power, wide
 
-# The kinds of steps.
+# The kinds of steps, by number.
 DENSE, COMPRESSED, TRAINING = 0, 1, 2
 SELECT = ("ratio", "energy", "holdout")
-# K / d on the rungs from which "energy" and "holdout" choose.
+# K / d on the rungs; "energy" and "holdout" choose one.
 RATIOS = (32, 16, 8, 4)
-# Losses above this are not told apart.
+# Larger losses count as 1.
 FAR = 2.0**64
 
 
@@ -71,11 +71,11 @@ class GradiVeQState(NamedTuple):
     """State of `gradiveq`, the same on all workers; arrays are by leaf path.
 
     Attributes:
-      position: int32, in the cycle: below 0 in dense steps that are no samples (the warm-up), then the row of
-        the next sample, and from L_t on in compressed steps.
+      position: int32, the place in the cycle. Below 0: dense steps that are no samples (the warm-up). From 0 on: the
+        row of the next sample. From L_t on: compressed steps.
       samples: aggregated first slices of each group in the training steps, [L_t, groups, K].
       mu: each slice's mean over the training steps, [slices, K].
-      basis: U, [groups, K, d]; on a ladder d is that of the widest rung.
+      basis: U, [groups, K, d]; on a ladder d is the widest rung's.
       projected: U^T mu, [slices, d].
       rung: int32, the place on the ladder of `select`; empty for "ratio".
       loss: |own - gradient|^2 / |gradient|^2 in the last compressed step (eq. 7), mean over the workers; 0 for a
@@ -98,8 +98,8 @@ class Layout(NamedTuple):
 
     Attributes:
       k: K, the length of a slice.
-      slices: how many there are; the last one is padded with zeros.
-      groups: how many bases they have.
+      slices: their number; the last one is padded with zeros.
+      groups: the number of their bases.
       widths: the d of each rung, ascending; below the number of samples.
     """
 
@@ -110,17 +110,17 @@ class Layout(NamedTuple):
 
     @property
     def reuse(self) -> int:
-        """Slices to a basis."""
+        """The number of slices that share a basis."""
         return -(-self.slices // self.groups)
 
 
 def slice_length(shape: tuple[int, ...], k_max: int = 768) -> int:
-    """K for a leaf of this shape [..., D, F]: a multiple of F D that tiles it, where that is at most k_max.
+    """K for a leaf of this shape [..., D, F]: a multiple of F D that tiles it, if that is at most k_max.
 
-    At multiples of F D, the values at one spatial position, the loss drops sharply (Fig. 5). Where F D is
-    larger, K is the largest multiple of F that tiles the leaf, and where F is larger, the largest divisor of F;
-    where F is a prime K is k_max, and the last slice is not full. Slices shorter than D F begin at different
-    depths, and the first one's basis fits those at another depth less.
+    At multiples of F D, the values at one spatial position, the loss drops sharply (Fig. 5). If F D is above k_max, K
+    is the largest multiple of F that tiles the leaf. If F is above k_max too, K is the largest divisor of F up to
+    k_max. If there is none, as for a prime F, K is k_max, and the last slice is not full. Slices shorter than D F begin
+    at different depths. The basis of the first one fits slices at other depths less well.
     """
     size = math.prod(shape)
     for unit in (math.prod(shape[-2:]), math.prod(shape[-1:])):
@@ -133,7 +133,7 @@ def slice_length(shape: tuple[int, ...], k_max: int = 768) -> int:
 def principal_basis(samples: jax.Array, d: int) -> tuple[jax.Array, jax.Array]:
     """The top d principal components of samples [L, K], as columns [K, d], and all variances [L], descending.
 
-    Columns are orthonormal; those whose variance is rounding are zero. d is at most min(L, K). Variances are
+    Columns are orthonormal; columns whose variance is only rounding are zero. d is at most min(L, K). Variances are
     relative to the square of the power of two below the largest sample.
     """
     x = samples * inverse_power(jnp.max(jnp.abs(samples)))  # sums and squares of samples may leave their type's range
@@ -147,9 +147,9 @@ def principal_basis(samples: jax.Array, d: int) -> tuple[jax.Array, jax.Array]:
 
 
 def unexplained(samples: jax.Array, basis: jax.Array, mu: jax.Array) -> jax.Array:
-    """|x - xhat|^2 / |x|^2 over samples x [L, K], by how many columns of the basis [K, d] are kept: [d].
+    """|x - xhat|^2 / |x|^2 over samples x [L, K], for each number of kept columns of the basis [K, d]: [d].
 
-    xhat = U U^T (x - mu) + mu. Ones where the samples are all zero.
+    xhat = U U^T (x - mu) + mu. The result is ones if the samples are all zero.
     """
     some, down = scaling(samples)
     x, centred = samples * down, (samples - mu[None]) * down
@@ -159,44 +159,44 @@ def unexplained(samples: jax.Array, basis: jax.Array, mu: jax.Array) -> jax.Arra
 
 
 def scaling(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Whether x is not all zeros; and a power of two, times which its squares have a sum, 1 of zeros."""
+    """Whether x is not all zeros; and a power of two that brings the sum of its squares into range, 1 for zeros."""
     largest = jnp.max(jnp.abs(x))
     return largest > 0, jnp.where(largest > 0, inverse_power(largest), 1)
 
 
 def project(rows: jax.Array, basis: jax.Array) -> jax.Array:
-    """U^T g of every slice: rows [slices, K], basis [groups, K, d] -> [slices, d]."""
+    """U^T g for every slice: rows [slices, K], basis [groups, K, d] -> [slices, d]."""
     return _matmul(_grouped(rows, len(basis)), basis).reshape(-1, basis.shape[-1])[: len(rows)]
 
 
 def restore(
     c: jax.Array, basis: jax.Array, projected: jax.Array, mu: jax.Array, used: jax.Array | None = None
 ) -> jax.Array:
-    """U (c - U^T mu) + mu of every slice: c [slices, d] -> [slices, K]; by the first `used` columns of U, or all."""
+    """U (c - U^T mu) + mu for every slice: c [slices, d] -> [slices, K]; with the first `used` columns of U, or all."""
     centred = kept(c - projected, used)
     rows = _matmul(_grouped(centred, len(basis)), basis.swapaxes(1, 2))
     return rows.reshape(-1, mu.shape[-1])[: len(mu)] + mu
 
 
 def kept(c: jax.Array, used: jax.Array | None) -> jax.Array:
-    """Coefficients [slices, d] with zeros beyond the first `used` columns, if that is given."""
+    """Coefficients [slices, d] with zeros beyond the first `used` columns, if `used` is given."""
     return c if used is None else jnp.where(jnp.arange(c.shape[-1], dtype=jnp.int32) < used, c, 0)
 
 
 def relative_loss(rows: jax.Array, c: jax.Array, leaf: Any, used: jax.Array | None) -> jax.Array:
-    """|xhat - x|^2 / |x|^2 of slices x [slices, K] whose coefficients are c [slices, d] (eq. 7); 0 for zeros."""
+    """|xhat - x|^2 / |x|^2 for slices x [slices, K] with coefficients c [slices, d] (eq. 7); 0 for zeros."""
     some, down = scaling(rows)
     inside = jnp.sum(kept((c - leaf.projected) * down, used) ** 2)
     lost = jnp.sum(((rows - leaf.mu) * down) ** 2)
     relative = jnp.maximum(lost - inside, 0) / jnp.where(some, jnp.sum((rows * down) ** 2), 1)
-    # Where mu is larger by far, or a gradient not finite, which its mean will show. A huge loss, of a few elements,
-    # would itself count as not finite beside what may grow, in all steps to come.
+    # It is larger if mu is far larger, or if a gradient is not finite, which the mean will show. A huge loss, from a
+    # few elements, would itself count as not finite beside numbers that may grow, in all later steps.
     relative = jnp.where(relative <= FAR, relative, 1)
     return jnp.where(some, relative, 0)
 
 
 def of_leaf(x: jax.Array, ctx: Context) -> jax.Array:
-    """A shard, with zeros beyond the leaf's end: what a last slice that is not full decodes to there is no loss."""
+    """A shard with zeros beyond the leaf's end: the values that a last slice decodes to there are no loss."""
     if ctx.shard is None or x.size * ctx.shards == math.prod(ctx.whole):
         return x
     left = math.prod(ctx.whole) - ctx.shard * x.size
@@ -204,13 +204,13 @@ def of_leaf(x: jax.Array, ctx: Context) -> jax.Array:
 
 
 def averaged(mean: jax.Array, sample: jax.Array, row: jax.Array) -> jax.Array:
-    """The mean of row + 1 samples, from that of the first row."""
+    """The mean of row + 1 samples, from the mean of the first `row` samples."""
     weight = 1 / (row + 1).astype(mean.dtype)
     return (1 - weight) * mean + weight * sample
 
 
 def _grouped(rows: jax.Array, groups: int) -> jax.Array:
-    """[slices, ...] -> [groups, slices of one basis, ...], filled up with zeros."""
+    """[slices, ...] -> [groups, slices for one basis, ...], filled up with zeros."""
     size = -(-len(rows) // groups)
     missing = groups * size - len(rows)
     rows = jnp.pad(rows, [(0, missing), (0, 0)]) if missing else rows
@@ -218,7 +218,7 @@ def _grouped(rows: jax.Array, groups: int) -> jax.Array:
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    # HIGHEST: TPUs round to bfloat16 by default, and own and mean would part.
+    # HIGHEST: TPUs round to bfloat16 by default, and then own and mean would differ.
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
@@ -227,9 +227,9 @@ class GradiVeQ(Codec):
     """The codec; see `gradiveq` for its settings.
 
     Attributes:
-      ratios: K / d: one, or several among which a leaf's strength chooses.
-      settling: dense steps with which a cycle begins, to send what the last one owes: 1 under error feedback, else 0.
-      numbers: the coder of the training steps, and of coefficients if `coefficients`; None for sums.
+      ratios: K / d: one, or several; then a leaf's strength chooses one.
+      settling: the dense steps at the start of a cycle, which send the last one's debt: 1 under error feedback, else 0.
+      numbers: the coder for the training steps, and for coefficients if `coefficients`; None for sums.
     """
 
     k: int | None
@@ -258,7 +258,7 @@ class GradiVeQ(Codec):
 
     @property
     def fitted(self) -> int:
-        """The samples that a basis is fitted on; the others are held out."""
+        """The number of samples that a basis is fitted on; the others are held out."""
         return self.train_steps - self.train_steps // 5 if self.select == "holdout" else self.train_steps
 
     @property
@@ -270,14 +270,14 @@ class GradiVeQ(Codec):
         return Strength("ratio", self.ratios[0], False, others, self.at)
 
     def at(self, ratios: tuple[float, ...]) -> "GradiVeQ":
-        """The codec of these ratios."""
+        """The codec with these ratios."""
         return dataclasses.replace(self, ratios=ratios)
 
     def default(self, path: str, leaf: Any) -> bool:
         return leaf.ndim >= 4
 
     def layout(self, path: str, leaf: Any) -> Layout:
-        """How a leaf is cut, and the d of each strength; a shard has slices of the leaf's length."""
+        """How a leaf is cut, and the d of each strength; the slices of a shard have the leaf's length."""
         full = whole(leaf)
         length = min(full.size, self.k or slice_length(full.shape, self.k_max))
         slices = -(-full.size // length)
@@ -289,7 +289,7 @@ class GradiVeQ(Codec):
         return Layout(length, mine, 1 if groups == 1 else -(-mine // -(-slices // groups)), widths)
 
     def widths(self, path: str, length: int) -> tuple[int, ...]:
-        """The d of each strength: those of `ratios`, or rising ones."""
+        """The d of each strength: from `ratios`, or the rungs in ascending order."""
         if self.select != "ratio":
             return tuple(sorted({max(1, min(length // r, self.fitted - 1)) for r in RATIOS}))
         widths = tuple(max(1, int(length / ratio)) for ratio in self.ratios)
@@ -308,7 +308,7 @@ class GradiVeQ(Codec):
 
     def arrives(self, path: str, leaf: Any) -> int:
         del path, leaf
-        return 0  # as slices run through it
+        return 0  # because slices run through it
 
     def of_shards(self, state: GradiVeQState, f: Callable[[Any, str], Any]) -> GradiVeQState:
         return state._replace(**{name: f(getattr(state, name), name) for name in self.by_leaf if getattr(state, name)})
@@ -401,7 +401,7 @@ class GradiVeQ(Codec):
         return Result(decode(heard.mean), own, {"loss": loss.mean}, affine=True)
 
     def on_rungs(self, x: jax.Array, leaf: Any, ctx: Context) -> Talk:
-        """A step in which the leaf sends as many columns as were found to do, or itself."""
+        """A step in which the leaf sends the columns of its rung, or the whole leaf."""
         rows = buckets(x, leaf.mu.shape[-1])
         widths = self.widths("", rows.shape[-1])
         c, whole = project(rows, leaf.basis), leaf.rung == len(widths)
@@ -422,7 +422,7 @@ class GradiVeQ(Codec):
         return Result(decode(heard.mean), own, {"loss": losses.mean}, affine=True)
 
     def row(self, position: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Whether a step is one of training, and the row of its sample."""
+        """Whether a step is a training step, and the row of its sample."""
         training = (position >= 0) & (position < self.train_steps)
         return training, jnp.clip(position, 0, self.train_steps - 1)
 
@@ -433,7 +433,7 @@ class GradiVeQ(Codec):
         training, row = self.row(leaf.position)
         taken = training & ok
         first = rows[:: -(-len(rows) // len(leaf.basis))]
-        # A row at a time, outside any conditional: one that carried the samples would copy them.
+        # One row at a time, outside any conditional: a conditional that carried the samples would copy them.
         samples = leaf.samples.at[row].set(jnp.where(taken, first, leaf.samples[row]))
         return {"samples": samples}
 
@@ -448,10 +448,10 @@ class GradiVeQ(Codec):
     def refresh(self, before: Any, after: Any, mean: jax.Array, ctx: Context) -> Any:
         basis, rung = self.fit(after.samples, self.widths("", after.samples.shape[-1]))
         shared = self.layout("", jax.ShapeDtypeStruct(ctx.whole, mean.dtype)).groups == 1
-        # As one type, for one message.
+        # In one type, for one message.
         fitted = basis, () if self.select == "ratio" else rung.astype(basis.dtype)
         basis, rung = yield First(fitted, of_first_shard=shared)
-        # Of the last row and the mean before it: with the next mu as an operand a copy of that would be made.
+        # From the last row and the mean before it: if the next mu were an operand, it would be copied.
         rows = buckets(mean, before.mu.shape[-1])
         _, row = self.row(before.position)
         projected = averaged(project(before.mu, basis), project(rows, basis), row)
@@ -463,7 +463,7 @@ class GradiVeQ(Codec):
         return {"basis": leaf.basis, "projected": leaf.projected, **chosen}
 
     def fit(self, samples: jax.Array, widths: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-        """U [groups, K, d] of samples [L, groups, K], and the rung."""
+        """U [groups, K, d] from samples [L, groups, K], and the rung."""
 
         def fit_group(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
             basis, variance = principal_basis(samples[: self.fitted], max(widths))
@@ -511,10 +511,10 @@ def gradiveq(
 ) -> Compressor:
     """GradiVeQ (Yu et al., NeurIPS 2018), linear, with one all-reduce in the compressed space.
 
-    Steps go in cycles, after `warmup_steps` dense ones. A cycle has `train_steps` dense steps, on which the bases are
-    fitted; on the last one the first worker sends them. Then `compress_steps` send d = K / ratio floats for each slice
-    of K, and one float a leaf for the loss in the state. A skipped step does not count. So the bytes of a run are those
-    of its phases, and a run shorter than the warm-up is not compressed at all.
+    Steps go in cycles, after `warmup_steps` dense ones. A cycle has `train_steps` dense steps; the bases are fitted on
+    them, and the first worker sends the bases in the last one. Then `compress_steps` steps send d = K / ratio floats
+    for each slice of K, and one float a leaf for the loss in the state. A skipped step does not count. So the bytes of
+    a run are those of its phases, and a run shorter than the warm-up is not compressed at all.
 
     State, the same on all workers, in the gradient's type (float32 or wider): mu, of the size of the compressed
     leaves; for each basis `train_steps` K floats of samples and K d floats of U; d floats a slice. With the
@@ -528,21 +528,22 @@ def gradiveq(
       compress_steps: L_c, the compressed steps of a cycle.
       warmup_steps: dense steps before the first cycle.
       k_max: the largest K if k is None; K costs 4 d flops an element to compress and restore.
-      reuse: s, how many consecutive slices share one basis at most, computed from the first of them; by default
-        all of a leaf. Groups are of one size, but for the last.
-      select: "ratio"; or "energy", "holdout": at the end of each training phase, for each leaf, the smallest d of
-        K/32, K/16, K/8, K/4 (but below the number of samples) that loses at most max_loss of the first slice of
-        each group, else dense. "energy" is the paper's rule, the variance of the training samples themselves, and
-        falls into the rank trap if K / train_steps is large; "holdout" fits on the first 4/5 of the samples and takes
-        the squared relative loss on the others. The state's `loss` is that of all slices.
+      reuse: s, the largest number of consecutive slices that share one basis, which is computed from the first of them;
+        by default all slices of a leaf. Groups are of one size, except for the last.
+      select: "ratio", "energy" or "holdout". The last two choose d for each leaf at the end of each training phase: the
+        smallest of K/32, K/16, K/8, K/4 (but below the number of samples) that loses at most max_loss of the first
+        slice of each group. If none does, the leaf is sent dense. "energy" is the paper's rule. It takes the variance
+        of the training samples themselves, and falls into the rank trap if K / train_steps is large. "holdout" fits on
+        the first 4/5 of the samples and takes the squared relative loss on the others. The state's `loss` is that of
+        all slices.
       max_loss: lambda, for "energy" and "holdout".
       aggregate: "psum", or "ring", the paper's Algorithm 1 hop by hop: each hop adds in compressed form.
-      quantizer: a compressor, such as `qsgd(4)`. The gradients of the training steps travel through its codec (the
-        paper's experiments), and so do the coefficients of the compressed ones. For select="ratio"; not linear.
+      quantizer: a compressor, such as `qsgd(4)`. The gradients of the training steps travel through its codec, as in
+        the paper's experiments, and so do the coefficients of the compressed steps. For select="ratio"; not linear.
       quantize_coefficients: whether the quantizer serves the compressed steps too; the paper's does not.
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: keep residuals, which the paper does not. A residual waits for the end of the compressed steps;
-        one more dense step, which is no sample, then sends it.
+      error_feedback: keep residuals, which the paper does not. A residual waits for the end of the compressed steps.
+        Then one more dense step, which is no sample, sends it.
       seed: without effect.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default, like in the paper, convolutions: leaves of
@@ -550,8 +551,8 @@ def gradiveq(
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, and of all leaves in dense steps, "bfloat16" or "float16"; by
         default float32 or wider. Rounding is fed back if there are residuals.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -571,7 +572,7 @@ def gradiveq(
         raise ValueError(f"ratio={ratio} must be above 1, it is the K / d of a slice")
     if select not in SELECT:
         raise ValueError(f"select={select!r} must be one of {', '.join(map(repr, SELECT))}")
-    # A fifth of the samples, at least one, is held out.
+    # A fifth of the samples is held out, but at least one.
     require_whole("train_steps", train_steps, 5 if select == "holdout" else 2)
     require_whole("compress_steps", compress_steps, 1)
     require_whole("warmup_steps", warmup_steps, 0)

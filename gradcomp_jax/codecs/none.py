@@ -1,4 +1,4 @@
-"""No compression: the baseline that is counted like any codec, and the exact mean over a fast axis."""
+"""No compression: the baseline, counted like any codec, and the exact mean over a fast axis."""
 
 from typing import Any
 
@@ -44,8 +44,8 @@ def none(
       allow_dense: without effect: all is dense.
       dense_dtype: the type in which gradients travel and are summed, "bfloat16" or "float16"; by default float32 or
         wider. Values beyond float16's range are cut off. CPUs sum bfloat16 in float32, which then travels and counts.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor` whose updates are the mean gradients.

@@ -8,15 +8,15 @@ of Speech DNNs", Interspeech 2014. With v = g + e, the gradient plus the residua
     e <- v - Q(v)
 
 Two stages ("shuffle"): each worker receives its stripe of all columns from all others, quantised. It averages the
-stripe, quantises the average with means of its own, and sends that to all. The worker who made the second stage's error
-keeps it in the one residual. The error is that worker's share of a mean, so it is kept n-fold. With `second_residual`
-it is set apart like in the paper, and comes back at the second stage.
+stripe, quantises the average with means of its own, and sends that to all. The error of the second stage stays in the
+residual of the worker that made it. The error is that worker's share of a mean, so it is kept n-fold. With
+`second_residual` it is set apart like in the paper, and comes back at the second stage.
 
 Where sources differ: the printed formula of the residual leaves out the carried term e. Error feedback does not work
 without it, and the authors' code (CNTK) has it. A worker quantises its own stripe too, though it need not; the authors'
-code adds that one unquantised. A column is an output unit's fan-in, hence the elements along all axes but the last in
-Flax's layout. With threshold="mean" the bits tell on which side of the column's mean m an element lies. They stand for
-m - dev and m + dev, with dev the mean of |v - m| (an option of the authors' code).
+code adds that one unquantised. A column is an output unit's fan-in: in Flax's layout, the elements along all axes but
+the last. With threshold="mean" the bits tell on which side of the column's mean m an element lies. They stand for
+m - dev and m + dev, where dev is the mean of |v - m| (an option of the authors' code).
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ from gradcomp_jax.feedback import EF21, Feedback, feedback
 from gradcomp_jax.views import column_sums, columns, from_columns
 from gradcomp_jax.wire.packing import Field
 
-# Below this length a column's two float32 cost more than a bit an element.
+# Below this length a column's two float32 take more room than one bit an element.
 SHORTEST = 64
 THRESHOLDS = ("zero", "mean")
 
@@ -46,7 +46,7 @@ class OneBitState(NamedTuple):
 
     Attributes:
       second: with second_residual, the second stage's residual on this worker's stripe, by leaf path. Its arrays have
-        the leaves' shapes, and are zero outside of the stripe, except in the first step on another number of workers.
+        the leaves' shapes, and are zero outside the stripe, except in the first step on another number of workers.
         The residual contains it too, n-fold. Without second_residual it is empty.
     """
 
@@ -54,7 +54,7 @@ class OneBitState(NamedTuple):
 
 
 def means(v: jax.Array, threshold: str) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The bits of v [rows, columns] and the two values of each column, [columns], that they stand for.
+    """The bits of v [rows, columns], and for each column the two values that they stand for, [columns].
 
     Args:
       v: float32.
@@ -74,7 +74,7 @@ def means(v: jax.Array, threshold: str) -> tuple[jax.Array, jax.Array, jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class Bits(Coder):
-    """A bit an element, and two values a column, of a matrix whose columns `axis` counts.
+    """One bit for each element of a matrix, and two values for each column; `axis` counts the columns.
 
     Attributes:
       threshold: "zero" or "mean".
@@ -187,7 +187,7 @@ def onebit(
       threshold: bits compare elements with it: "zero", or the column's "mean".
       axis: the axis that counts the columns; the elements along all others make a column.
       second_residual: keep the second stage's error apart, like the paper; for "shuffle".
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and on more the one that sends less.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; without them training diverges, as the paper reports.
       seed: without effect.
@@ -196,8 +196,8 @@ def onebit(
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.

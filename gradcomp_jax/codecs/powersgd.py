@@ -1,8 +1,8 @@
 """PowerSGD: low-rank gradients by one warm-started step of subspace iteration.
 
 Vogels, Karimireddy, Jaggi, "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization",
-NeurIPS 2019, arXiv 1905.13727, Algorithm 1. For each matrix, with D_w (n x m) the gradient of worker w plus
-its residual and Q (m x r) the same on all workers:
+NeurIPS 2019, arXiv 1905.13727, Algorithm 1. For each matrix, D_w (n x m) is the gradient of worker w plus its
+residual, and Q (m x r) is the same on all workers:
 
     P   <- mean of D_w Q           first all-reduce: r n floats
     P^  <- orthonormalise(P)
@@ -61,9 +61,9 @@ from gradcomp_jax.orthonormal import orthonormal
 from gradcomp_jax.random import scattered, step_key
 from gradcomp_jax.views import einsum, filled, inverse_power, known_late, on_cpus, others_are_automatic, wide
 
-# Up to this rank P Q^T is a sum of r outer products, which costs less than storing the product.
+# Up to this rank P Q^T is a sum of r outer products, which costs less than storing the matrix product.
 WRITTEN_OUT = 8
-# By blocks of so many rows XLA's CPU backend is up to four times as fast with such a product down all rows.
+# Rows in a block: in blocks, XLA's CPU backend computes such a product over all rows up to four times as fast.
 ROWS = 16
 
 
@@ -84,16 +84,16 @@ class PowerSGDState(NamedTuple):
 def tamed(rows: jax.Array) -> jax.Array:
     """`rows` [..., r, n], each matrix divided by the power of two below its largest magnitude; zeros stay.
 
-    What is orthonormalised does not depend on such factors, but products of Q, which is as large as gradients are, with
-    gradients leave the range of their type.
+    The orthonormal factor does not depend on such divisors. But Q is as large as gradients are, and its products with
+    gradients could leave the range of their type.
     """
     return rows * inverse_power(jnp.max(jnp.abs(rows), axis=(-2, -1), keepdims=True))
 
 
 def of_rank(old: jax.Array, new: jax.Array) -> jax.Array:
-    """Q^T of another rank: the columns of Q that an old one has too, and beyond them those of a new one.
+    """Q^T of another rank: the columns of the old Q that fit, and then those of the new one.
 
-    Both are made of like magnitudes, as products with a gradient need them, and bases do not depend on them.
+    Both are scaled to like magnitudes, because products with a gradient need that; bases do not depend on it.
 
     Args:
       old: [layers, r, m].
@@ -109,10 +109,10 @@ class PowerSGD(Codec):
     """The algorithm; see `powersgd` for its settings.
 
     Attributes:
-      ranks: one, or several among which a leaf's strength chooses. Q has as many columns as the highest. At a lower one
-        the first of them are in use and the others zero, so that they are drawn anew when they are used again.
-      numbers: the coder through which P and Q travel; None for a sum.
-      every: after how many steps Q is drawn anew; None: never.
+      ranks: the rank, or several; then a leaf's strength chooses one. Q has as many columns as the highest rank. At a
+        lower rank the first columns are in use and the others are zero, so they are drawn anew for a higher one.
+      numbers: the coder for P and Q; None for a sum.
+      every: the number of steps after which Q is drawn anew; None: never.
     """
 
     ranks: tuple[int, ...]
@@ -137,11 +137,11 @@ class PowerSGD(Codec):
         return None if self.numbers else Strength("rank", self.ranks[0], True, others, self.at)
 
     def at(self, ranks: tuple[int, ...]) -> "PowerSGD":
-        """The codec of these ranks."""
+        """The codec with these ranks."""
         return dataclasses.replace(self, ranks=ranks)
 
     def matrix(self, path: str, leaf: Any) -> tuple[int, int, int]:
-        """Layers, n and m of a leaf, of a shard those of the leaf."""
+        """The layers, n and m of a leaf; for a shard those of the whole leaf."""
         leaf = whole(leaf)
         stacked = self.stacked is not None and bool(self.stacked(path, leaf))
         inner = leaf.shape[stacked:]
@@ -191,13 +191,13 @@ class PowerSGD(Codec):
 
     def talk(self, phase: int, d: tuple[jax.Array, ...], leaf: Any, ctx: Context) -> Talk:
         layers, r, m = leaf.q.shape
-        # Apart, as their sum is as large as the gradient, a product is not; but a product with what the compiler shards
-        # is summed over its axis, each by itself.
+        # The terms stay apart: their sum is as large as the gradient, and a product is not. But a product with an array
+        # that the compiler shards is summed over its axis, once for each term.
         sharded = others_are_automatic()
         order = computed(d[0].shape, layers, m) if ctx.fresh and not sharded else ()
         first, *more = (total(d),) if sharded else d
         terms = [Matrix.of(first, layers, m, order), *(Matrix.of(x, layers, m) for x in more)]
-        rows, q = terms[0].x.shape[1], leaf.q  # of a leaf in shards those of one
+        rows, q = terms[0].x.shape[1], leaf.q  # for a leaf in shards, the rows of one shard
         salt = yield Together(salts, (ctx.salt, ctx.step))
         if self.every is not None:
             due = (ctx.step > 0) & (ctx.step % self.every == 0)
@@ -212,35 +212,35 @@ class PowerSGD(Codec):
         p = jax.lax.optimization_barrier(p)
         heard = yield self.say(added([x.down(p) for x in terms]), partial=True)
         mean, own = (x.reshape(r, layers, m).swapaxes(0, 1) for x in (heard.mean, heard.own))
-        # Parameters and momentum both take the mean, and would each add it up anew; what is owed is added up once.
+        # Parameters and momentum both take the mean, and each would sum it up anew; the residual takes own only once.
         applied = einsum("lrn,lrm->lnm", p, mean).reshape(d[0].shape)
         return Result(applied, outer(p, own, d[0].shape), {"q": mean})
 
     def say(self, factor: jax.Array, partial: bool = False) -> Say:
-        """What is asked of a factor [layers, r, ...]: its columns in front of its layers, so that those in use lead."""
+        """Asks for a factor [layers, r, ...]; its columns go in front of its layers, so those in use lead."""
         layers, r, length = factor.shape
         counts = tuple(min(r, rank) * layers * length for rank in self.ranks)
         return Say(factor.swapaxes(0, 1), counts if len(counts) > 1 else None, growth=r, partial=partial)
 
 
 def added(products: list[jax.Array]) -> jax.Array:
-    """The sum of the products with the terms, of which under error feedback the first is the gradient."""
+    """The sum of the products with the terms; under error feedback the first term is the gradient."""
     gradient, *owed = products
     return gradient if not owed else moderate(gradient) + owed[0]
 
 
 def salts(asked: list[tuple[int, jax.Array]]) -> list[jax.Array]:
-    """The leaves' own numbers, such that what takes them compiles once for leaves of one shape; asked with the step."""
+    """The leaves' own numbers, known late, so that their users compile once for leaves of one shape; with the step."""
     return known_late([salt for salt, _ in asked], asked[0][1])
 
 
 class Matrix(NamedTuple):
-    """A term D as a matrix, or one for each layer, whose rows may lie in another order than the leaf's.
+    """A term D as a matrix, or as one for each layer; its rows may lie in another order than the leaf's.
 
     Attributes:
       x: [layers, n, m].
-      rows: the sizes of the leaf's axes that count rows; empty where they lie in the leaf's order.
-      order: these axes in the order in which x has them.
+      rows: the sizes of the leaf's axes that count rows; empty if the rows lie in the leaf's order.
+      order: the order of these axes in x.
     """
 
     x: jax.Array
@@ -254,8 +254,8 @@ class Matrix(NamedTuple):
         return cls(turned.reshape(layers, -1, m), x.shape[: len(order)], order)
 
     def times(self, q: jax.Array) -> jax.Array:
-        """D Q, of Q^T [layers, r, m]: [layers, n, r]."""
-        # As written: turned round, such a product takes twice to ten times as long on CPUs.
+        """D Q, from Q^T [layers, r, m]: [layers, n, r]."""
+        # As written: the other way round, such a product takes two to ten times as long on CPUs.
         product = jax.lax.optimization_barrier(einsum("lnm,lrm->lnr", self.x, q))
         if self.order:
             back = sorted(range(len(self.order)), key=self.order.__getitem__)
@@ -264,7 +264,7 @@ class Matrix(NamedTuple):
         return product
 
     def down(self, p: jax.Array) -> jax.Array:
-        """P^T D, of P^T [layers, r, n]: [layers, r, m]."""
+        """P^T D, from P^T [layers, r, n]: [layers, r, m]."""
         layers, r, n = p.shape
         if self.order:
             p = p.reshape(r, *self.rows).transpose(0, *(1 + axis for axis in self.order)).reshape(p.shape)
@@ -275,40 +275,40 @@ class Matrix(NamedTuple):
 
 
 def computed(shape: tuple[int, ...], layers: int, m: int) -> tuple[int, ...]:
-    """The order in which XLA's CPU backend computes the rows of a gradient; empty where it is the leaf's own.
+    """The order in which XLA's CPU backend computes the rows of a gradient; empty if it is the leaf's own.
 
-    Of a convolution's kernel [h, w, i, o], which a leaf of four axes is taken for, it computes [i, h, w, o], and turns
-    that round for each product that reads it otherwise.
+    A leaf of four axes is taken for a convolution's kernel [h, w, i, o]. The backend computes such a gradient as
+    [i, h, w, o], and transposes it for each product that reads it in another order.
     """
     return (2, 0, 1) if on_cpus() and layers == 1 and len(shape) == 4 and shape[-1] == m else ()
 
 
 def outer(p: jax.Array, q: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """P Q^T, of P^T [layers, r, n] and Q^T [layers, r, m], in a leaf's shape."""
+    """P Q^T in a leaf's shape, from P^T [layers, r, n] and Q^T [layers, r, m]."""
     layers, r, m = q.shape
     if r > WRITTEN_OUT:
         return einsum("lrn,lrm->lnm", p, q).reshape(shape)
-    # In the leaf's own shape, so that it fuses into what takes it: then nothing of the gradient's size is stored.
+    # In the leaf's own shape it fuses into its user: then nothing of the gradient's size is stored.
     cut = next(axis for axis in range(len(shape) - 1, 0, -1) if math.prod(shape[axis:]) == m)
     rows, columns = shape[:cut] + (1,) * (len(shape) - cut), (layers,) + (1,) * (cut - 1) + shape[cut:]
     return functools.reduce(jnp.add, [p[:, i].reshape(rows) * q[:, i].reshape(columns) for i in range(r)])
 
 
 def revive(p: jax.Array, largest: jax.Array, drawn: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """P^T [layers, r, n] with what is drawn where it has rows of zeros, and what bounds the rows, as `largest` did."""
+    """P^T [layers, r, n] with drawn rows instead of zeros, and the bounds of the rows, like `largest`."""
     dead = largest < jnp.finfo(p.dtype).tiny
     return jnp.where(dead, drawn, p), jnp.where(dead, 1, largest)
 
 
 def own_rows(drawn: jax.Array, rows: int, ctx: Context) -> jax.Array:
-    """Of numbers for all rows of a matrix, [layers, r, n], those for the rows of a shard; none for what fills it up."""
+    """The rows of a shard from numbers for all rows of a matrix, [layers, r, n]; zeros for the shard's padding."""
     if ctx.shard is None:
         return drawn
     return jax.lax.dynamic_slice_in_dim(filled(drawn, rows * ctx.shards), ctx.shard * rows, rows, axis=2)
 
 
 def best_split(shape: tuple[int, ...]) -> int:
-    """How many of the first axes make the rows of the matrix of fewest rows and columns; of equal ones the most."""
+    """How many of the first axes make the rows, such that rows plus columns are fewest; on a tie, the most axes."""
     if len(shape) < 2:
         return 1
     return min(range(len(shape) - 1, 0, -1), key=lambda k: math.prod(shape[:k]) + math.prod(shape[k:]))
@@ -338,30 +338,30 @@ def powersgd(
     A leaf is taken for a matrix of n rows and m columns, such that n + m is least. It takes r (n + m) floats instead of
     n m, in float32 (float64 for float64 gradients). A kernel [H, W, in, out] becomes H W in x out, one [out, in, H, W]
     becomes out x in H W, and an attention's [D, heads, D / heads] becomes D x D. State: a residual of the size of the
-    compressed leaves on each worker, and Q of r m floats a leaf.
+    compressed leaves on each worker, and Q with r m floats for each leaf.
 
     Args:
       rank: r, at least 1; a leaf uses at most min(n, m). The paper uses 1, 2 and 4.
       min_rate: a leaf is compressed if min_rate * r (n + m) < n m; PyTorch's hook has 2.
-      stacked: (path, leaf) -> whether the leaf's first axis counts layers, like under a scan over layers:
-        each layer is then a matrix of its own.
-      split: (path, leaf) -> how many of the leaf's axes, without the one that counts layers, make the rows.
-      refresh: draw Q anew after every so many steps, so that it does not stay in a subspace; by default never, like in
-        the paper.
+      stacked: (path, leaf) -> whether the leaf's first axis counts layers, like under a scan over layers. Then each
+        layer is a matrix of its own.
+      split: (path, leaf) -> how many of the leaf's axes, without the axis of layers, make the rows.
+      refresh: the number of steps after which Q is drawn anew, so that it does not stay in a subspace; by default
+        never, like in the paper.
       aggregate: "psum", or "ring" for an all-reduce of our own, hop by hop.
       quantizer: a compressor, such as `qsgd(8)`; P and Q then travel through its codec, which is not linear. It has the
         same axis_name; its min_size and compress do not matter here.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them the part that is not of low rank is
         lost.
-      seed: of the first Q and of the columns of P drawn at random.
+      seed: the seed of the first Q and of the columns of P that are drawn at random.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.

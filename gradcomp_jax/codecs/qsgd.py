@@ -45,51 +45,51 @@ from gradcomp_jax.wire.packing import fields_bytes, from_bytes, pack, pack_field
 
 
 class QSGDState(NamedTuple):
-    """State of `qsgd`; the same on all workers but for `length`.
+    """State of `qsgd`; the same on all workers, except for `length`.
 
     Attributes:
       step: int32, exchanges done; seeds the rounding.
-      length: the true length of what this worker encoded in the last step, see `code_bits`; empty without Elias' code.
+      length: the true length of this worker's code in the last step, see `code_bits`; empty without Elias' code.
     """
 
     step: jax.Array
     length: Any
 
 
-# Room for Elias' code, as a multiple of what normal values take: equal magnitudes take a fourth more.
+# Room for Elias' code, as a multiple of its length for normal values: equal magnitudes take a fourth more.
 HEADROOM = 1.25
 NORMS = {"max": max_norm, "l2": l2_norm}
 
 
 def quantize(v: jax.Array, scale: jax.Array, levels: int, key: jax.Array) -> jax.Array:
-    """Rounds v / scale * levels at random to integers of that expectation, within -levels..levels.
+    """Rounds v / scale * levels at random to integers with this expectation, within -levels..levels.
 
     Args:
       v: buckets, float32 [rows, d].
-      scale: |v| of each, [rows, 1]; rows of scale 0 give zeros.
+      scale: |v| of each bucket, [rows, 1]; rows with scale 0 give zeros.
       levels: s.
-      key: of the rounding.
+      key: the key of the rounding.
 
     Returns:
       Integers, as float32 [rows, d].
     """
-    # Below the smallest normal float the quotient is not to be trusted; and a compiler divides by the reciprocal, which
-    # is none of a scale above 2^126.
+    # Below the smallest normal float the quotient cannot be trusted. A compiler may divide by multiplying with the
+    # reciprocal, which is not normal for a scale above 2^126.
     usable = scale >= jnp.finfo(jnp.float32).tiny
     down = jnp.where(scale > 2.0**100, jnp.float32(2.0**-64), 1)
     y = jnp.where(usable, v * down / jnp.where(usable, scale * down, 1), 0) * levels
     floor = jnp.floor(y)
-    # Not the floor of a sum, which would be rounded: whole numbers stay what they are.
+    # Not the floor of a sum, which would be rounded: here whole numbers stay as they are.
     return jnp.clip(jnp.where(uniform23(key, *v.shape) < y - floor, floor + 1, floor), -levels, levels)
 
 
 def expected_elias(d: int, s: int) -> float:
-    """Bits an element that Elias' code of normal values is expected to take, in its shorter form."""
+    """The expected bits an element of Elias' code for normal values, in its shorter form."""
     return elias.expected_bits(d, s, elias.shorter_form(d, s))
 
 
 def length_width(d: int, bits: int) -> int:
-    """Bits in which the length of a bucket's Elias code travels: it may be as long as the packed code."""
+    """The number of bits for the length of a bucket's Elias code, which may be as long as the packed code."""
     return (d * bits).bit_length()
 
 
@@ -98,14 +98,14 @@ class Buckets(Coder):
     """QSGD's code of a flat tensor, bucket by bucket; see `qsgd` for the settings.
 
     Attributes:
-      bits: a code's.
+      bits: the bits of a code.
       d: the bucket's size.
       norm: "max" or "l2".
       s: levels.
-      room: of the buffer for Elias' code, bits an element; None: packed.
-      insists: whether to refuse tensors that are too large for it, instead of packing them.
-      seed: of the rounding.
-      contracts: whether what is decoded is scaled by 1 / (1 + omega), under error feedback.
+      room: the buffer for Elias' code, in bits an element; None: packed.
+      insists: whether to refuse tensors that are too large for Elias' code, instead of packing them.
+      seed: the seed of the rounding.
+      contracts: whether decoded values are scaled by 1 / (1 + omega), under error feedback.
     """
 
     bits: int
@@ -134,7 +134,7 @@ class Buckets(Coder):
         return dataclasses.replace(self, contracts=feedback)
 
     def gain(self, values: int) -> float:
-        """1 / (1 + omega) of a bucket of so many values, under error feedback; else 1."""
+        """1 / (1 + omega) for a bucket of `values` values, under error feedback; else 1."""
         omega = min(values / self.s**2, math.sqrt(values) / self.s)
         return 1 / (1 + omega) if self.contracts else 1.0
 
@@ -174,10 +174,10 @@ class Buckets(Coder):
 
         def shorten(message: Message) -> tuple[jax.Array, jax.Array, jax.Array]:
             signed = unpack(message["codes"], self.bits).astype(jnp.int32) - s
-            # What fills up the last shard is all zeros, which are codes of -s.
+            # The last shard is filled up with zero bytes, which are codes of -s.
             signed = jnp.where(message["scale"] > 0, signed, 0)
             data, lengths = elias.encode(signed, room, form)
-            # Up to the first sum that is too large, none has wrapped.
+            # Up to the first sum that is too large, no sum has wrapped around.
             fits = jnp.all(jnp.cumsum(lengths, dtype=jnp.uint32) <= 8 * room) & jnp.all(lengths < 1 << width)
             packed = pack_fields(lengths.astype(jnp.uint32), width)
             length = (32 + width) * len(lengths) + jnp.sum(lengths, dtype=jnp.uint32)
@@ -188,7 +188,7 @@ class Buckets(Coder):
             scale = from_bytes(payload[:scales], (units, 1), jnp.float32)
             lengths = unpack_fields(payload[scales : scales + fields], units, width).astype(jnp.int32)
             signed, intact = elias.decode(payload[scales + fields :], lengths, d, s, form)
-            # A code that is none must not become a gradient.
+            # An invalid code must not become a gradient.
             codes = pack((signed + s).astype(jnp.uint8), self.bits)
             return {"codes": codes, "scale": jnp.where(intact, scale, jnp.nan)}
 
@@ -197,23 +197,23 @@ class Buckets(Coder):
 
 @dataclasses.dataclass(frozen=True)
 class SharedBuckets(Buckets):
-    """The same with one scale for all workers, so that their integers can be summed."""
+    """The same code with one scale for all workers, so that their integers can be summed."""
 
     shares_scale: ClassVar[bool] = True
 
     def size(self, shape: tuple[int, ...]) -> int:
-        return -(-shape[0] // self.d) * (self.d + 4)  # a byte each, as for few workers
+        return -(-shape[0] // self.d) * (self.d + 4)  # one byte for each element, as with few workers
 
     def scale(self, y: jax.Array) -> jax.Array:
         """|v| of each bucket of a flat tensor, [rows, 1]."""
         return NORMS[self.norm](self.rows(y))
 
     def quantize_by(self, y: jax.Array, scale: jax.Array, key: jax.Array) -> jax.Array:
-        """Its integers by these scales, int8 [rows, d], within -s..s."""
+        """The integers of a tensor by these scales, int8 [rows, d], within -s..s."""
         return quantize(self.rows(y), scale, self.s, key).astype(jnp.int8)
 
     def of_integers(self, integers: jax.Array, scale: jax.Array, workers: int) -> jax.Array:
-        """What integers [rows, d] stand for, flat. A scale is at most the 2-norm of all workers' buckets together."""
+        """The values of integers [rows, d], flat. A scale is at most the 2-norm of all workers' buckets together."""
         return (integers.astype(jnp.float32) * (scale / self.s * self.gain(workers * self.d))).reshape(-1)
 
 
@@ -222,7 +222,7 @@ class QSGD(Coding):
     """The codec; see `qsgd`.
 
     Attributes:
-      coders: one, or several among which a leaf's strength chooses.
+      coders: the coder, or several; then a leaf's strength chooses one.
       switchable: whether its strength can be switched.
     """
 
@@ -245,7 +245,7 @@ class QSGD(Coding):
         return Strength("bits", coder.bits, True, others, self.at) if self.switchable else None
 
     def at(self, bits: tuple[int, ...]) -> "QSGD":
-        """The codec of these numbers of bits."""
+        """The codec with these numbers of bits."""
         coders = (dataclasses.replace(self.coders[0], bits=b, s=2 ** (b - 1) - 1) for b in bits)
         return dataclasses.replace(self, coders=tuple(coders))
 
@@ -278,28 +278,28 @@ def qsgd(
     of the compressed leaves on each worker.
 
     Args:
-      bits: 2, 4 or 8 bits an element, sign included.
-      bucket_size: d, elements that share a scale; a multiple of 4. The paper uses 128 at 2 bits.
+      bits: 2, 4 or 8 bits an element, including the sign.
+      bucket_size: d, the number of elements that share a scale; a multiple of 4. The paper uses 128 at 2 bits.
       norm: the scale of a bucket, "max" or "l2".
       levels: s, at most and by default 2^(bits - 1) - 1.
       code: "packed", or "elias"; `code_bits` tells the true length of the latter. By default "elias" if norm="l2" and
         its buffer is smaller than the packed codes for normally distributed values (and the tree is not too large for
         it); otherwise "packed".
-      capacity: of the buffer for Elias' code, in bits an element; by default 1.25 times the code of normal values.
+      capacity: the buffer for Elias' code, in bits an element; by default 1.25 times the code of normal values.
       shared_scale: all workers use one scale for a bucket, and sum their integers: 8 bits an element up to
         127 / s workers, 16 up to 32767 / s, 32 beyond.
-      aggregate: "gather", "shuffle" or "ring"; by default "gather" on two workers, and the one of the first two that
-        sends less on more. With shared_scale "psum" (default) or "ring".
+      aggregate: "gather", "shuffle" or "ring"; by default "gather" on two workers, and on more the one of the first two
+        that sends less. With shared_scale "psum" (default) or "ring".
       axis_name: the mesh axis, or axes, of the workers.
-      error_feedback: keep residuals, or `Feedback`, `EF21`, and scale what is sent by 1 / (1 + omega).
-      seed: of the rounding.
-      min_size: leaves of fewer elements are sent dense, by default those below 10,000, like in the paper.
+      error_feedback: keep residuals, or `Feedback`, `EF21`, and scale decoded values by 1 / (1 + omega).
+      seed: the seed of the rounding.
+      min_size: leaves of fewer elements are sent dense; by default 10,000, like in the paper.
       compress: (path, leaf) -> whether to compress it; by default every leaf of two axes or more.
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.
@@ -343,7 +343,7 @@ def qsgd(
 
 
 def _room(coder: Buckets, code: str | None, capacity: float | None, aggregate: str | None) -> float | None:
-    """The buffer for Elias' code, bits an element; None where it is not used."""
+    """The buffer for Elias' code, in bits an element; None if Elias' code is not used."""
     if code not in (None, "packed", "elias"):
         raise ValueError(f"code={code!r} must be 'packed' or 'elias'")
     if code == "elias" and (coder.shares_scale or aggregate == "ring"):

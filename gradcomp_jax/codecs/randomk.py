@@ -1,7 +1,7 @@
-"""Random K and Random Block: coordinates that all workers agree on without a word.
+"""Random K and Random Block: coordinates on which all workers agree without a message.
 
 Baselines of Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, arXiv 1905.13727 (Table 4). For each tensor of n
-elements, S is a set of k indices that a generator which all workers share draws without replacement (Random K), or
+elements, S is a set of k indices. A generator that all workers share draws them without replacement (Random K), or
 
     S = start, ..., start + k - 1 modulo n     with start uniform on 0 .. n - 1 (Random Block, elements in C order)
 
@@ -62,7 +62,7 @@ class SubsetState(NamedTuple):
 
 
 class QuantizedSubsetState(NamedTuple):
-    """The same with a quantizer.
+    """State of `randomk` and `randomblock` with a quantizer.
 
     Attributes:
       step: int32, exchanges done; seeds the indices.
@@ -74,13 +74,13 @@ class QuantizedSubsetState(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What indices are wanted.
+    """A request for indices.
 
     Attributes:
-      key: the step's, of a shard its own.
+      key: the step's key; a shard has its own.
       salt: the leaf's own number.
-      n: of how many.
-      k: how many.
+      n: the number of elements.
+      k: the number of indices.
     """
 
     key: jax.Array
@@ -90,18 +90,18 @@ class Draw(NamedTuple):
 
     @staticmethod
     def words(draws: list["Draw"]) -> jax.Array:
-        """Data of a key for each, uint32 [., 2]."""
+        """The data of a key for each draw, uint32 [., 2]."""
         keys = jax.vmap(jax.random.fold_in, (None, 0))(draws[0].key, jnp.array([draw.salt for draw in draws]))
         return jax.random.key_data(keys)
 
 
 def scattered(draws: list[Draw]) -> list[jax.Array]:
-    """Different indices for each, int32 [k]; of fewer than k, the first."""
+    """Different indices for each draw, int32 [k]; a smaller strength uses the first of them."""
     return distinct(Draw.words(draws), [draw.n for draw in draws], [draw.k for draw in draws])
 
 
 def block(draws: list[Draw]) -> list[jax.Array]:
-    """K consecutive indices modulo n from a random start, for each, int32 [k]."""
+    """For each draw, k consecutive indices modulo n from a random start, int32 [k]."""
     keys = key_of(Draw.words(draws))
     sizes = jnp.array([draw.n for draw in draws], jnp.int32)
     starts = jax.vmap(lambda key, n: jax.random.randint(key, (), 0, n, jnp.int32))(keys, sizes)
@@ -115,15 +115,15 @@ def block(draws: list[Draw]) -> list[jax.Array]:
 
 @dataclasses.dataclass(frozen=True)
 class Subset(Codec):
-    """The codec that sends the values at indices that are drawn.
+    """The codec that sends the values at drawn indices.
 
     Attributes:
-      name: the factory's.
-      draw: what draws them for all leaves.
-      amounts: fractions or ranks: one, or several among which a leaf's strength chooses.
-      ranked: whether they are PowerSGD's ranks, whose budget of r (rows + columns) a leaf gets.
-      numbers: the coder through which values travel; None for a sum.
-      seed: of the indices.
+      name: the factory's name.
+      draw: the function that draws the indices for all leaves.
+      amounts: fractions or ranks: one, or several; then a leaf's strength chooses one.
+      ranked: whether they are PowerSGD's ranks; a leaf then gets their budget of r (rows + columns).
+      numbers: the coder for the values; None for a sum.
+      seed: the seed of the indices.
     """
 
     name: str  # type: ignore[misc]
@@ -143,11 +143,11 @@ class Subset(Codec):
         return None if self.numbers else Strength(setting, self.amounts[0], True, others, self.at)
 
     def at(self, amounts: tuple[float, ...]) -> "Subset":
-        """The codec of these fractions or ranks."""
+        """The codec with these fractions or ranks."""
         return dataclasses.replace(self, amounts=amounts)
 
     def counts(self, size: int, shape: tuple[int, ...], shards: int) -> tuple[int, ...]:
-        """How many values are sent, at each strength, of so many elements of a leaf of this shape, or of its shard."""
+        """How many of `size` elements are sent at each strength; the leaf of this shape may be cut into shards."""
         if not self.ranked:
             return tuple(share(size, amount) for amount in self.amounts)
         sides = math.prod(shape[:-1]) + shape[-1] if len(shape) > 1 else math.prod(shape) + 1
@@ -175,11 +175,11 @@ class Subset(Codec):
         key = key if ctx.shard is None else jax.random.fold_in(key, ctx.shard)
         indices = yield Together(self.draw, Draw(key, ctx.salt, n, max(counts)))
         values = functools.reduce(jnp.add, [jnp.take(x, indices, mode="clip") for x in d])
-        # Zero, unless something is not finite; the values alone might not show it.
+        # Zero, or NaN if something is not finite; the values alone might not show it.
         mark = jnp.where(jnp.all(jnp.isfinite(total(d))), jnp.zeros((), values.dtype), jnp.nan)
         fronts = counts if len(counts) > 1 else None
         heard = yield Say(values + mark, fronts, growth=1.0 if ctx.feedback else n / min(counts))
-        # Unbiased where nothing that is left out comes back.
+        # Scaled to be unbiased, if the part that is left out never comes back.
         sent = jnp.array(counts, d[0].dtype)[0 if ctx.strength is None else ctx.strength]
         gain = 1 if ctx.feedback else n / sent
         mean = Sparse(indices, heard.mean * gain, d[0].shape).dense()
@@ -196,7 +196,7 @@ def _codec(
     axis_name: AxisName,
     seed: int,
 ) -> tuple[Subset, str | None]:
-    """The codec, and the way its values travel."""
+    """The codec, and how its values travel."""
     require_aggregate(name, None, aggregate)
     if fraction is not None and rank is not None:
         raise ValueError(
@@ -238,21 +238,21 @@ def randomk(
       quantizer: a compressor, such as `qsgd(8)`; the values then travel through its codec, which is not linear.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them values are scaled by n / k.
-      seed: of the indices.
+      seed: the seed of the indices.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: fraction and rank are both given or out of range, or aggregate is another; later, in init and update,
-        a refusal of `compressor`.
+      ValueError: fraction and rank are both given or out of range, or aggregate is neither way; later, in init and
+        update, a refusal of `compressor`.
 
     >>> import optax
     >>> import gradcomp_jax as gcj
@@ -292,21 +292,21 @@ def randomblock(
       quantizer: a compressor, such as `qsgd(8)`; the values then travel through its codec, which is not linear.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals, or `Feedback`, `EF21`; without them values are scaled by n / k.
-      seed: of the blocks' places.
+      seed: the seed of the blocks' places.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default every leaf, vectors too.
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: fraction and rank are both given or out of range, or aggregate is another; later, in init and update,
-        a refusal of `compressor`.
+      ValueError: fraction and rank are both given or out of range, or aggregate is neither way; later, in init and
+        update, a refusal of `compressor`.
 
     >>> import optax
     >>> import gradcomp_jax as gcj

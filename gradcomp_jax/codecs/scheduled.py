@@ -1,15 +1,16 @@
 """A codec whose strength follows a schedule of the exchanges done.
 
-Such as the warm-up of Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887, section
-3.3, in which 25, 6.25, 1.5625, 0.4 and 0.1 per cent of the gradients are sent, an epoch each; or a rank that grows.
-With v_0, v_1, ... the values that were given, those that send more first, and w what the schedule wants,
+One example is the warm-up of Lin, Han, Mao, Wang, Dally, "Deep Gradient Compression", ICLR 2018, arXiv 1712.01887,
+section 3.3: it sends 25, 6.25, 1.5625, 0.4 and 0.1 per cent of the gradients, for an epoch each. Another is a rank that
+grows. The given values are v_0, v_1, ..., those that send more first, and w is the wanted value of the schedule.
+The value in use is
 
     the first v_i that sends no more than w does, else the last
 
-is in use. So w is rounded to the next value that sends less, and what sends the least stands for all below it.
+So w is rounded to the next value that sends less. A w that would send less than all of them gets the last.
 
-The strengths share one state, and all of it is inside the compiled step, as with `accordion`; what is sent is really
-less where the strength is.
+The strengths share one state, and all of it is inside the compiled step, as with `accordion`. Fewer bytes
+really travel at a strength that sends less.
 """
 
 import dataclasses
@@ -25,9 +26,9 @@ from gradcomp_jax.arguments import factory, shown
 from gradcomp_jax.codecs.switching import Switching, require_strengths
 from gradcomp_jax.compressor import Compressor, compressor
 
-# By which share a wanted value may miss that of a codec: schedules multiply in float32.
+# The share by which a wanted value may miss a codec's value: schedules multiply in float32.
 ROUNDING = 1e-5
-# At so many steps from the first on, and as many further ones up to 2^30, a schedule is asked which strengths it uses.
+# The schedule is asked at this many first steps, and at as many more up to 2^30, which strengths it uses.
 LOOKS = 1024
 
 
@@ -35,8 +36,8 @@ class ScheduledState(NamedTuple):
     """State of `scheduled`, the same on all workers.
 
     Attributes:
-      codec: the codec's, which serves all strengths.
-      step: int32, exchanges done, at which the schedule is asked.
+      codec: the codec's state, which serves all strengths.
+      step: int32, exchanges done; the schedule is asked at it.
     """
 
     codec: Any
@@ -45,10 +46,10 @@ class ScheduledState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Scheduled(Switching):
-    """The controller, around a codec of several strengths; see `scheduled`.
+    """The controller around a codec with several strengths; see `scheduled`.
 
     Attributes:
-      values: of the strengths, those that send more first.
+      values: the values of the strengths; those that send more come first.
       schedule: exchanges done -> the wanted value.
     """
 
@@ -64,7 +65,7 @@ class Scheduled(Switching):
         return dict.fromkeys(paths, self.place(self.schedule(state.step)))
 
     def kinds(self, state: ScheduledState) -> dict[str, ScheduledState]:
-        # Each strength at the first of some steps in which it is in use.
+        # Each strength, at the first step of those looked at that uses it.
         steps = np.unique(np.concatenate([np.arange(LOOKS), np.geomspace(1, 2**30, LOOKS)]).astype(np.int32))
         places = np.asarray(jax.vmap(lambda step: self.place(self.schedule(step)))(steps))
         used = {place: steps[np.argmax(places == place)] for place in sorted(set(places.tolist()), reverse=True)}
@@ -78,7 +79,7 @@ class Scheduled(Switching):
         }
 
     def place(self, wanted: Any) -> jax.Array:
-        """The place among the values of that which stands for a wanted one, int32."""
+        """The place, among the values, of the one that is in use for a wanted value, int32."""
         wanted, values = jnp.asarray(wanted).astype(jnp.float32), jnp.array(self.values, jnp.float32)
         falls = self.values[0] > self.values[-1]
         enough = values <= wanted * (1 + ROUNDING) if falls else values >= wanted * (1 - ROUNDING)
@@ -90,25 +91,25 @@ def scheduled(codecs: Sequence[Compressor], schedule: optax.Schedule) -> Compres
     """A codec whose strength follows a schedule: a warm-up of top-k's fraction, a rank that grows.
 
     The schedule gives the wanted value of the setting that makes the codec's strength, such as the rank of powersgd,
-    the fraction of topk, the bits of qsgd. Of the codecs that one is in use that sends the most among those that send
-    no more than the wanted value would; where all send more, the one that sends the least. So with ranks 1, 2 and 4 a
-    wanted 3.9 is rank 2, and a wanted 0.5 is rank 1. With proportions or ratios, which send less the larger they are,
-    a wanted value is rounded up. A value that misses one of the codecs' by less than 1e-5 of it counts as that.
+    the fraction of topk, the bits of qsgd. The codec in use is the one that sends the most, among those that send no
+    more than the wanted value would. If all send more, it is the one that sends the least. So with ranks 1, 2 and 4 a
+    wanted 3.9 is rank 2, and a wanted 0.5 is rank 1. Larger proportions or ratios send less, so with them a wanted
+    value is rounded up. A wanted value that misses a codec's value by less than a share of 1e-5 counts as that value.
 
-    The strengths share one state and one residual, and switching compiles nothing. What all codecs take is taken from
-    the codecs, which must agree in it. The codec that sends the least decides which leaves are compressed; at another
+    The strengths share one state and one residual, and switching compiles nothing. The codecs give the keywords of all
+    codecs, and must agree in them. The codec that sends the least decides which leaves are compressed; at another
     strength a leaf may take more bytes than uncompressed. Each strength has a collective of its own size.
 
     Args:
       codecs: two strengths of one codec or more, in any order, such as `[powersgd(1), powersgd(2), powersgd(4)]`.
-      schedule: exchanges done -> the wanted value, one number; any of optax's schedules. Steps that were skipped are
-        not counted, and under `delayed` the first exchange, which is of zeros, is. Computed by jax: `jnp.where`, no if.
+      schedule: exchanges done -> the wanted value, one number; any of optax's schedules. Skipped steps are not counted.
+        Under `delayed` the first exchange, which is of zeros, is counted. jax computes it: use `jnp.where`, no if.
 
     Returns:
       A `Compressor`.
 
     Raises:
-      ValueError: codecs are no list of two strengths of one codec or more, with the same settings otherwise; or the
+      ValueError: codecs is no list of two or more strengths of one codec with otherwise the same settings; or the
         schedule does not give one real number.
 
     >>> import optax
@@ -133,7 +134,7 @@ def scheduled(codecs: Sequence[Compressor], schedule: optax.Schedule) -> Compres
 
 
 def _require_number_of(schedule: optax.Schedule) -> None:
-    """Raises ValueError for a schedule that does not give one real number."""
+    """Raises ValueError if a schedule does not give one real number."""
     given = jax.eval_shape(schedule, jax.ShapeDtypeStruct((), jnp.int32))
     number = isinstance(given, jax.ShapeDtypeStruct) and given.shape == ()
     if not number or not (jnp.issubdtype(given.dtype, jnp.floating) or jnp.issubdtype(given.dtype, jnp.integer)):

@@ -1,18 +1,18 @@
 """Signs with one norm a tensor, and signSGD's majority vote.
 
-Sign+Norm is a baseline of Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, arXiv 1905.13727 (Table 4); that error
-feedback makes signs converge is Karimireddy et al., "Error Feedback Fixes SignSGD and other Gradient Compression
-Schemes", ICML 2019, arXiv 1901.09847. With D the gradient plus the residual, a tensor of n elements,
+Sign+Norm is a baseline of Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, arXiv 1905.13727 (Table 4). Karimireddy
+et al., "Error Feedback Fixes SignSGD and other Gradient Compression Schemes", ICML 2019, arXiv 1901.09847, show that
+error feedback makes signs converge. D is the gradient plus the residual, a tensor of n elements:
 
     C(D) = |D|_1 / n sign(D)     sign(0) = +1
 
 This is a contraction: |C(D) - D|^2 = |D|^2 - |D|_1^2 / n. On the wire: the signs of all tensors as bits, and one
 float32 a tensor. With "shuffle" a worker's shard of each tensor has a norm of its own.
 
-With `majority` it is Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant",
-ICLR 2019, arXiv 1810.05291, without momentum: the update is the sign of the sum of the workers' signs. It has no
-magnitude, so error feedback does not go with it. Two rules are ours: ties give +1, but zeros where all elements of a
-tensor tie; and a worker for whom a tensor is all zeros does not vote on it. With "shuffle" both hold for a shard.
+`majority` is Bernstein et al., "signSGD with Majority Vote is Communication Efficient and Fault Tolerant", ICLR 2019,
+arXiv 1810.05291, without momentum: the update is the sign of the sum of the workers' signs. It has no magnitude, so
+error feedback does not go with it. Two rules are ours. Ties give +1, but if all elements of a tensor tie, they give
+zeros. A worker whose tensor is all zeros does not vote on it. With "shuffle" both rules hold for a shard.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ class Signs(Coder):
     """The signs of a flat tensor, or of a shard of it, and its norm.
 
     Attributes:
-      majority: the norm is 1, or 0 of a tensor of zeros, and the mean is encoded too.
+      majority: the norm is 1, or 0 for a tensor of zeros, and the mean is encoded too.
     """
 
     majority: bool = False
@@ -51,11 +51,11 @@ class Signs(Coder):
 
     def encode(self, y: jax.Array, part: Part) -> Message:
         count = part.valid(y.size)
-        # Where a shard is filled up, what was decoded has signs too.
+        # In the padding of a shard, decoded values have signs too.
         valid = y if part.length % part.shards == 0 else jnp.where(jnp.arange(y.size, dtype=jnp.int32) < count, y, 0)
         norm = l1_norm(valid) / jnp.maximum(count, 1).astype(jnp.float32)
         if self.majority:
-            norm = jnp.sign(norm) + 0 * norm  # what is not finite becomes NaN
+            norm = jnp.sign(norm) + 0 * norm  # a norm that is not finite becomes NaN
         return {"norm": norm, "signs": Field((y >= 0).astype(jnp.uint8), 1)}
 
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
@@ -102,7 +102,7 @@ def signnorm(
 
     Args:
       majority: the update is -1 or +1, like most workers' signs. Learning rates must be much smaller.
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and on more the one that sends less.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; by default without majority, and only then.
       seed: without effect.
@@ -111,8 +111,8 @@ def signnorm(
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.

@@ -1,4 +1,4 @@
-"""Several strengths of one codec: what they must agree in, and the base of codecs that switch between them.
+"""Several strengths of one codec: the settings in which they must agree, and the base of codecs that switch them.
 
 The strengths share one state and one residual, and all of it is inside one compiled step; see `contract.Strength`.
 """
@@ -18,10 +18,10 @@ from gradcomp_jax.feedback import as_given
 
 @dataclasses.dataclass(frozen=True)
 class Switching(Codec):
-    """Base of codecs around another of several strengths, whose state is the field `codec` of theirs.
+    """Base of codecs around an inner codec with several strengths; the field `codec` of their state is its state.
 
     Attributes:
-      inner: the other, as `Strength.at` makes it, the weakest compression first.
+      inner: the inner codec, as `Strength.at` makes it, with the weakest compression first.
     """
 
     inner: Any
@@ -32,7 +32,7 @@ class Switching(Codec):
         return self.inner
 
     def to(self, ctx: Context) -> tuple[Codec, Context]:
-        """The codec that talks of one leaf, and what it is told."""
+        """The codec that talks for one leaf, and its context."""
         return self.inner, ctx
 
     @property
@@ -47,7 +47,7 @@ class Switching(Codec):
         return self.of(path).default(path, leaf)
 
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
-        return self.of(path).shrinks(path, leaf, uncompressed)  # which judges by the strongest one
+        return self.of(path).shrinks(path, leaf, uncompressed)  # it judges by its strongest compression
 
     def cut(self, path: str, leaf: Any) -> Cut:
         return self.of(path).cut(path, leaf)
@@ -71,7 +71,7 @@ class Switching(Codec):
         return {"codec": self.of(path).init(path, leaf, salt)}
 
     def inner_start(self, leaves: dict[str, dict[str, Any]]) -> Any:
-        """The other's first state, of what `init` gives."""
+        """The first state of the inner codec, from the results of `init`."""
         return self.inner.start({path: x["codec"] for path, x in leaves.items()})
 
     def leaf(self, state: Any, path: str) -> Any:
@@ -131,11 +131,12 @@ def require_strengths(by: str, given: Mapping[str, Any]) -> list[Strength]:
     """The strengths of some codecs.
 
     Args:
-      by: what switches between them, for messages.
-      given: the codecs' transformations, by what messages call them.
+      by: the name, for messages, of the codec that switches between them.
+      given: the codecs' transformations, by their names in messages.
 
     Raises:
-      ValueError: one is no codec, or has one strength only; or two are not of one codec in the same settings otherwise.
+      ValueError: one is no codec, or has only one strength; or two are not strengths of one codec with otherwise the
+        same settings.
     """
     for name, one in given.items():
         if not isinstance(one, Compressor):
@@ -155,7 +156,7 @@ def require_strengths(by: str, given: Mapping[str, Any]) -> list[Strength]:
 
 
 def alike(codecs: Sequence[Compressor]) -> bool:
-    """Whether these are strengths of one codec, in the same settings otherwise; of what has one strength, the same."""
+    """Whether these are strengths of one codec with otherwise the same settings; without strengths, whether equal."""
     first, *others = codecs
     if any(one.codec.strength is None for one in codecs):
         return all(other == first for other in others)
@@ -163,7 +164,7 @@ def alike(codecs: Sequence[Compressor]) -> bool:
 
 
 def _difference(by: str, one: tuple[str, Compressor], other: tuple[str, Compressor]) -> str:
-    """In what two codecs, with their names, differ beside their strength; nothing if in nothing."""
+    """The first difference of two codecs, with their names, beside their strength; empty if there is none."""
     (first, a), (second, b) = one, other
     mine, theirs = a.codec.strength, b.codec.strength
     assert mine is not None

@@ -1,8 +1,8 @@
-"""Top K: the coordinates of largest magnitude.
+"""Top K: the coordinates with the largest magnitudes.
 
 A baseline of Vogels, Karimireddy, Jaggi, "PowerSGD", NeurIPS 2019, arXiv 1905.13727 (Table 4); error feedback for it is
-Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599. For each tensor of n elements
-S_w, the k indices of largest |D_w| on worker w:
+Stich, Cordonnier, Jaggi, "Sparsified SGD with Memory", NeurIPS 2018, arXiv 1809.07599. For each tensor of n elements,
+S_w holds the k indices of largest |D_w| on worker w:
 
     own_w = D_w on S_w, 0 elsewhere     mean <- mean of own_w
 
@@ -31,7 +31,7 @@ from gradcomp_jax.wire.packing import Field, fields_bytes
 
 @dataclasses.dataclass(frozen=True)
 class Largest(Coder):
-    """Places and values of the elements of largest magnitude of a flat tensor, or of a shard of it.
+    """Places and values of the elements with the largest magnitudes, in a flat tensor or a shard of it.
 
     Attributes:
       fraction: k / n; k is rounded down, but at least 1.
@@ -43,7 +43,7 @@ class Largest(Coder):
     scales: ClassVar[tuple[str, ...]] = ("values",)
 
     def count(self, n: int) -> tuple[int, int]:
-        """K, and the bits of an index below n."""
+        """k, and the bits of an index below n."""
         return share(n, self.fraction), max(0, n - 1).bit_length()
 
     def branches(self, shape: tuple[int, ...]) -> bool:
@@ -77,7 +77,7 @@ class TopK(Coding):
     """The codec; see `topk`.
 
     Attributes:
-      fractions: one, or several among which a leaf's strength chooses.
+      fractions: the fraction, or several; then a leaf's strength chooses one.
     """
 
     fractions: tuple[float, ...]
@@ -97,7 +97,7 @@ class TopK(Coding):
         return Strength("fraction", self.fractions[0], True, {"transform": self.transform}, self.at)
 
     def at(self, fractions: tuple[float, ...]) -> "TopK":
-        """The codec of these fractions."""
+        """The codec with these fractions."""
         return dataclasses.replace(self, fractions=fractions)
 
     def default(self, path: str, leaf: Any) -> bool:
@@ -127,17 +127,17 @@ def topk(
     Args:
       fraction: k / n for each leaf, and for each shard of it with "shuffle"; k is rounded down, but at least 1. Table
         4's budgets of 1/136 and 1/32 are 1/272 and 1/64.
-      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and the one that sends less on more.
+      aggregate: "gather" or "shuffle"; by default "gather" on two workers, and on more the one that sends less.
       axis_name: the mesh axis, or axes, of the workers.
       error_feedback: whether to keep residuals; without them the part that is not sent is lost.
-      seed: without effect; of equal magnitudes the one at the lower index is sent.
+      seed: without effect; if magnitudes are equal, the one at the lower index is sent.
       min_size: leaves of fewer elements are sent dense.
       compress: (path, leaf) -> whether to compress it; by default, like in the paper, every leaf, vectors too.
       allow_dense: accept a tree whose leaves are all sent dense.
       dense_dtype: the type of leaves that are sent dense, "bfloat16" or "float16"; by default float32 or wider. Their
         rounding is not fed back.
-      buckets: in how many parts the exchange goes, each with messages of its own once its gradients are there; or
-        (path) -> the number of a leaf's part, and lower numbers go first. For the default see `compressor`.
+      buckets: the number of parts of the exchange. Each sends messages of its own once its gradients are there. Or
+        (path) -> the number of a leaf's part; lower numbers go first. For the default see `compressor`.
 
     Returns:
       A `Compressor`.
