@@ -44,7 +44,7 @@ LABELS = {
     "accuracy": "test accuracy",
     "loss": "training loss (log scale)",
     "error": "relative error of compression",
-    "residual": "residual / gradient (log scale)",
+    "residual_norm": "norm of the residual (log scale)",
 }
 # Tol's, which are none of the codecs'.
 WORK = {
@@ -156,7 +156,8 @@ def curves(series: Sequence[Series], value: str, against: str) -> Figure:
 
     Args:
       series: what to draw.
-      value: "accuracy", on the test split; "loss", on the training split; "error" or "residual", of runs that tell it.
+      value: "accuracy", on the test split; "loss", on the training split; "error" or "residual_norm", of runs that
+        tell it.
       against: "step" or "bytes".
     """
     names = _wrapped(series)
@@ -180,7 +181,7 @@ def curves(series: Sequence[Series], value: str, against: str) -> Figure:
 def told(run: Run, value: str) -> list[Record]:
     """The records of a run that tell of a value for `curves`; none of a residual where nothing is ever owed."""
     found = [record for record in (run.test if value == "accuracy" else run.train) if value in record]
-    return [] if value == "residual" and not any(record[value] for record in found) else found
+    return [] if value == "residual_norm" and not any(record[value] for record in found) else found
 
 
 @matplotlib.rc_context(STYLE)

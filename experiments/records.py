@@ -5,13 +5,14 @@ The kind of a line is its "kind":
 - run, the first: what was run, see `training.header`;
 - train, every --log_every steps: means over the steps since the line before;
 - test, at every evaluation;
-- leaves, after a line "test", where codecs are measured: "error" and "residual" by path;
+- leaves, after a line "test", where codecs are measured: "error", "residual" and "residual_norm" by path;
 - levels, after a line "train": what accordion decided, and why, for each leaf, where that has changed;
 - resumed, where a run went on from a checkpoint;
 - end, the last, only in a run that has reached its end.
 
-A line "train" also has "code_bits" for codecs whose codes vary in length, see `gradcomp_jax.code_bits`, and "error" and
-"residual" where codecs are measured, see `gradcomp_jax.metrics`. These, and those of "leaves", are of the last step.
+A line "train" also has "code_bits" for codecs whose codes vary in length, see `gradcomp_jax.code_bits`, and "error",
+"residual" and "residual_norm" where codecs are measured, see `gradcomp_jax.metrics`. These, and those of "leaves",
+are of the last step.
 
 All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent by then, and
 "dense_bytes", what it would have sent by a dense all-reduce of the gradients in their own type. Both are of the

@@ -25,8 +25,8 @@ LOST_ERROR = (
     "The norm of what was not sent in a step, over the norm of what was to be sent: the gradient and the residual."
 )
 LOST_RESIDUAL = (
-    "How many gradients error feedback owes, by their norms. Steady is healthy; growing without end is not. Codecs "
-    "without error feedback are not shown."
+    "The norm of what error feedback owes, over all workers. A healthy one falls with the loss. Codecs without error "
+    "feedback are not shown."
 )
 DOUBTS = "These runs differ in more than the codec and the seed"
 UNFINISHED = "Unfinished, and in no table and no figure"
@@ -120,7 +120,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 # Where codecs were measured.
 LOST: dict[str, Callable[[Row], str]] = {
     "relative error": lambda row: "" if row.error is None else f"{row.error:.3f}",
-    "residual / gradient": lambda row: "" if row.residual is None else f"{row.residual:.2f}",
+    "residual norm, largest and last": lambda row: "{:.3g}, {:.3g}".format(*row.owed) if row.owed else "",
 }
 
 
@@ -164,7 +164,7 @@ def plots(number: int, section: Section, looks: dict[str, figures.Style]) -> lis
     ]
     for title, value, what in (
         ("Relative error of compression against steps", "error", LOST_ERROR),
-        ("Residual over gradient against steps", "residual", LOST_RESIDUAL),
+        ("Norm of the residual against steps", "residual_norm", LOST_RESIDUAL),
     ):
         if any(figures.told(run, value) for one in series for run in one.runs):
             drawn.append((title, f"{what} {smooth}{thin}", figures.curves(series, value, "step")))

@@ -35,7 +35,8 @@ class Row(NamedTuple):
       skipped: steps whose gradients were not finite, in all runs together.
       step_ms: milliseconds of a step, the mean of the runs' medians.
       error: the relative error of compression, over the second half of the steps; None where it was not measured.
-      residual: the residual over the gradient, the same.
+      owed: the largest and the last norm of the residual, means over the runs; None where nothing is owed, or where it
+        was not measured.
       settings: all settings of the codec.
     """
 
@@ -56,7 +57,7 @@ class Row(NamedTuple):
     skipped: int
     step_ms: float
     error: float | None
-    residual: float | None
+    owed: tuple[float, float] | None
     settings: str
 
 
@@ -173,16 +174,24 @@ def row(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
         compressed_ratio=statistics.fmean(compressed) if compressed else None,
         skipped=sum(run.end["skipped"] for run in runs),
         step_ms=mean(lambda run: run.step_ms),
-        error=_late(runs, "error"),
-        residual=_late(runs, "residual"),
+        error=_late_error(runs),
+        owed=_owed(runs),
         settings=", ".join(f"{key}={x}" for key, x in own_settings(runs[0]).items()),
     )
 
 
-def _late(runs: Sequence[Run], value: str) -> float | None:
-    """The mean of what lines "train" of the second half of the steps tell; None where they do not."""
-    found = [line[value] for run in runs for line in run.train if value in line and 2 * line["step"] > run.step]
+def _late_error(runs: Sequence[Run]) -> float | None:
+    """The mean relative error over the second half of the steps; None where it was not measured."""
+    found = [line["error"] for run in runs for line in run.train if "error" in line and 2 * line["step"] > run.step]
     return statistics.fmean(found) if found else None
+
+
+def _owed(runs: Sequence[Run]) -> tuple[float, float] | None:
+    """The largest and the last norm of the residual; None where there is none."""
+    norms = [[line["residual_norm"] for line in run.train if "residual_norm" in line] for run in runs]
+    if not all(map(any, norms)):
+        return None
+    return statistics.fmean(map(max, norms)), statistics.fmean(each[-1] for each in norms)
 
 
 def _verdict(accuracy: float, base: Sequence[float]) -> str:

@@ -102,7 +102,7 @@ SHOWN = (
     "checkpoint_dir",
 )
 # The figures of `gradcomp_jax.metrics` that are recorded.
-LOST = ("error", "residual")
+LOST = ("error", "residual", "residual_norm")
 NO_REORDERING = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # What a run must have in common with the checkpoint from which it goes on, beside the experiment's own flags.
 SETTINGS = (
@@ -298,7 +298,7 @@ def code_length(opt_state: Any) -> dict[str, float]:
 
 
 def lost(opt_state: Any) -> dict[str, float]:
-    """The relative error and the residual over the gradient, as "error" and "residual"; nothing if not measured."""
+    """The figures of `LOST`; nothing where codecs are not measured."""
     figures = jax.device_get(metrics(opt_state))
     return {} if figures.error is None else {name: float(getattr(figures, name)) for name in LOST}
 

@@ -117,10 +117,11 @@ def metrics(opt_state: Any) -> Metrics:
     `across` of this chip's shards. Norms of residuals are read from the residuals, the others from what `measured`
     keeps; before the first step they are zero.
 
-    What is healthy: `residual` rises in the first steps and then stays about as high. One that goes on growing is a
-    sign that the codec is too strong for the learning rate, and that what is owed is applied too late. `error` below 1
-    is a codec that shrinks what it is given; a codec without error feedback should stay well below 1, while with it
-    0.9 is common and harmless. The page docs/metrics.md has values that were measured.
+    What is healthy: `residual_norm` rises in the first steps, and then falls with the loss. If it goes on rising while
+    the loss stays or rises, the codec is too strong for the learning rate. `residual` is 2 to 20 gradients while the
+    loss falls. It grows where gradients vanish, at the end of a training, and does no harm there. `error` is 0.9 and
+    more with error feedback, which sends the rest later; without it, it should stay well below 1. docs/metrics.md has
+    measured values.
 
     Args:
       opt_state: an optimiser state that holds the state of one codec, or of several, whose figures are joined: sums of

@@ -304,19 +304,19 @@ def lossy(codec, errors, residuals, **more):
     content = lines(codec, **more)
     train = [record for record in content if record["kind"] == "train"]
     for record, error, residual in zip(train, errors, residuals, strict=True):
-        record |= {"error": error, "residual": residual}
+        record |= {"error": error, "residual": 7.0, "residual_norm": residual}
     content.insert(4, {"kind": "leaves", "step": 20, "bytes": 1, "dense_bytes": 1, "error": {"a": 0.5}})
     return records.of(content)
 
 
 def test_what_codecs_lose_is_in_the_table_and_in_figures_where_it_was_measured():
-    topk = lossy("topk", [0.9, 0.8, 0.7, 0.5], [1.0, 2.0, 3.0, 5.0])
+    topk = lossy("topk", [0.9, 0.8, 0.7, 0.5], [1.0, 2.0, 5.0, 3.0])
     qsgd = lossy("qsgd", 4 * [0.25], 4 * [0.0])
     section = only([NONE[0], topk, qsgd])
-    lost = {row.name: (row.error, row.residual) for row in section.rows}
-    assert lost == {"none": (None, None), "qsgd": (0.25, 0.0), "topk": (pytest.approx(0.6), 4.0)}
+    lost = {row.name: (row.error, row.owed) for row in section.rows}
+    assert lost == {"none": (None, None), "qsgd": (0.25, None), "topk": (pytest.approx(0.6), (5.0, 3.0))}
     table = [line.split(" | ") for line in report.markdown([section]).splitlines() if line[:1] == "|"]
-    assert [line[-2:] for line in table if line[0] == "| topk"] == [["0.600", "4.00 |"]]
+    assert [line[-2:] for line in table if line[0] == "| topk"] == [["0.600", "5, 3 |"]]
     assert [line[-2:] for line in table if line[0] == "| none"] == [["", " |"]]
     page = report.html([section])
     *_, error, residual = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
