@@ -132,7 +132,7 @@ def step_of(tx: optax.GradientTransformation, params: Params, specs: Params, mes
     def loss_fn(params: Params, batch: data.Split) -> jax.Array:
         logits = logits_of(params, jnp.asarray(batch.images, jnp.float32), gathered, specs)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels))
-        return loss / chips  # its gradient is a sum over a slice's chips, and so becomes that of their mean loss
+        return loss / chips  # its gradient is summed over a slice's chips, and becomes the gradient of their mean loss
 
     def worker(params: Params, state: Any, batch: data.Split) -> tuple[Params, Any, jax.Array]:
         loss, grads = jax.value_and_grad(loss_fn)(gc.vary(params, AXES), batch)

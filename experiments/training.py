@@ -148,7 +148,7 @@ class Task(NamedTuple):
 
 
 class InterruptedRunError(Exception):
-    """The user asked to stop, and the run has stopped; the message tells the step, and what is kept."""
+    """The user asked to stop, and the run has stopped; the message tells the step, and the way to go on."""
 
 
 def codec(name: str, task: Task) -> optax.GradientTransformationExtraArgs:
@@ -279,7 +279,7 @@ def train(
 
 
 def bits_of_pmean(task: Task, workers: int) -> int:
-    """The bits that a worker sends in a step without compression: the gradients in their own type, and the rest beside them."""
+    """The bits that a worker sends without compression: the gradients in their own type, and the floats beside them."""
     gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.params))
     return -(-8 * (gradients + 4 * beside(task)) * 2 * (workers - 1) // workers)
 

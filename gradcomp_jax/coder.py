@@ -194,7 +194,10 @@ class Coder(abc.ABC):
         return ()
 
     def after(self, state: Any, length: jax.Array | None) -> Any:
-        """The state after a round; `length` is the true length of this worker's messages, None where it is not told."""
+        """The state after a round.
+
+        `length` is the true length of this worker's messages; None if the coder does not tell it.
+        """
         if state == ():
             return ()
         state = state._replace(step=state.step + 1)

@@ -5,7 +5,7 @@ by round the talk yields numbers to be averaged over the workers, and it is hand
 the mean of its tensor. It knows no other leaf, no axis, no bit and no collective. PowerSGD's talk, shortened:
 
     def talk(self, phase, d, leaf, ctx):
-        p = yield Say(d Q)                       the engine sends what all leaves say in one message
+        p = yield Say(d Q)                       the engine sends all leaves' numbers in one message
         q = yield Say(d^T orthonormalize(p.mean))
         return Result(P q.mean^T, P q.own^T, {"q": q.mean})
 
