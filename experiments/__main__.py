@@ -1,4 +1,4 @@
-"""Tells which programs there are, and how to begin.
+"""Lists the programs, and tells how to begin.
 
 python -m experiments
 """
@@ -18,7 +18,7 @@ The programs, each of which has --help:
 
 
 def programs() -> dict[str, str]:
-    """The modules to be run, each with the first line of what it says of itself."""
+    """The modules that can be run, each with the first line of its docstring."""
     found = {}
     for path in sorted(pathlib.Path(__file__).parent.glob("[!_]*.py")):
         source = path.read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""What GradiVeQ's bases lose of recorded gradients, by the codec's own functions: arrays in, arrays out.
+"""How much of recorded gradients GradiVeQ's bases lose, computed with the codec's own functions on arrays.
 
-A loss is |g - ghat|^2 / |g|^2. Slices are as long as the codec makes them by default.
+A loss is |g - ghat|^2 / |g|^2. Slices have the codec's default length.
 """
 
 from typing import NamedTuple
@@ -11,17 +11,17 @@ import numpy as np
 
 from gradcomp_jax.codecs.gradiveq import principal_basis, slice_length, unexplained
 
-# The axes of [steps, H, W, D, F] on which weights are neighbours, the nearest in a slice first.
+# The axes of [steps, H, W, D, F] along which weights are neighbours; the axis of the nearest in a slice comes first.
 NEIGHBOURS = {"next filter": 4, "next depth": 3, "next column": 2, "next row": 1}
 
 
 class Fit(NamedTuple):
-    """What bases lose that are fitted on one window of steps, by the number d of columns kept, from 1.
+    """The losses of bases that are fitted on one window of steps, by the number d of columns kept, from 1.
 
     Attributes:
-      samples: of the variance of the first slice's samples, by the basis fitted on them, [d].
-      first: of each slice's later gradients, by the first slice's basis, [slices, d].
-      own: likewise, by its own basis.
+      samples: the loss of the variance of the first slice's samples, with the basis fitted on them, [d].
+      first: the loss of each slice's later gradients, with the first slice's basis, [slices, d].
+      own: the same loss, with the slice's own basis, [slices, d].
       weights: each slice's share of the squares of all later gradients, [slices].
     """
 
@@ -32,14 +32,14 @@ class Fit(NamedTuple):
 
 
 class Findings(NamedTuple):
-    """What is found of one layer.
+    """The findings for one layer.
 
     Attributes:
-      shape: of its kernel.
+      shape: the shape of its kernel.
       correlations: mean |r|, by kind of neighbours.
-      fits: by the number L of samples, ascending.
-      aging: loss in each step after the fit, [steps], by `columns` of the first slice's basis.
-      mean_loss: of replacing each kernel [H, W] by its mean.
+      fits: the fits by the number L of samples, ascending.
+      aging: the loss in each step after the fit, [steps], with `columns` of the first slice's basis.
+      mean_loss: the loss when each kernel [H, W] is replaced with its mean.
     """
 
     shape: tuple[int, ...]
@@ -50,12 +50,12 @@ class Findings(NamedTuple):
 
 
 def analyse(gradients: np.ndarray, train_steps: int) -> Findings:
-    """All findings of one layer.
+    """All findings for one layer.
 
     Args:
-      gradients: of its kernel, [steps, H, W, D, F].
-      train_steps: L_t. Correlations are of the first L_t steps, and so is the basis that ages. The other bases are
-        judged by the last L_t steps, and fitted on the L_t, or all, before these.
+      gradients: the gradients of its kernel, [steps, H, W, D, F].
+      train_steps: L_t. Correlations, and the basis that ages, come from the first L_t steps. The other bases are judged
+        on the last L_t steps, and fitted on the L_t steps, or on all steps, before these.
     """
     shape = gradients.shape[1:]
     k = slice_length(shape)
@@ -71,12 +71,12 @@ def analyse(gradients: np.ndarray, train_steps: int) -> Findings:
 
 
 def columns(k: int, samples: int) -> int:
-    """K / 8, or what the samples span where that is less."""
+    """K / 8 columns; fewer if the samples span fewer."""
     return max(1, min(k // 8, samples - 1))
 
 
 def correlations(gradients: np.ndarray) -> dict[str, float]:
-    """Mean |r| over the steps of gradients [steps, H, W, D, F]: of neighbours, and of any two weights of a slice."""
+    """Mean |r| over the steps of gradients [steps, H, W, D, F], for neighbours and for any two weights of a slice."""
     deviation = gradients - gradients.mean(axis=0)
     z = deviation / np.maximum(np.linalg.norm(deviation, axis=0), np.finfo(np.float32).tiny)
     found = {}
@@ -90,7 +90,7 @@ def correlations(gradients: np.ndarray) -> dict[str, float]:
 
 
 def fit(train: np.ndarray, later: np.ndarray) -> Fit:
-    """Fits bases on slices [L, slices, K], and judges them by later ones."""
+    """Fits bases on slices [L, slices, K], and judges them on later slices."""
     first_basis, samples = basis_of(train[:, 0])
     first, own = [], []
     for m in range(train.shape[1]):
@@ -102,13 +102,13 @@ def fit(train: np.ndarray, later: np.ndarray) -> Fit:
 
 
 def aging(train: np.ndarray, later: np.ndarray, d: int) -> np.ndarray:
-    """What d columns of the first slice's basis lose of each later step [steps, slices, K]."""
+    """The loss of each later step [steps, slices, K] with d columns of the first slice's basis."""
     basis, mu = basis_of(train[:, 0])[0][:, :d], train.mean(axis=0)
     return np.stack([loss(step, basis, mu)[-1] for step in later])
 
 
 def mean_loss(gradients: np.ndarray) -> float:
-    """What replacing each kernel [H, W] by its mean loses of gradients [steps, H, W, D, F]."""
+    """The loss of gradients [steps, H, W, D, F] when each kernel [H, W] is replaced with its mean."""
     mean = gradients.mean(axis=(1, 2), keepdims=True)
     return float(np.sum((gradients - mean) ** 2) / np.sum(gradients**2))
 
@@ -118,7 +118,7 @@ loss = jax.jit(unexplained)
 
 @jax.jit
 def basis_of(samples: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The basis [K, d] of all d that samples [L, K] span, and the part of their variance that the first d miss."""
+    """The basis [K, d] of all d columns that samples [L, K] span, and the share of variance that the first d miss."""
     d = min(len(samples) - 1, samples.shape[1])
     basis, variance = principal_basis(samples, d)
     return basis, 1 - jnp.cumsum(variance)[:d] / jnp.sum(variance)

@@ -1,8 +1,8 @@
-"""Checkpoints of a run, by Orbax: all that it needs to go on to the bits it would have reached.
+"""Checkpoints of a run, written with Orbax: a run that goes on from one reaches the same bits as without a stop.
 
-A checkpoint is a directory, named by its step, that Orbax renames to that name once it is complete, and has two
-parts: "state", the arrays, and "run", JSON: the settings, the figures so far, and digests of both, since not every
-damaged file is unreadable. Where a checkpoint is damaged, the one before it is used.
+A checkpoint is a directory with its step as the name. Orbax gives it that name once it is complete. It has two parts:
+"state", the arrays; and "run", JSON with the settings, the figures so far, and digests of both parts, because a damaged
+file may still be readable. If a checkpoint is damaged, the one before it is used.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ class Saved(NamedTuple):
     """A checkpoint.
 
     Attributes:
-      step: the steps done.
-      workers: among which the state was split.
+      step: the number of steps done.
+      workers: the number of workers that the state was split among.
       arrays: the state, on the host.
-      figures: what the run has recorded so far, as it was given to `save`.
+      figures: the records of the run so far, as they were given to `save`.
     """
 
     step: int
@@ -47,16 +47,16 @@ class Saved(NamedTuple):
 
 @contextlib.contextmanager
 def owned(folder: pathlib.Path) -> Iterator[None]:
-    """Within it the folder is this process's: two that write the same checkpoints would undo each other's work.
+    """In this context the folder is this process's: two that write the same checkpoints would undo each other's work.
 
     Raises:
-      CheckpointError: it is another's, or cannot be written to.
+      CheckpointError: the folder is another process's, or it cannot be written to.
     """
     with contextlib.ExitStack() as held:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = held.enter_context((folder / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # given up when the process ends, however it ends
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except BlockingIOError as error:
             raise CheckpointError(
                 f"another process is at this run, whose checkpoints are in {folder}: wait for it, or give another "
@@ -68,7 +68,7 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
 
 
 def _manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
-    """Orbax's manager, which writes while the training waits, so that a failure is known when it happens."""
+    """Orbax's manager; the training waits while it writes, so that a failure shows when it happens."""
     settings = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
     return ocp.CheckpointManager(folder.absolute(), options=settings)
 
@@ -77,15 +77,15 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
     """Writes a checkpoint. The last two are kept; earlier ones stay until this one is complete.
 
     Args:
-      folder: of the run's checkpoints.
-      step: the steps done.
-      workers: among which the state is split.
-      settings: what another run must have in common to go on from it.
+      folder: the folder of the run's checkpoints.
+      step: the number of steps done.
+      workers: the number of workers that the state is split among.
+      settings: the settings that another run must share to go on from this checkpoint.
       arrays: the state.
-      figures: what the run has recorded so far, JSON.
+      figures: the records of the run so far, JSON.
 
     Raises:
-      CheckpointError: it cannot be written.
+      CheckpointError: the checkpoint cannot be written.
     """
     host = jax.device_get(arrays)
     run = {"workers": workers, "settings": settings, "figures": figures, "layout": _layout(host)}
@@ -94,13 +94,13 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
         run=ocp.args.JsonSave({"run": run, "run_sha256": _json_sha256(run), "state_sha256": _state_sha256(host)}),
     )
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.FATAL)  # what fails in Orbax's threads is logged there, and raised here as well
+    logging.set_verbosity(logging.FATAL)  # Orbax logs failures in its threads, and raises them here as well
     try:
-        # Known beforehand in one sentence, where Orbax's threads would print hundreds of lines.
+        # Checked beforehand, for an error of one sentence: Orbax's threads would print hundreds of lines.
         needed, free = sum(np.asarray(x).nbytes for x in jax.tree.leaves(host)), shutil.disk_usage(folder).free
         if free < needed:
             raise OSError(f"it takes up to {needed / 1e6:.1f} MB, of which the disk has {free / 1e6:.1f}")
-        # What a killed run left half written is removed.
+        # The manager removes the half-written checkpoint of a killed run.
         with _manager(folder, max_to_keep=2, cleanup_tmp_directories=True) as manager:
             if not manager.save(step, args=args):
                 raise OSError("there is one of that step, or of a later one")
@@ -116,19 +116,19 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
 def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int], Any], say: Say) -> Saved | None:
     """The newest checkpoint that is whole.
 
-    Those after it are damaged: they are named, and their directories renamed to end in ".damaged".
+    Checkpoints after it are damaged. They are reported, and their directories get names that end in ".damaged".
 
     Args:
-      folder: of the run's checkpoints.
-      settings: of this run.
-      like: from a number of workers to a tree of arrays like those saved.
-      say: called with what the user should know.
+      folder: the folder of the run's checkpoints.
+      settings: the settings of this run.
+      like: a function from a number of workers to a tree of arrays like the saved ones.
+      say: a function that is called with sentences for the user.
 
     Returns:
-      None where there is no checkpoint at all.
+      The checkpoint; None if there is none at all.
 
     Raises:
-      CheckpointError: the checkpoint is of other settings or of another structure, or cannot be read, or none is
+      CheckpointError: the checkpoint has other settings or another structure, or it cannot be read, or no checkpoint is
         whole. Then all are left as they are.
     """
     damaged: dict[int, str] = {}
@@ -154,7 +154,7 @@ def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int]
                 continue
             for later, reason in damaged.items():
                 aside = folder / f"{later}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)  # of an earlier time
+                shutil.rmtree(aside, ignore_errors=True)  # from an earlier time
                 (folder / str(later)).rename(aside)
                 say(f"The checkpoint of step {later} is damaged ({reason}): it is now {aside}, and not used.")
             return Saved(step, run["workers"], arrays, run["figures"])
@@ -169,10 +169,10 @@ def _read(manager: ocp.CheckpointManager, step: int, part: str, args: Any) -> An
 
 
 def _damage(folder: pathlib.Path, step: int, error: Exception) -> str:
-    """What is wrong with a checkpoint; a damaged file can fail in any way, save by what is not its own fault.
+    """The reason why a checkpoint is damaged; a damaged file can raise nearly any error.
 
     Raises:
-      CheckpointError: the files may be whole, but cannot be read.
+      CheckpointError: the error is not the files' fault: they may be whole, but cannot be read.
     """
     other_fault = isinstance(error, PermissionError | MemoryError)
     if other_fault or (isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)):
@@ -199,7 +199,7 @@ def _require_layout(folder: pathlib.Path, layout: list[str], saved: list[str]) -
 
 
 def _layout(arrays: Any) -> list[str]:
-    """Path, type and shape of each array."""
+    """The path, type and shape of each array."""
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     return [f"{jax.tree_util.keystr(path)} {x.dtype}{list(x.shape)}" for path, x in leaves]
 

@@ -3,9 +3,9 @@
     python -m experiments.cifar --flagfile=experiments/presets/digits.flags
     python -m experiments.cifar --codec=none,qsgd --qsgd_bits=2 --dataset=cifar10 --model=resnet20
 
-All codecs start from the same parameters and see the same batches at the same learning rates; they differ in
-nothing else. The workers are the accelerators there are, or devices that the CPU emulates. With --checkpoint_dir a
-run that was stopped, by Ctrl-C or by anything else, goes on where it was when the same command is given again.
+All codecs start from the same parameters, and see the same batches at the same learning rates. Nothing else differs.
+The workers are the accelerators of the machine, or devices that the CPU emulates. With --checkpoint_dir a stopped run
+(by Ctrl-C or by anything else) goes on where it was when the same command is given again.
 """
 
 import sys
@@ -46,12 +46,12 @@ CROP_PADDING = 4
 
 
 class Batch(NamedTuple):
-    """What a step is given.
+    """The batch of a step.
 
     Attributes:
       images: uint8 [batch, height, width, channels].
       labels: int32 [batch].
-      keys: of the workers' dropout, [workers].
+      keys: the random keys of the workers' dropout, [workers].
     """
 
     images: jax.Array
@@ -67,10 +67,10 @@ def main() -> None:
         dataset = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation)
         training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
         task = classification(dataset, mesh)
-        training.learning_rate(task.examples // FLAGS.batch_size)  # refused now, as it may be
+        training.learning_rate(task.examples // FLAGS.batch_size)  # it may be refused, and then it is refused now
         compressors = {name: training.codec(name, task) for name in FLAGS.codec}
         for codec in compressors.values():
-            # A codec that refuses this network does so now, not after the ones before it have trained.
+            # A codec that refuses this network does so now, not after the codecs before it have trained.
             jax.eval_shape(codec.init, task.params)
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:
-    """To tell the images of a data set from each other, by the network of --model."""
+    """The task of classifying the images of a data set with the network of --model."""
     train, workers = dataset.train, NamedSharding(mesh, P(mesh.axis_names))
     augment = dataset.augment if FLAGS.augment is None else FLAGS.augment
     graphdef, params, stats = models.create(FLAGS.model, train.images.shape[1:], dataset.classes, FLAGS.seed)
@@ -135,14 +135,14 @@ def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Each image moved by up to four pixels, into zeros, and mirrored or not; both at random.
+    """Moves each image by up to four pixels, into zeros, and mirrors it or not; both at random.
 
-    He et al., CVPR 2016, section 4.2. What is drawn depends on the key and the place in the batch alone, not on how
-    the batch is split.
+    He et al., CVPR 2016, section 4.2. The draws depend only on the key and on the place in the batch, not on how the
+    batch is split.
 
     Args:
-      key: of the draws.
-      images: [N, H, W, C].
+      key: the key of the draws.
+      images: the images, [N, H, W, C].
 
     Returns:
       Images of the same shape and type.
@@ -162,7 +162,7 @@ def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
 def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[Any, Any], dict[str, float]]:
     """A function from parameters and batch statistics to the loss and the accuracy on the test split.
 
-    The test split is split over the workers, and stays on them.
+    The test images are split over the workers, and stay on them.
     """
     sharding = NamedSharding(mesh, P(mesh.axis_names))
     test = [jax.device_put(batch, sharding) for batch in data.padded_batches(dataset.test, FLAGS.batch_size)]
@@ -173,11 +173,12 @@ def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[An
         network.eval()
         logits = network(dataset.normalize(batch.images))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(batch.labels, 0))
-        # Images that fill up the last batch have class -1.
+        # Images of class -1 fill up the last batch.
         return jnp.sum(losses * (batch.labels >= 0)), jnp.sum(logits.argmax(-1) == batch.labels)
 
     def evaluate(params, stats):
-        # Read one by one: programs that run at once on emulated devices can wait for each other's threads for ever.
+        # Read one by one: on emulated devices, programs that run at the same time can wait for each other's threads
+        # for ever.
         sums = [[float(x) for x in judge(params, stats, batch)] for batch in test]
         loss, accuracy = (sum(column) / len(dataset.test.labels) for column in zip(*sums, strict=True))
         return {"loss": loss, "accuracy": accuracy}

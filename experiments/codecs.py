@@ -1,12 +1,11 @@
-"""Codecs by name, and a command-line flag for each keyword of each, read from its factory's signature.
+"""Codecs by name, and a command-line flag for each keyword of each codec, read from its factory's signature.
 
-`--qsgd_bits=8` is `qsgd(bits=8)`: names, types, defaults and help are the factory's own, so a codec that
-gains a keyword gains its flag by itself. Keywords that are not a number, a string or a truth value, such as
-`compress`, have none, with four exceptions. A type is given by its name, `--cast_dtype=float16`. A quantiser inside is
-given by its bits, `--powersgd_quantizer_bits=8`.
-The two codecs of `accordion` are given by a codec's name and two values of its strength. The kind of error feedback
-is one for all codecs, `--feedback_decay=0.9` or `--ef21`; each codec's own flag, such as `--qsgd_error_feedback`, says
-whether it has any.
+`--qsgd_bits=8` is `qsgd(bits=8)`. Names, types, defaults and help are the factory's own, so a new keyword of a codec
+has a flag by itself. Keywords that are not a number, a string or a truth value, such as `compress`, have no flag, with
+four exceptions. A type is given by its name, `--cast_dtype=float16`. A quantiser inside is given by its bits,
+`--powersgd_quantizer_bits=8`. The two codecs of `accordion` are given by a codec's name and two values of its strength.
+All codecs share one kind of error feedback, `--feedback_decay=0.9` or `--ef21`; each codec's own flag, such as
+`--qsgd_error_feedback`, says whether it has any.
 """
 
 import inspect
@@ -31,16 +30,16 @@ _DEFINE: dict[type, Callable[..., typing.Any]] = {
     float: flags.DEFINE_float,
     str: flags.DEFINE_string,
 }
-FEEDBACK = ("feedback_decay", "ef21")  # flags of all codecs that keep what they do not send
+FEEDBACK = ("feedback_decay", "ef21")  # flags for all codecs with error feedback
 QUANTIZER_BITS_HELP = "qsgd's bits, 2, 4 or 8, whose other settings are its defaults; 0 for no quantizer."
 
 
 class Course(typing.NamedTuple):
-    """What accordion knows of the training.
+    """The facts about the training that accordion needs.
 
     Attributes:
-      steps_per_epoch: how many.
-      learning_rate: from steps done; None where it falls all the time, which says nothing.
+      steps_per_epoch: the number of steps in an epoch.
+      learning_rate: the schedule by steps done; None if the rate falls all the time, which tells accordion nothing.
     """
 
     steps_per_epoch: int
@@ -61,22 +60,22 @@ def between(
     seed: int = 0,
     course: Course,
 ) -> Compressor:
-    """`accordion` between two strengths of a codec, all other settings of which are those of its own flags.
+    """`accordion` between two strengths of a codec; the codec's own flags give all other settings.
 
     Args:
-      codec: what is switched: powersgd by its rank, topk, randomk and randomblock by the fraction, qsgd by the bits,
-        adaptive by the proportion, gradiveq by the ratio. Its own flags say the rest.
-      low: rank, fraction, ... of the weak compression, which sends more.
-      high: the same of the strong compression.
-      interval: epochs from check to check, in the authors' code 10.
-      window: epochs at the begin of each interval over which gradients are summed, in the authors' code 1; by default
-        all.
-      threshold: eta, the relative change of the norm from which a layer is critical.
-      per_layer: decide for each leaf by itself, else for all, by the norm over all.
-      norm_source: whose norm decides, the "mean" of the workers' or the "first_worker"'s, as in the authors' code.
-      reset_on_switch: draw PowerSGD's Q anew where the level changes, as in the authors' code.
-      seed: of the codec.
-      course: of the training.
+      codec: the codec to switch: powersgd by its rank, topk, randomk and randomblock by the fraction, qsgd by the bits,
+        adaptive by the proportion, gradiveq by the ratio. Its own flags give the other settings.
+      low: the rank, fraction, ... of the weak compression, which sends more.
+      high: the rank, fraction, ... of the strong compression.
+      interval: the epochs from check to check; 10 in the authors' code.
+      window: the epochs at the beginning of each interval over which gradients are summed; 1 in the authors' code, by
+        default all.
+      threshold: eta; a layer is critical from this relative change of the norm on.
+      per_layer: whether each leaf decides for itself; else the norm over all leaves decides for all.
+      norm_source: the norm that decides: of the workers' "mean", or of the "first_worker", like in the authors' code.
+      reset_on_switch: whether to draw PowerSGD's Q anew if the level changes, like in the authors' code.
+      seed: the codec's seed.
+      course: the facts about the training.
 
     Raises:
       ValueError: there is no such codec, or accordion cannot switch it so.
@@ -127,7 +126,7 @@ def define_flags() -> None:
 
 
 def show_settings(argv: Sequence[str]) -> None:
-    """Takes the settings of the codecs that a command line names into what --help shows of its program."""
+    """Adds the settings of the codecs in a command line to the --help of its program."""
     given = re.findall(r" --?codec[= ](\S+)", " ".join(argv))
     named = [name for names in given for name in names.split(",") if name in CODECS]
     settings = [f"{name}_{keyword}" for name in named for keyword in keywords(CODECS[name])]
@@ -140,8 +139,8 @@ def from_flags(name: str, seed: int, course: Course) -> Compressor:
 
     Args:
       name: a key of `CODECS`.
-      seed: the experiment's.
-      course: of the training.
+      seed: the experiment's seed.
+      course: the facts about the training.
 
     Raises:
       ValueError: the factory refuses a value, or flags contradict each other.
@@ -157,7 +156,7 @@ def label(name: str) -> str:
 
 
 def settings(name: str) -> dict[str, typing.Any]:
-    """The codec's name, and what each of its flags says; of accordion, also what those of the codec inside say."""
+    """The codec's name and the values of its flags; for accordion, also those of the codec inside."""
     return {"codec": name} | {f"{name}_{keyword}": value for keyword, (value, _) in _settings(name).items()}
 
 
@@ -170,7 +169,7 @@ def keywords(factory: Callable[..., Compressor]) -> dict[str, tuple[type, typing
 
 
 def argument_help(factory: Callable[..., Compressor]) -> dict[str, str]:
-    """What a docstring says of each argument, each on one line; nothing where it cannot be read."""
+    """A docstring's text on each argument, on one line; empty if the docstring cannot be read."""
     try:
         parsed = docstring_parser.parse(inspect.getdoc(factory) or "", docstring_parser.DocstringStyle.GOOGLE)
     except docstring_parser.ParseError:
@@ -183,7 +182,7 @@ def _given(name: str) -> dict[str, typing.Any]:
 
 
 def _compressor(name: str, seed: int, given: dict[str, typing.Any]) -> Compressor:
-    """The codec with these keywords, those of `keywords`."""
+    """The codec with these keywords, which are keys of `keywords`."""
     given = dict(given)
     if bits := given.pop("quantizer_bits", 0):
         given["quantizer"] = qsgd(bits, seed=seed)
@@ -194,20 +193,20 @@ def _compressor(name: str, seed: int, given: dict[str, typing.Any]) -> Compresso
 
 
 def _feedback() -> Feedback | EF21:
-    """How codecs keep what they do not send."""
+    """The error feedback that the flags give, for codecs that have any."""
     if FLAGS.ef21 and FLAGS.feedback_decay != 1:
         raise ValueError(f"--ef21 has no residual that --feedback_decay={FLAGS.feedback_decay} could shrink: give one")
     return EF21() if FLAGS.ef21 else Feedback(FLAGS.feedback_decay)
 
 
 def _strength(codec: str) -> str | None:
-    """The keyword of a codec that accordion switches, as its flags have it; None if there is none."""
+    """The keyword of a codec that accordion switches, with the codec's flags; None if there is none."""
     strength = _compressor(codec, 0, _given(codec)).codec.strength
     return None if strength is None else strength.setting
 
 
 def _at_strength(codec: str, value: float) -> dict[str, typing.Any]:
-    """What the codec's flags give, with another strength; as it is where accordion will refuse it."""
+    """The keywords from the codec's flags, with another strength; unchanged if accordion will refuse the codec."""
     given, strength = _given(codec), _strength(codec)
     if strength is not None:
         kind, _ = keywords(CODECS[codec])[strength]
@@ -216,7 +215,7 @@ def _at_strength(codec: str, value: float) -> dict[str, typing.Any]:
 
 
 def _settings(name: str) -> dict[str, tuple[typing.Any, typing.Any]]:
-    """The value and the default of each keyword; those of the codec inside accordion begin with its name."""
+    """The value and the default of each keyword; keywords of the codec inside accordion begin with its name."""
     defaults = keywords(CODECS[name])
     found = {keyword: (value, defaults[keyword][1]) for keyword, value in _given(name).items()}
     if "error_feedback" in found:

@@ -1,4 +1,4 @@
-"""What all programs do alike: where a user has erred, or wants no more, they end in a sentence."""
+"""The common part of all programs: after a user's error, or after Ctrl-C, they end with one sentence."""
 
 import pathlib
 import sys
@@ -12,12 +12,12 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
     """Runs a program, and ends the process.
 
     Args:
-      main: what it does once its flags are read.
-      argv: the command line; by default as it was given.
+      main: the function to call once the flags are read.
+      argv: the command line; by default that of the process.
     """
 
     def program(argv: list[str]) -> None:
-        logging.set_verbosity(logging.WARNING)  # else jax tells of each kind of accelerator that is not there
+        logging.set_verbosity(logging.WARNING)  # otherwise jax reports each kind of accelerator that is missing
         if argv[1:]:
             sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
         try:
@@ -30,7 +30,7 @@ def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
 
 
 def directory(name: str, path: str) -> pathlib.Path:
-    """The directory that a flag names, made if it is not there; ends the program if nothing can be written in it."""
+    """The directory that a flag names, made if it does not exist; ends the program if it cannot be written to."""
     try:
         pathlib.Path(path).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

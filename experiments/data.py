@@ -1,4 +1,4 @@
-"""Image data sets, in memory: scikit-learn's handwritten digits; CIFAR-10 and CIFAR-100 from their official files."""
+"""Image data sets in memory: scikit-learn's handwritten digits; CIFAR-10 and CIFAR-100 from their official files."""
 
 import itertools
 import os
@@ -18,16 +18,16 @@ DIGITS_TEST_ROWS = 360
 
 
 class Cifar(NamedTuple):
-    """What the "python version" of a CIFAR data set (Krizhevsky 2009) looks like.
+    """The layout of the "python version" of a CIFAR data set (Krizhevsky 2009).
 
     Attributes:
-      classes: how many there are, in equal shares.
-      label_key: of the list of classes, in each file.
-      train_files: which together hold the training split, in equal parts.
-      test_file: which holds the test split.
-      train_rows: images in the training split.
-      test_rows: likewise.
-      archive: the official one.
+      classes: the number of classes, which have equal shares.
+      label_key: the key of the list of classes in each file.
+      train_files: the files that together hold the training split, in equal parts.
+      test_file: the file that holds the test split.
+      train_rows: the number of images in the training split.
+      test_rows: the number of images in the test split.
+      archive: the official archive.
     """
 
     classes: int
@@ -42,7 +42,7 @@ class Cifar(NamedTuple):
 _CIFAR10_TRAIN_FILES = tuple(f"data_batch_{i}" for i in range(1, 6))
 
 # The site publishes MD5 sums, c58f30108f718f92721af3b95e74349a and eb9058c3a382ffc7106e4002c42a8d85. The stronger
-# SHA-256 of the same archives are those of Keras (keras/src/datasets/cifar10.py, cifar100.py).
+# SHA-256 sums of the same archives are from Keras (keras/src/datasets/cifar10.py, cifar100.py).
 CIFAR = {
     "cifar10": Cifar(
         classes=10,
@@ -76,7 +76,7 @@ CIFAR = {
 
 
 class DataError(Exception):
-    """The data are not where, or not what, they should be."""
+    """The data are missing, or they are not what they should be."""
 
 
 class Split(NamedTuple):
@@ -95,13 +95,13 @@ class Dataset(NamedTuple):
     """A data set of images in classes.
 
     Attributes:
-      name: of the data set.
-      classes: how many there are; labels are 0 to classes - 1.
-      train: the split to learn from.
-      test: the split to be judged by.
-      mean: of the training split, by channel, float32 [channels].
-      std: likewise.
-      augment: whether an image shifted by a few pixels, or mirrored, is still one of its class.
+      name: the name of the data set.
+      classes: the number of classes; labels are 0 to classes - 1.
+      train: the split to train on.
+      test: the split to test on.
+      mean: the mean of the training split by channel, float32 [channels].
+      std: its standard deviation by channel, float32 [channels].
+      augment: whether an image keeps its class if it is shifted by a few pixels, or mirrored.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Dataset(NamedTuple):
         return self.train.images.shape[-1]
 
     def normalize(self, images: Any) -> Any:
-        """Images of pixels, as float32 of mean 0 and standard deviation 1 in each channel."""
+        """Images as float32, normalized with the training split's mean and standard deviation of each channel."""
         return (images.astype(np.float32) - self.mean) / self.std
 
 
@@ -126,9 +126,9 @@ def load(name: str, data_dir: str | None, validation: bool = False) -> Dataset:
 
     Args:
       name: one of DATASETS.
-      data_dir: where CIFAR's files are, see `cifar`; digits need none.
-      validation: `test` is not the test split, but a tenth of the training images, which `train` then lacks;
-        always the same, with the classes in equal shares. So that settings are chosen without the test images.
+      data_dir: the folder of CIFAR's files, see `cifar`; digits need none.
+      validation: whether `test` is a tenth of the training images instead of the test split; `train` then lacks them.
+        They are always the same, with the classes in equal shares. Use it to choose settings without the test images.
 
     Raises:
       DataError: a file is missing or wrong, or cannot be downloaded.
@@ -143,16 +143,16 @@ def load(name: str, data_dir: str | None, validation: bool = False) -> Dataset:
 
 
 def _held_out(split: Split, rows: int) -> tuple[Split, Split]:
-    """The split without `rows` of its images, and these: always the same, with the classes in equal shares."""
+    """The split without `rows` of its images, and these images; always the same, with the classes in equal shares."""
     parts = train_test_split(np.arange(len(split.labels)), test_size=rows, random_state=0, stratify=split.labels)
     rest, held_out = (Split(split.images[part], split.labels[part]) for part in parts)
     return rest, held_out
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation by channel, float32 [channels].
+    """The mean and standard deviation by channel, float32 [channels].
 
-    From exact integer sums: np.std would copy all pixels as float64, 1.2 GB of CIFAR.
+    They come from exact integer sums: np.std would copy all pixels as float64, 1.2 GB for CIFAR.
     """
     count = images[..., 0].size
     mean = images.sum(axis=(0, 1, 2), dtype=np.int64) / count
@@ -161,9 +161,9 @@ def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def digits() -> tuple[Split, Split]:
-    """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn: 1,437 to train, 360 to test.
+    """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn: 1,437 to train on, 360 to test on.
 
-    The split is always the same, and has the classes in equal shares.
+    The split is always the same, with the classes in equal shares.
     """
     source: Any = load_digits()
     return _held_out(Split(source.images.astype(np.uint8)[..., None], source.target.astype(np.int32)), DIGITS_TEST_ROWS)
@@ -174,15 +174,15 @@ def cifar(name: str, data_dir: str | None) -> tuple[Split, Split]:
 
     Args:
       name: "cifar10" or "cifar100".
-      data_dir: the folder of the files (cifar-10-batches-py, cifar-100-python), or the one that holds it; by
-        default the environment variable GRADCOMP_DATA_DIR. Without either the folder in the cache, see
-        `download.cache_dir`, where it is downloaded to if it is not there.
+      data_dir: the folder of the files (cifar-10-batches-py, cifar-100-python), or the folder that holds it. The
+        default is the environment variable GRADCOMP_DATA_DIR. Without either it is the folder in the cache, see
+        `download.cache_dir`; if it is not there, it is downloaded.
 
     Returns:
-      50,000 images [32, 32, 3] to train and 10,000 to test.
+      50,000 images [32, 32, 3] to train on and 10,000 to test on.
 
     Raises:
-      DataError: a file is missing or not what it should be, or the download fails.
+      DataError: a file is missing or wrong, or the download fails.
     """
     layout = CIFAR[name]
     archive, cache = layout.archive, download.cache_dir()
@@ -216,7 +216,7 @@ def _cifar_split(folder: pathlib.Path, files: tuple[str, ...], rows: int, layout
     counts = np.bincount(labels, minlength=layout.classes)
     wrong = {label: count for label, count in enumerate(counts.tolist()) if count != share}
     if wrong:
-        # Each file alone is fine, so one of them is likely another's copy.
+        # Each file alone is fine, so one of them is probably a copy of another.
         raise DataError(
             f"{', '.join(files)} in {folder}: expected {share} images of each class, got {wrong} (class: images); "
             "is one a copy of another file?"
@@ -253,8 +253,8 @@ def _cifar_file(path: pathlib.Path, rows: int, layout: Cifar) -> Split:
 class _ArraysOnly(pickle.Unpickler):
     """Reads plain containers and numpy arrays; any other name in the file is refused, not imported.
 
-    A pickle may name any function and have it called. The official files were written by Python 2, newer
-    copies by whatever made them, and name what makes an array as the numpy of their day did.
+    A pickle may name any function and have it called. Python 2 wrote the official files, and other versions wrote newer
+    copies. They use the names of their numpy for the functions that make an array.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -275,7 +275,7 @@ _ARRAY_NAMES = {
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """How the older pickle protocols write bytes; only with this encoding."""
+    """The bytes of a text in latin1, which is how the older pickle protocols write bytes."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"bytes are encoded as {encoding!r}, not latin1")
     return text.encode("latin1")
@@ -290,15 +290,15 @@ def _describe(value: Any) -> str:
 def batches(split: Split, size: int, seed: int, first: int = 0) -> Iterator[Split]:
     """Batches without end, beginning with batch number `first`.
 
-    An epoch is all images in an order that `seed` and the epoch's number alone decide; a last partial batch is
-    dropped. A stateful input pipeline would have its position saved with each checkpoint; here the number of the
-    step is the position, and a training that resumes sees the batches that it would have seen uninterrupted.
+    An epoch is all images, in an order that depends only on `seed` and the epoch's number. A last partial batch is
+    dropped. A stateful input pipeline would need its position in each checkpoint. Here the number of the step is the
+    position, and a training that resumes sees the same batches as without a stop.
 
     Args:
-      split: what to draw from.
-      size: images in a batch, at most those of the split.
-      seed: not negative.
-      first: number of the first batch; those before it are not read.
+      split: the split to draw from.
+      size: the number of images in a batch, at most that of the split.
+      seed: a seed that is not negative.
+      first: the number of the first batch; batches before it are not read.
     """
     rows = len(split.labels)
     if size > rows:
@@ -314,7 +314,7 @@ def batches(split: Split, size: int, seed: int, first: int = 0) -> Iterator[Spli
 
 
 def padded_batches(split: Split, size: int) -> Iterator[Split]:
-    """All of a split in order; the last batch is filled up with blank images of class -1, which nobody guesses."""
+    """All of a split in order; blank images of class -1 fill up the last batch, and no network predicts that class."""
     for start in range(0, len(split.labels), size):
         images, labels = split.images[start : start + size], split.labels[start : start + size]
         missing = size - len(labels)

@@ -1,4 +1,4 @@
-"""What an experiment shows on the screen: progress while it runs, then a table over all runs."""
+"""The screen output of an experiment: progress while it runs, then a table of all runs."""
 
 import functools
 from collections.abc import Sequence
@@ -22,15 +22,15 @@ EMULATED_NOTE = (
 
 
 def console() -> Console:
-    """Standard output; where it is no terminal, plain text wide enough for the table."""
-    # Names of files and errors of libraries may hold what rich takes for markup.
+    """Standard output; if it is not a terminal, plain text that is wide enough for the table."""
+    # File names and error messages of libraries may contain text that rich takes for markup.
     plain = functools.partial(Console, highlight=False, markup=False, emoji=False)
     terminal = plain()
     return terminal if terminal.is_terminal else plain(width=120)
 
 
 def progress(screen: Console) -> Progress:
-    """A bar with room for `status`; nothing where standard output is not a terminal."""
+    """A progress bar with room for `status`; nothing if standard output is not a terminal."""
     return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=5),
@@ -44,7 +44,7 @@ def progress(screen: Console) -> Progress:
 
 
 def table(runs: Sequence[Run], title: str) -> Table:
-    """One row a run that has reached its end."""
+    """A table with one row for each run; all runs have reached their end."""
     out = Table(title=title)
     out.add_column("codec")
     numbers = ("test accuracy", "MB a step", "MB in total", "ratio", "compressed steps", "their ratio")
@@ -67,12 +67,12 @@ def table(runs: Sequence[Run], title: str) -> Table:
 
 
 def bytes_notes(header: Record) -> list[str]:
-    """What must be said of the bytes of runs with this header."""
-    return [BYTES_NOTE] + [BESIDE_NOTE] * ("beside" in header)  # in the records of earlier versions it is not
+    """The notes on the bytes of runs with this header."""
+    return [BYTES_NOTE] + [BESIDE_NOTE] * ("beside" in header)  # records of earlier versions lack it
 
 
 def notes(runs: Sequence[Run]) -> list[str]:
-    """What must be said beside the table."""
+    """The notes below the table."""
     found = bytes_notes(runs[0].header)
     for run in runs:
         name, header, end = run.header["codec"], run.header, run.end

@@ -1,4 +1,4 @@
-"""Archives from their official sites, by pooch: downloaded once and verified; then unpacked into a cache."""
+"""Archives from their official sites: pooch downloads each once and verifies it; then it is unpacked into a cache."""
 
 import os
 import pathlib
@@ -9,17 +9,17 @@ from typing import NamedTuple
 
 import pooch
 
-TIMEOUT = 30.0  # seconds of silence after which a server is given up
+TIMEOUT = 30.0  # the seconds of silence after which a download fails
 
 
 class Archive(NamedTuple):
-    """A .tar.gz file and what is wanted of it.
+    """A .tar.gz file, and the files to unpack from it.
 
     Attributes:
-      url: where it is.
-      sha256: of the archive, in hexadecimal digits.
-      folder: in the archive, which holds the files; also its name in the cache.
-      files: the names in that folder of those to unpack.
+      url: the address of the archive.
+      sha256: the SHA-256 of the archive, in hexadecimal digits.
+      folder: the folder in the archive that holds the files; it has the same name in the cache.
+      files: the names of the files to unpack from that folder.
     """
 
     url: str
@@ -29,22 +29,22 @@ class Archive(NamedTuple):
 
 
 def cache_dir() -> pathlib.Path:
-    """Where downloads are kept: gradcomp_jax in $XDG_CACHE_HOME, by default in ~/.cache."""
+    """The folder of downloads: gradcomp_jax in $XDG_CACHE_HOME, by default in ~/.cache."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gradcomp_jax")
 
 
 def fetch(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
-    """The folder of `archive` in `cache`; unpacked, and before that downloaded, if it is not there.
+    """The folder of `archive` in `cache`; if it is not there, the archive is downloaded and unpacked.
 
-    A file or folder takes its name in one step, once it is whole. So runs at the same time do not meet, and what a
-    killed one leaves is not taken for whole.
+    A file or folder gets its name in one step, once it is whole. So runs at the same time do not disturb each other,
+    and the rest of a killed run is not taken for whole.
 
     Returns:
-      The folder. Its files are not looked at if it was there before.
+      The folder. If it was there before, its files are not checked.
 
     Raises:
-      OSError: the archive does not come, or cannot be stored.
-      ValueError: it is not the one expected.
+      OSError: the archive cannot be downloaded or stored.
+      ValueError: the archive is not the expected one.
     """
     folder = cache / archive.folder
     if folder.is_dir():
@@ -55,7 +55,7 @@ def fetch(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
         unpacked = pathlib.Path(temporary, archive.folder)
         unpacked.mkdir()
         for member in tar:
-            # Under names of our own: paths and links of the archive are not followed.
+            # Files get our own names: paths and links of the archive are not followed.
             above, _, name = member.name.rpartition("/")
             wanted = member.isreg() and above == archive.folder and name in archive.files
             if wanted and (content := tar.extractfile(member)):
@@ -63,6 +63,6 @@ def fetch(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
         try:
             unpacked.rename(folder)
         except OSError:
-            if not folder.is_dir():  # else another run was first, whose folder is the same
+            if not folder.is_dir():  # otherwise another run was first, and its folder is the same
                 raise
     return folder

@@ -1,7 +1,7 @@
 """Figures over several runs, for files and for pages.
 
-A codec has one hue in all figures there are, and with its settings one shade of it and one marker in all figures of a
-report; at its defaults it has the hue itself. Black is no compression. Runs that differ in the seed alone are alike.
+A codec has one hue in all figures. With its settings it has one shade of that hue and one marker in all figures of a
+report; at its defaults it has the hue itself. Black is no compression. Runs that differ only in the seed look alike.
 """
 
 import io
@@ -25,13 +25,13 @@ from matplotlib.transforms import Bbox
 
 from experiments.records import Record, Run
 
-# Okabe and Ito's, told apart by all kinds of color vision; without their yellow, too pale for a line, and with
-# more for many codecs, whose markers tell them apart too.
+# Okabe and Ito's colors, which differ for all kinds of color vision. Their yellow is left out: it is too pale for a
+# line. More colors are for further codecs, whose markers differ too.
 HUES = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#7a3e1d", "#8f8f8f", "#6a3d9a", "#b22234", "#5a7d00", "#b8860b"),
 )
-# Whose these are, in their order; the last is of all that are not named.
+# The codecs of these hues, in their order; the last hue is for all codecs that are not listed.
 CODECS = (
     *("powersgd", "qsgd", "gradiveq", "topk", "signnorm", "onebit"),
     *("accordion", "adaptive", "randomk", "randomblock", "cast"),
@@ -39,14 +39,14 @@ CODECS = (
 HUE = {"none": "#1a1a1a", **dict(zip(CODECS, HUES, strict=False))}
 MARKERS = "osD^vPX<>p"
 MEGABYTES = "MB sent by one worker (10⁶ bytes, log scale)"
-# Of what `curves` draws.
+# The labels of the values that `curves` draws.
 LABELS = {
     "accuracy": "test accuracy",
     "loss": "training loss (log scale)",
     "error": "relative error of compression",
     "residual_norm": "norm of the residual (log scale)",
 }
-# Tol's, which are none of the codecs'.
+# Tol's colors; no codec has one of these.
 WORK = {
     "compile": "#bbbbbb",
     "input": "#ddcc77",
@@ -54,8 +54,8 @@ WORK = {
     "evaluate": "#aa4499",
     "checkpoint": "#999933",
 }
-ACCURACY_SPAN = 0.3  # where differences are to be seen; of what comes before, less is shown
-POINTS = 80  # of a curve of the training loss, at most
+ACCURACY_SPAN = 0.3  # the span of accuracies that is shown, so that differences at the end can be seen
+POINTS = 80  # the most points of a curve of the training loss
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.spines.top": False,
@@ -72,7 +72,7 @@ Point = tuple[float, float]
 
 
 class Style(NamedTuple):
-    """How the runs of a codec with its settings look."""
+    """The look of the runs of a codec with its settings."""
 
     color: str
     marker: str
@@ -82,9 +82,9 @@ class Series(NamedTuple):
     """The runs of a codec with its settings.
 
     Attributes:
-      name: for legends.
-      style: of its lines and points.
-      runs: one a seed, in the order of the seeds.
+      name: the name for legends.
+      style: the style of its lines and points.
+      runs: one run for each seed, in the order of the seeds.
     """
 
     name: str
@@ -93,7 +93,7 @@ class Series(NamedTuple):
 
 
 def styles(labels: Mapping[str, str]) -> dict[str, Style]:
-    """A style for each label, that is a codec with its settings; `labels` maps them to the codec's name."""
+    """A style for each label, which is a codec with its settings; `labels` maps each to the codec's name."""
     found = {}
     for (label, codec), marker in zip(labels.items(), MARKERS * len(labels), strict=False):
         shades = _shades([other for other in labels if labels[other] == codec], codec)
@@ -102,7 +102,7 @@ def styles(labels: Mapping[str, str]) -> dict[str, Style]:
 
 
 def _shades(labels: Sequence[str], default: str) -> dict[str, float]:
-    """Amounts for `_shade` by label, rising in their order, with 0 for `default` and for a single one."""
+    """Amounts for `_shade` by label, rising in their order; 0 for `default` and for a single label."""
     if default not in labels:
         return dict(zip(labels, np.linspace(-0.45, 0.5, len(labels)) if len(labels) > 1 else [0.0], strict=True))
     before = labels.index(default)
@@ -111,7 +111,7 @@ def _shades(labels: Sequence[str], default: str) -> dict[str, float]:
 
 
 def _shade(color: str, amount: float) -> str:
-    """The color, mixed with white if the amount is below 0, else with black."""
+    """The color, mixed with white if the amount is below 0, otherwise with black."""
     rgb = np.array(to_rgb(color))
     return to_hex(tuple(rgb + (1 - rgb) * -amount if amount < 0 else rgb * (1 - amount)))
 
@@ -121,11 +121,11 @@ def _shade(color: str, amount: float) -> str:
 
 @matplotlib.rc_context(STYLE)
 def final_accuracy(series: Sequence[Series], baseline: Series | None) -> Figure:
-    """Test accuracy at the end against all bytes sent: a point a codec, with the seeds about it.
+    """Test accuracy at the end against all bytes sent: a point for each codec, with its seeds around it.
 
     Args:
-      series: what to draw.
-      baseline: the one the others are compared with, if there is one; a line at its mean, a band over its seeds.
+      series: the series to draw.
+      baseline: the series to compare the others with, or None; it has a line at its mean and a band over its seeds.
     """
     figure, axes = _panel()
     labels: list[tuple[Point, str, str]] = []
@@ -152,12 +152,12 @@ def final_accuracy(series: Sequence[Series], baseline: Series | None) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def curves(series: Sequence[Series], value: str, against: str) -> Figure:
-    """Lines over the course of the runs, one a run.
+    """Lines over the course of the runs, one for each run.
 
     Args:
-      series: what to draw.
-      value: "accuracy", on the test split; "loss", on the training split; "error" or "residual_norm", of runs that
-        tell it.
+      series: the series to draw.
+      value: "accuracy", on the test split; "loss", on the training split; "error" or "residual_norm", for runs that
+        have it.
       against: "step" or "bytes".
     """
     names = _wrapped(series)
@@ -179,14 +179,14 @@ def curves(series: Sequence[Series], value: str, against: str) -> Figure:
 
 
 def told(run: Run, value: str) -> list[Record]:
-    """The records of a run that tell of a value for `curves`; none of a residual where nothing is ever owed."""
+    """The records of a run that have a value for `curves`; none for a residual that is always zero."""
     found = [record for record in (run.test if value == "accuracy" else run.train) if value in record]
     return [] if value == "residual_norm" and not any(record[value] for record in found) else found
 
 
 @matplotlib.rc_context(STYLE)
 def time_split(series: Sequence[Series]) -> Figure:
-    """The seconds that went into each kind of work, as a bar a codec; the mean over its seeds."""
+    """The seconds of each kind of work, as a bar for each codec; means over its seeds."""
     names = _wrapped(series)
     figure, axes = _panel(height=1.3 + 0.15 * len(series) + 0.15 * sum(1 + name.count("\n") for name in names))
     times = [[run.end["seconds"] for run in one.runs if run.end] for one in series]
@@ -217,7 +217,7 @@ def time_split(series: Sequence[Series]) -> Figure:
 
 @matplotlib.rc_context(STYLE)
 def accuracy(runs: Sequence[Run], title: str, path: pathlib.Path) -> None:
-    """Writes a figure of test accuracy against steps, and against what one worker sent, as a PNG."""
+    """Writes a figure of test accuracy against steps, and against the bytes that one worker sent, as a PNG."""
     looks = styles({run.name: run.header["codec"] for run in runs})
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     by_step, by_bytes = figure.subplots(1, 2, sharey=True)
@@ -236,7 +236,7 @@ def accuracy(runs: Sequence[Run], title: str, path: pathlib.Path) -> None:
 
 
 def _panel(height: float = 4.1) -> tuple[Figure, Axes]:
-    """A figure of one panel, narrow, so that its letters can be read on a phone too."""
+    """A figure with one panel, narrow, so that its text can be read on a phone too."""
     figure = Figure(figsize=(5.4, height), layout="constrained")
     return figure, figure.subplots()
 
@@ -244,18 +244,18 @@ def _panel(height: float = 4.1) -> tuple[Figure, Axes]:
 def _line(axes: Axes, points: Sequence[Mapping[str, Any]], value: str, against: str, style: Style, thin: bool) -> Any:
     x = [point[against] / (1e6 if against == "bytes" else 1) for point in points]
     look: dict[str, Any] = {"color": style.color, "marker": style.marker, "markersize": 4.5, "alpha": 0.85}
-    # Where two codecs do equally well their lines coincide; a few markers keep both in sight.
+    # The lines of two equally good codecs coincide; a few markers keep both in sight.
     every = max(1, math.ceil(len(x) / 12))
     return axes.plot(x, [point[value] for point in points], **look, linewidth=0.8 if thin else 1.5, markevery=every)
 
 
 def _wrapped(series: Sequence[Series]) -> list[str]:
-    """The names, in lines that a legend has room for."""
+    """The names, wrapped to lines that fit a legend."""
     return [textwrap.fill(one.name, 30) for one in series]
 
 
 def _cut(axes: Axes) -> None:
-    """Leaves out what lies far below the results at the end, so that their differences are seen."""
+    """Cuts off the part far below the results at the end, so that their differences can be seen."""
     points = [np.column_stack(line.get_data(orig=False)) for line in axes.lines]
     low, high = axes.get_ylim()
     low = max(low, min(high - ACCURACY_SPAN, min(line[-1, 1] for line in points) - 0.05))
@@ -279,11 +279,11 @@ def _scales(axes: Axes, value: str, against: str) -> None:
 
 
 def _log(axes: Axes, which: str) -> None:
-    """A logarithmic axis whose numbers are written out, as many as it has room for."""
+    """A logarithmic axis with plain numbers, as many as fit."""
     scale, axis = (axes.set_xscale, axes.xaxis) if which == "x" else (axes.set_yscale, axes.yaxis)
     scale("log")
     low, high = axis.get_view_interval()
-    if not 0 < low < high:  # nothing that is drawn is a number above 0
+    if not 0 < low < high:  # no drawn number is above 0
         scale("linear")
         return
     decades = math.log10(high / low)
@@ -296,7 +296,7 @@ def _log(axes: Axes, which: str) -> None:
 
 
 def _means(records: Sequence[Mapping[str, Any]], most: int, value: str = "loss") -> list[dict[str, float]]:
-    """At most so many points, each a mean over as many consecutive records, at the last one's step and bytes."""
+    """At most `most` points; each is a mean over as many consecutive records, at the last one's step and bytes."""
     size = max(1, math.ceil(len(records) / most))
     parts = [records[begin : begin + size] for begin in range(0, len(records), size)]
     return [
@@ -308,9 +308,9 @@ def _means(records: Sequence[Mapping[str, Any]], most: int, value: str = "loss")
 def _label_points(
     figure: Figure, axes: Axes, labels: Sequence[tuple[Point, str, str]], points: Sequence[Point]
 ) -> None:
-    """Writes beside each point, (point, text, color), where nothing is yet; `points` are not written over either."""
+    """Writes each label, (point, text, color), beside its point, where it covers no other label and no point."""
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # decides on the places
+    canvas.draw()  # fixes the places
     frame, taken = axes.get_window_extent(), []
     for x, y in axes.transData.transform(points):
         taken.append(Bbox.from_extents(x - 6, y - 6, x + 6, y + 6))
@@ -345,7 +345,7 @@ def _label_points(
 
 @matplotlib.rc_context(STYLE)
 def svg(figure: Figure, name: str) -> str:
-    """The figure as an SVG element to stand in a page, the same each time; `name` tells its ids from others'."""
+    """The figure as an SVG element for a page, the same each time; `name` makes its ids differ from others'."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

@@ -1,14 +1,14 @@
-"""Whether the gradients of a real training can be compressed as GradiVeQ does it: a table and a figure.
+"""Whether GradiVeQ's way can compress the gradients of a real training: a table and a figure.
 
     python -m experiments.gradients --dataset=cifar10 --data_dir=DIR --model=resnet20 --noaugment
 
 A network trains uncompressed, at a constant rate after the first tenth of the steps. After --warmup_steps the mean
-gradients of a few convolutions are recorded. They, and Gaussian noise, are asked:
+gradients of a few convolutions are recorded. These gradients, and Gaussian noise, answer four questions:
 
- - how far are the gradients of neighbouring weights correlated?
- - what does the basis of a layer's first slice lose of the other slices, and what does each slice's own lose?
- - the rank trap: what do d columns lose of the samples they are fitted on, and what of later gradients?
- - how does a basis age?
+ - How strongly are the gradients of neighbouring weights correlated?
+ - How much of the other slices does the basis of a layer's first slice lose, and how much does each slice's own lose?
+ - The rank trap: how much do d columns lose of the samples they are fitted on, and how much of later gradients?
+ - How does a basis age?
 
 `bases.analyse` tells which steps answer which question.
 """
@@ -37,7 +37,7 @@ from gradcomp_jax.compressor import flatten
 
 FLAGS = flags.FLAGS
 
-# absl lets a flag be defined once only; these are the training command's.
+# absl lets a flag be defined only once; the training command defines these.
 SHARED = (
     "dataset",
     "data_dir",
@@ -73,7 +73,7 @@ def record(task: training.Task, mesh: Mesh, layers: Sequence[str], screen: displ
     """Trains, and returns the mean gradients of the kernels `layers` in the steps after the warm-up, by path."""
     recorded = FLAGS.train_steps + FLAGS.compress_steps
     steps = FLAGS.warmup_steps + recorded
-    # Its state is the mean gradient.
+    # The state of this transformation is the mean gradient.
     keep = optax.GradientTransformation(lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, *_: (g, g))
     rate = optax.warmup_constant_schedule(0.0, FLAGS.lr, steps // 10)
     sgd = optax.sgd(rate, FLAGS.momentum)
@@ -81,7 +81,7 @@ def record(task: training.Task, mesh: Mesh, layers: Sequence[str], screen: displ
     step = train_step(task.loss_fn, tx, mesh, has_state=True, has_aux=True, donate=True)
     opt_state = init(tx, task.params, mesh)
     shapes = {path: x.shape for path, x in flatten(task.params)[0].items()}
-    # Parameters that lay on one device at the first step would have the second one compiled anew.
+    # If the parameters lay on one device at the first step, the second step would be compiled anew.
     params, stats = place((task.params, task.model_state), mesh)
 
     gradients = {path: np.empty((recorded, *shapes[path]), np.float32) for path in layers}
@@ -100,7 +100,7 @@ def record(task: training.Task, mesh: Mesh, layers: Sequence[str], screen: displ
 
 
 def default_layers(shapes: dict[str, tuple[int, ...]]) -> list[str]:
-    """Of each shape [H, W, F, F] the middle one of the kernels, which are given by path."""
+    """The paths of default kernels: of each shape [H, W, F, F] the middle one; `shapes` has all shapes by path."""
     square: dict[tuple[int, ...], list[str]] = {}
     for path, shape in shapes.items():
         if shape[2] == shape[3]:
@@ -109,12 +109,12 @@ def default_layers(shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 
 def times(shape: tuple[int, ...]) -> str:
-    """(3, 3, 16, 16) as "3x3x16x16"."""
+    """A shape as text: (3, 3, 16, 16) is "3x3x16x16"."""
     return "x".join(map(str, shape))
 
 
 def table(findings: dict[str, bases.Findings], title: str) -> Table:
-    """Two rows a layer, one for each number of samples."""
+    """A table with two rows for each layer, one for each number of samples."""
     out = Table(title=title)
     for heading in ("layer", "kernel"):
         out.add_column(heading, no_wrap=True)
@@ -134,7 +134,7 @@ def table(findings: dict[str, bases.Findings], title: str) -> Table:
 
 
 def plot(findings: dict[str, bases.Findings], title: str, path: pathlib.Path) -> None:
-    """Writes the four panels as a PNG; the third is of the first layer and of noise alone."""
+    """Writes the four panels as a PNG; the third shows only the first layer and noise."""
     figure, ((near, shared), (trap, aged)) = plt.subplots(2, 2, figsize=(11, 9), layout="constrained")
     (one, first), *_ = findings.items()
     short, long = first.fits

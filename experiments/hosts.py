@@ -1,12 +1,12 @@
-"""One exchange between hosts with several devices each: by `across`, by every device, and by the platform's all-reduce.
+"""Times one exchange between hosts of several devices: `across`, each device all, and the platform's all-reduce.
 
     python -m experiments.hosts --codec=qsgd,signnorm,powersgd
     python -m experiments.hosts --coordinator_address=10.0.0.1:1234 --num_processes=2 --process_id=0 --mbit=100
 
-For ResNet-18's gradient (11,173,962 parameters, 62 tensors), of which each device has its own. One process stands for
-two hosts, which are then joined by memory; started on several hosts, with the address of the first and the number of
-each, it measures the links between them. Ways run in turn, round after round, and each is reported by its median,
-beside the bytes that a host sends by its wire_bits, and with --mbit the time these take on such a link.
+It exchanges ResNet-18's gradient (11,173,962 parameters, 62 tensors); each device has its own. One process stands for
+two hosts, whose link is then memory. Started on several hosts, with the address of the first and the number of each, it
+measures the links between them. The ways run in turn, round after round. The table has the median of each, the bytes
+that a host sends (from wire_bits), and with --mbit the time that these bytes take on such a link.
 """
 
 import statistics
@@ -50,9 +50,9 @@ class Way(NamedTuple):
     """An exchange that is timed.
 
     Attributes:
-      step: (gradients, state) -> (means, state); consumes the state.
-      state: to start from.
-      bits: that a host sent in its last step, from the state.
+      step: (gradients, state) -> (means, state); it consumes the state.
+      state: the state to start from.
+      bits: a function from the state to the bits that a host sent in its last step.
     """
 
     step: Any
@@ -61,7 +61,7 @@ class Way(NamedTuple):
 
 
 def ways(name: str, grads: Any, mesh: Mesh) -> dict[str, Way]:
-    """The ways of a codec, by what to call them."""
+    """The ways of a codec, by their names."""
     course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
     codec, label = codecs.from_flags(name, 0, course), codecs.label(name)
     found = {}
@@ -77,8 +77,8 @@ def ways(name: str, grads: Any, mesh: Mesh) -> dict[str, Way]:
 
 
 def exchanged_by(tx: gc.Compressor, grads: Any, mesh: Mesh, alone: bool) -> Way:
-    """An exchange by `tx`; alone: of what the devices of a host have averaged before."""
-    # Zeros that are made on every host: what one host has, jax compares over the link with the others'.
+    """An exchange with `tx`; if `alone`, the devices of a host average before it, and each then exchanges all."""
+    # Zeros that every host makes: jax would compare an array of one host with the others' over the link.
     zeros = lambda grads: jax.tree.map(lambda x: jnp.zeros(x.shape[2:], x.dtype), grads)  # noqa: E731
     params, devices = jax.jit(zeros, out_shardings=NamedSharding(mesh, P()))(grads), mesh.shape["local"]
     specs = gc.state_specs(tx, params)
@@ -103,10 +103,10 @@ def all_reduced(grads: Any, mesh: Mesh) -> Way:
 
 
 def gradients(mesh: Mesh) -> Any:
-    """ResNet-18's, another for each device, [hosts, devices, ...]."""
+    """ResNet-18's gradients, different ones for each device, [hosts, devices, ...]."""
     shapes, tree = jax.tree.flatten(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))
 
-    def drawn() -> list[jax.Array]:  # where they are: a host that drew all would have to send them
+    def drawn() -> list[jax.Array]:  # on each device: a host that drew all would have to send them
         key = jax.random.fold_in(jax.random.key(0), lax.axis_index(("node", "local")))
         keys = jax.random.split(key, len(shapes))
         return [0.01 * jax.random.normal(k, (1, 1, *s)) for k, s in zip(keys, shapes, strict=True)]
@@ -131,13 +131,13 @@ def main() -> None:
         timed |= ways(name, grads, mesh)
     times: dict[str, list[float]] = {label: [] for label in timed}
     states = {label: way.state for label, way in timed.items()}
-    ready = jax.jit(lambda x: jnp.sum(x[..., :1]))  # of all: they begin together
+    ready = jax.jit(lambda x: jnp.sum(x[..., :1]))  # over all devices, so that they begin together
     for turn in range(FLAGS.rounds + 1):
         for label, way in timed.items():
             jax.block_until_ready(ready(jax.tree.leaves(grads)[0]))
             began = time.perf_counter()
             _, states[label] = jax.block_until_ready(way.step(grads, states[label]))
-            if turn:  # the first compiles
+            if turn:  # the first turn compiles
                 times[label].append(time.perf_counter() - began)
     if jax.process_index() == 0:
         show(mesh, times, {label: way.bits(states[label]) // 8 for label, way in timed.items()})

@@ -9,7 +9,7 @@ from typing import Any
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Within it, Ctrl-C (or SIGTERM) makes the function it gives true; a second one interrupts at once."""
+    """In this context Ctrl-C (or SIGTERM) makes the function that it yields true; a second one interrupts at once."""
     asked: list[int] = []
 
     def ask(signum: int, frame: Any) -> None:

@@ -18,15 +18,15 @@ def optimizer(
 ) -> optax.GradientTransformation:
     """The codec, and after it the optimiser.
 
-    Weight decay comes after the reduction, so it is not compressed, and leaves out biases and the parameters of
-    normalisation, as in PowerSGD's experiments.
+    Weight decay comes after the reduction, so it is not compressed. It leaves out biases and the parameters of
+    normalisation, like in PowerSGD's experiments.
 
     Args:
-      name: "sgd", with (heavy-ball) momentum; "ef_momentum", PowerSGD's Algorithm 2; "adagrad", 1-bit SGD's, and
-        momentum after it; or "adam". The weight decay of the last two is decoupled.
-      codec: what comes first.
-      schedule: from the number of steps done to the learning rate.
-      momentum: of all but "adam", which has its own.
+      name: "sgd", with (heavy-ball) momentum; "ef_momentum", PowerSGD's Algorithm 2; "adagrad", 1-bit SGD's optimiser,
+        with momentum after it; or "adam". The weight decay of the last two is decoupled.
+      codec: the codec, which comes first.
+      schedule: a function from the number of steps done to the learning rate.
+      momentum: the momentum of all but "adam", which has its own.
       weight_decay: lambda in D + lambda x.
     """
     if name == "adam":
@@ -42,8 +42,8 @@ def optimizer(
 def scale_by_adagrad(eps: float = 1e-7) -> optax.GradientTransformation:
     """AdaGrad: h <- h + g^2, then g / (sqrt(h) + eps), from h = 0.
 
-    1-bit SGD (Seide et al., Interspeech 2014) has it after the aggregation and before momentum. optax's
-    scale_by_rss has eps in the root, which for gradients below it is another step.
+    1-bit SGD (Seide et al., Interspeech 2014) has it after the aggregation and before momentum. optax's scale_by_rss
+    has eps in the root, which gives another step for gradients below eps.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -55,7 +55,7 @@ def scale_by_adagrad(eps: float = 1e-7) -> optax.GradientTransformation:
 
 
 def decayed(params: Any) -> Any:
-    """Which parameters decay: kernels, not the vectors (biases and what normalisation scales and shifts by)."""
+    """Which parameters decay: kernels, not vectors (biases, and the scales and shifts of normalisation)."""
     return jax.tree.map(lambda x: x.ndim > 1, params)
 
 
@@ -68,19 +68,18 @@ def schedule(
     warmup_epochs: float,
     decay_epochs: Sequence[float],
 ) -> optax.Schedule:
-    """From the number of steps done to the learning rate, which is `scale * lr` at its highest.
+    """The learning rate by the number of steps done; its largest value is `scale * lr`.
 
     Args:
-      name: "step", PowerSGD's and Accordion's: linearly from lr, which suits one worker, to scale * lr in the
-        warm-up (Goyal et al., arXiv 1706.02677), then a tenth of what it was at each of decay_epochs. Or
-        "cosine": linearly from 0 in the warm-up, then half a cosine back to 0. A training that is no longer than its
-        warm-up ends within it.
+      name: "step", PowerSGD's and Accordion's: in the warm-up linearly from lr, which suits one worker, to scale * lr
+        (Goyal et al., arXiv 1706.02677), then down to a tenth at each of decay_epochs. Or "cosine": linearly from 0 in
+        the warm-up, then half a cosine back to 0. If a training is not longer than its warm-up, it ends within it.
       lr: the learning rate before it is scaled.
-      scale: PowerSGD's and Accordion's is the number of workers.
-      steps_per_epoch: how many.
-      epochs: how long the training is; "step" does not depend on it.
-      warmup_epochs: how long the warm-up is.
-      decay_epochs: of "step"; ascending.
+      scale: the factor of the learning rate; PowerSGD and Accordion take the number of workers.
+      steps_per_epoch: the number of steps in an epoch.
+      epochs: the length of the training; "step" does not depend on it.
+      warmup_epochs: the length of the warm-up in epochs.
+      decay_epochs: the epochs at which "step" falls, ascending.
     """
     warmup = round(warmup_epochs * steps_per_epoch)
     if name == "cosine":

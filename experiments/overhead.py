@@ -1,13 +1,13 @@
-"""What a codec adds to a step in compute, and to the first one in compilation, without a network.
+"""The compute that a codec adds to a step, and the compilation that it adds to the first step, without a network.
 
     python -m experiments.overhead
     python -m experiments.overhead --codec=powersgd --powersgd_rank=4
 
-For ResNet-18's gradient (11,173,962 parameters, 62 tensors) on one worker: encode, decode and error
-feedback, with collectives that move nothing. The codecs run in turn, round after round, and each is reported
-by its median and as a multiple of an in-place pass over the same memory, which is the least that any step
-over the gradient can cost. GradiVeQ is reported in each of its phases, accordion at each of its levels.
-`--nopowersgd_error_feedback` times a codec without its error feedback.
+It times encode, decode and error feedback for ResNet-18's gradient (11,173,962 parameters, 62 tensors) on one worker,
+with collectives that move nothing. The codecs run in turn, round after round. The table has the median of each, and the
+median as a multiple of an in-place pass over the same memory, which is the least cost of any step over the gradient.
+GradiVeQ has a row for each of its phases, accordion for each of its levels. `--nopowersgd_error_feedback` times a codec
+without its error feedback.
 """
 
 import functools
@@ -47,13 +47,13 @@ flags.DEFINE_integer("rounds", 15, "Times each codec is run; medians are reporte
 
 
 class Case(NamedTuple):
-    """What is timed under one name.
+    """One timed case.
 
     Attributes:
-      program: (gradients, state) -> (updates, state); consumes the state.
-      state: to start from.
-      hold: codec's own state -> the same in the phase, or at the levels, that are timed.
-      seconds: to compile the program; None where another case has it too.
+      program: (gradients, state) -> (updates, state); it consumes the state.
+      state: the state to start from.
+      hold: the codec's own state -> the same in the phase, or at the levels, to be timed.
+      seconds: the seconds to compile the program; None if another case has the same program.
     """
 
     program: Any
@@ -63,12 +63,12 @@ class Case(NamedTuple):
 
 
 def made(name: str) -> Compressor:
-    """The codec, as the flags have it; accordion checks in no step, as that is none of its levels."""
+    """The codec with its flags; accordion checks in no step, because a check belongs to neither level."""
     return codecs.from_flags(name, 0, codecs.Course(steps_per_epoch=1_000_000, learning_rate=None))
 
 
 def cases(name: str, grads: Any) -> dict[str, Case]:
-    """A codec's update on one worker, once for each of its phases, by what to call it."""
+    """A codec's update on one worker, one case for each of its phases, by name."""
     codec, label = made(name), codecs.label(name)
     params = jax.tree.map(lambda x: x[0], grads)
     specs = state_specs(codec, params)
@@ -77,7 +77,7 @@ def cases(name: str, grads: Any) -> dict[str, Case]:
         updates, state = codec.update(jax.tree.map(lambda x: x[0], grads), local_state(state))
         return updates, global_state(state)
 
-    # Not `simulate`, in whose vmap both branches of a conditional are computed.
+    # Not `simulate`: under its vmap both branches of a conditional are computed.
     update = jax.shard_map(worker, mesh=make_mesh(1), in_specs=(P("data"), specs), out_specs=(P(), specs))
     began = time.perf_counter()
     program = jax.jit(update, donate_argnums=1).lower(grads, init(codec, params, 1)).compile()
@@ -112,20 +112,20 @@ def at_level(level: int, own: AccordionState) -> AccordionState:
 
 
 def with_samples(own: GradiVeQState) -> GradiVeQState:
-    """GradiVeQ's state with noise for samples, because bases of zeros are found too quickly."""
+    """GradiVeQ's state with noise as samples, because bases of zeros are found too quickly."""
     samples = {path: jax.random.normal(jax.random.key(0), x.shape) for path, x in own.samples.items()}
     return own._replace(samples=samples)
 
 
 def changed(state: CompressorState, change: Callable[[Any], Any]) -> CompressorState:
-    """The state with a change to GradiVeQ's or accordion's own, wherever it is inside."""
+    """The state, with a change to the state of GradiVeQ or accordion inside it."""
     phased = lambda x: isinstance(x, AccordionState | GradiVeQState)  # noqa: E731
     return jax.tree.map(lambda x: change(x) if phased(x) else x, state, is_leaf=phased)
 
 
 def main() -> None:
     """Prints the table."""
-    logging.set_verbosity(logging.ERROR)  # jax tells of accelerators that are not there, the library of one worker
+    logging.set_verbosity(logging.ERROR)  # jax reports missing accelerators, and the library reports a single worker
     shapes, tree = jax.tree.flatten(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     leaves = [jax.random.normal(key, (1, *shape)) for key, shape in zip(keys, shapes, strict=True)]

@@ -1,33 +1,33 @@
-"""What a codec's step compiles to: its memory, its messages, and the time that compiling takes.
+"""The compiled step of a codec: its memory, its messages, and the time to compile it.
 
     python -m experiments.programs
     python -m experiments.programs --sections=memory,messages --codecs=none,powersgd,qsgd --markdown
     python -m experiments.programs --sections=compile --layers=25
 
-Programs are compiled and never run, so memory and messages do not depend on what else the machine does. XLA compiles
-for its CPU backend, even where there are accelerators, and emulates the devices. There are three sections.
+Programs are compiled and never run, so memory and messages do not depend on the machine's other work. XLA compiles for
+its CPU backend, even on a machine with accelerators, and emulates the devices. There are three sections.
 
 `memory` is about one exchange of ResNet-18's gradient (11,173,962 elements, 62 leaves) on meshes of one and of four
 devices. An exchange is the codec alone, without a loss or an optimizer. Its state is donated, the gradient is not.
 
-- Temporary: what a device allocates beside arguments and results, as a multiple of the gradient's size.
+- Temporary: the memory that a device allocates beside arguments and results, as a multiple of the gradient's size.
 - Passes: the bytes that XLA expects a device to read and write, as a multiple of an in-place pass over the gradient
-  (8 bytes an element). Of a conditional XLA counts the most expensive branch; of a codec that is measured, the one for
-  magnitudes whose squares leave float32's range.
+  (8 bytes an element). XLA counts the most expensive branch of a conditional. For a measured codec that is the branch
+  for magnitudes whose squares leave float32's range.
 
 `messages` is about the collectives of a program on four devices. The programs are that exchange, and two whole
-`train_step`s with Adam, a loss, an auxiliary output and a model state: one of ResNet-18, whose model state is its
-batch statistics, and one of a transformer, which has no statistics.
+`train_step`s with Adam, a loss, an auxiliary output and a model state. One is of ResNet-18, whose model state is its
+batch statistics. The other is of a transformer, which has no statistics.
 
-- Where: collectives in conditionals are listed branch by branch, and a branch that is not listed sends nothing. The
-  first conditional of GradiVeQ chooses the phase: the branch that sends less is the compressed one.
-- Operands: "2 x 1 + 62" are two collectives of one operand each and one of 62. On CPUs an all-to-all has an operand
-  for each worker. A collective in a loop counts once, its operands and bytes once for each trip.
+- Where: collectives in conditionals are listed branch by branch. A branch that is not listed sends nothing. The first
+  conditional of GradiVeQ chooses the phase: the branch that sends less is the compressed one.
+- Operands: "2 x 1 + 62" means two collectives of one operand each and one of 62. On CPUs an all-to-all has an operand
+  for each worker. A collective in a loop counts once, but its operands and bytes count once for each trip.
 - MB: 10^6 bytes that one worker sends, by the ring laws of `gradcomp_jax.collective_bytes`.
 
-`compile` is about the transformer's `train_step` with Adam on four devices: CPU seconds, over all threads, to trace
-and to compile it. The first row is a step without this library, with `pmean` and Adam. Each step has a process of its
-own and no compilation cache, so their order does not matter.
+`compile` is about the transformer's `train_step` with Adam on four devices. It tells the CPU seconds, over all threads,
+to trace and to compile it. The first row is a step without this library, with `pmean` and Adam. Each step has a process
+of its own and no compilation cache, so their order does not matter.
 
 The transformer has the leaves of GPT-2: 12 in each of `--layers` layers, and 4 more. Compile time depends on the
 number of leaves much more than on their sizes, so `--width` is small by default. QSGD compresses all of them here
@@ -101,13 +101,13 @@ CODECS: dict[str, Callable[[], Compressor]] = {
     "qsgd-measured": lambda: measured(qsgd(bits=4, min_size=0)),
 }
 PLAIN = "pmean and Adam"
-# LLVM's passes take most of the time, and come after buffers and collectives are settled.
+# LLVM's passes take most of the time. They come after buffers and collectives are settled.
 WITHOUT_LLVM_PASSES: dict[str, str | bool] = {
     "xla_backend_optimization_level": "0",
     "xla_llvm_disable_expensive_passes": True,
 }
 Report = Callable[[str, int], None]
-"""(what is compiled next, of how many programs in all)."""
+"""(the name of the next program, the number of all programs) -> None."""
 _ARRAY = re.compile(r"\b[a-z]\w*\[[\d,]*\]")
 
 
@@ -118,7 +118,7 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
 
     def lower(self) -> jax.stages.Lowered:
-        """Traces it."""
+        """Traces the program."""
         return self.function.lower(*self.arguments)
 
 
@@ -126,9 +126,9 @@ class Message(NamedTuple):
     """One collective of a compiled program.
 
     Attributes:
-      branch: the branches of conditionals in which it stands, as in `gradcomp_jax.Collective`.
-      operands: how many; in a loop, over all its trips.
-      bytes: what one worker sends for it by the ring laws.
+      branch: the branches of conditionals around it, like in `gradcomp_jax.Collective`.
+      operands: the number of operands; in a loop, over all its trips.
+      bytes: the bytes that one worker sends for it, by the ring laws.
     """
 
     branch: str
@@ -137,12 +137,12 @@ class Message(NamedTuple):
 
 
 class Figures(NamedTuple):
-    """What is read from a compiled program.
+    """Figures that are read from a compiled program.
 
     Attributes:
-      temporary: bytes that a device allocates beside arguments and results.
-      accessed: bytes that XLA estimates a device to read and write.
-      messages: in the order of the program.
+      temporary: the bytes that a device allocates beside arguments and results.
+      accessed: the bytes that a device reads and writes, as XLA estimates.
+      messages: the messages, in the order of the program.
     """
 
     temporary: int
@@ -174,7 +174,7 @@ def resnet18() -> tuple[Any, Any]:
 
 
 def transformer(layers: int, width: int) -> tuple[Any, Any]:
-    """A tree like GPT-2's, of 12 leaves a layer and 4 more, and a model state without leaves."""
+    """A tree like GPT-2's, with 12 leaves in each layer and 4 more; and a model state without leaves."""
 
     def linear(inputs: int, outputs: int) -> dict[str, Any]:
         return {"kernel": (inputs, outputs), "bias": (outputs,)}
@@ -193,7 +193,7 @@ def transformer(layers: int, width: int) -> tuple[Any, Any]:
 
 
 def arrays(shapes: Any) -> Any:
-    """float32 arrays of these shapes, without values."""
+    """Float32 arrays of these shapes, without values."""
     make = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     return jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
 
@@ -216,7 +216,7 @@ def state_of(tx: Any, params: Any, mesh: Mesh) -> Any:
 
 
 def exchange(codec: Compressor, params: Any, workers: int) -> Program:
-    """The codec alone: (gradients, state) -> (state, updates), of which the state is donated."""
+    """The codec alone: (gradients, state) -> (state, updates); the state is donated."""
     mesh, specs = make_mesh(workers), state_specs(codec, params)
 
     def worker(grads: Any, state: Any) -> tuple[Any, Any]:
@@ -231,12 +231,12 @@ def exchange(codec: Compressor, params: Any, workers: int) -> Program:
 
 
 def loss(params: Any, batch: jax.Array) -> jax.Array:
-    """A loss that adds little to compile, whose gradients nevertheless differ between workers."""
+    """A loss that adds little to compile; its gradients nevertheless differ between workers."""
     return sum(jnp.sum(x * x) for x in jax.tree.leaves(params)) * jnp.mean(batch)
 
 
 def codec_step(codec: Compressor, params: Any, statistics: Any = None) -> Program:
-    """`train_step` with Adam; where there are statistics also with a model state and an auxiliary output."""
+    """`train_step` with Adam; with statistics it also has a model state and an auxiliary output."""
     mesh, tx = make_mesh(WORKERS), optax.chain(codec, optax.adam(1e-3))
 
     def loss_with_more(params: Any, statistics: Any, batch: jax.Array) -> tuple[jax.Array, tuple[Any, Any]]:
@@ -279,29 +279,29 @@ def figures(program: Program) -> Figures:
 def messages(text: str) -> list[Message]:
     """The collectives of a compiled HLO module."""
     sent = collective_bytes(text)
-    # Where every array is one byte, the bytes of a collective count its operands.
+    # If every array is one byte, the bytes of a collective count its operands.
     counted = collective_bytes(_ARRAY.sub("u8[1]", text))
     return [Message(x.branch, n.operand_bytes, x.ring_bytes) for x, n in zip(sent, counted, strict=True)]
 
 
 def step_figures(params: Any, statistics: Any, name: str) -> Figures:
-    """Those of a whole step."""
+    """The figures of a whole step."""
     return figures(codec_step(CODECS[name](), params, statistics))
 
 
 @functools.cache
 def exchange_figures(name: str, workers: int) -> Figures:
-    """Those of one exchange of ResNet-18's gradient; two sections need them."""
+    """The figures of one exchange of ResNet-18's gradient; two sections need them."""
     return figures(exchange(CODECS[name](), resnet18()[0], workers))
 
 
 def compile_seconds(name: str, layers: int, width: int) -> Seconds:
-    """Traces and compiles the transformer's step here and now; for a new process."""
+    """The seconds to trace and compile the transformer's step in this process, which should be a new one."""
     emulate()
     jax.config.update("jax_enable_compilation_cache", False)
     params, _ = transformer(layers, width)
     program = plain_step(params) if name == PLAIN else codec_step(CODECS[name](), params)
-    jax.jit(jnp.negative).lower(0.0).compile()  # what a process does once is no part of it
+    jax.jit(jnp.negative).lower(0.0).compile()  # work that a process does once does not count
     began = time.process_time()
     lowered = program.lower()
     traced = time.process_time()
@@ -310,7 +310,7 @@ def compile_seconds(name: str, layers: int, width: int) -> Seconds:
 
 
 def emulate() -> None:
-    """Gives this process a CPU that stands for several devices; before jax is first used."""
+    """Makes the CPU of this process stand for several devices; call it before jax is first used."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", WORKERS)
 
@@ -350,7 +350,7 @@ def message_sheets(names: Sequence[str], layers: int, width: int, report: Report
 
 
 def compile_sheets(names: Sequence[str], layers: int, width: int, report: Report) -> list[Sheet]:
-    """The section `compile`; each step in a process of its own, one after another."""
+    """The section `compile`; each step has a process of its own, one after another."""
     times = {}
     spawn = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
@@ -367,12 +367,12 @@ def compile_sheets(names: Sequence[str], layers: int, width: int, report: Report
 
 
 def transformer_title(layers: int, width: int) -> str:
-    """What the tables call its step."""
+    """The tables' name for the transformer's step."""
     return f"train_step of a transformer of {len(jax.tree.leaves(transformer(layers, width)[0]))} leaves"
 
 
 def message_rows(name: str, found: Sequence[Message]) -> list[list[str]]:
-    """A row for what is always sent, and one for each run of branches that differ in the bytes at most."""
+    """A row for the messages that are always sent, and one for each run of branches that differ at most in bytes."""
     places: dict[str, list[Message]] = {"": []}
     for message in found:
         places.setdefault(message.branch, []).append(message)
@@ -382,7 +382,7 @@ def message_rows(name: str, found: Sequence[Message]) -> list[list[str]]:
     numbers = {conditional: f"conditional {i}" for i, conditional in enumerate(dict.fromkeys(names), 1)}
 
     def alike(numbered: tuple[int, str]) -> tuple[str, int, list[int]]:
-        # Neighbours stay in one run, as both numbers rise by one.
+        # Neighbours stay in one run, because both numbers rise by one.
         conditional, _, k = numbered[1].rpartition("/")
         return conditional, int(k or 0) - numbered[0], sorted(message.operands for message in places[numbered[1]])
 
@@ -396,7 +396,7 @@ def message_rows(name: str, found: Sequence[Message]) -> list[list[str]]:
 
 
 def place(first: str, last: str, numbers: dict[str, str]) -> str:
-    """Such as "conditional 1, branch 1; conditional 2, branches 0 to 9", for branches such as "cond.3/1/cond.5/0"."""
+    """Branches in words: "conditional 1, branch 1; conditional 2, branches 0 to 9" for such as "cond.3/1/cond.5/0"."""
     if not first:
         return "always"
     conditionals, branches = first.split("/")[::2], first.split("/")[1::2]
@@ -407,7 +407,7 @@ def place(first: str, last: str, numbers: dict[str, str]) -> str:
 
 
 def sizes(operands: Sequence[int]) -> str:
-    """Such as "2 x 1 + 62" for two collectives of one operand each and one of 62."""
+    """Operands in words: "2 x 1 + 62" for two collectives of one operand each and one of 62."""
     counts = sorted(collections.Counter(operands).items())
     return " + ".join(f"{count} x {size}" if count > 1 else str(size) for size, count in counts)
 
@@ -435,14 +435,14 @@ SECTIONS: dict[str, Callable[[Sequence[str], int, int, Report], list[Sheet]]] = 
 
 
 def reporter(progress: Progress, section: str) -> Report:
-    """Shows on a bar of its own how far a section has come."""
+    """A function that shows the progress of a section on a bar of its own."""
     bar, done = progress.add_task(section, total=None, status=""), itertools.count()
     return lambda status, total: progress.update(bar, total=total, completed=next(done), status=status)
 
 
 def main() -> None:
     """Prints the tables, section after section."""
-    logging.set_verbosity(logging.ERROR)  # jax tells of accelerators that are not there, the library of one worker
+    logging.set_verbosity(logging.ERROR)  # jax reports missing accelerators, and the library reports a single worker
     emulate()
     screen = display.console()
     for section in FLAGS.sections:
@@ -467,6 +467,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    # Not at import: a test of another experiment may have flags of these names.
+    # Not at import: a test of another experiment may define flags with these names.
     define_flags()
     command.run(main)

@@ -1,23 +1,23 @@
-"""What a run leaves behind: one file of JSON lines, from which tables, figures and reports are made.
+"""The records of a run: one file of JSON lines, from which tables, figures and reports are made.
 
-The kind of a line is its "kind":
+Each line has a "kind":
 
-- run, the first: what was run, see `training.header`;
+- run, the first line: the settings of the run, see `training.header`;
 - train, every --log_every steps: means over the steps since the line before;
 - test, at every evaluation;
-- leaves, after a line "test", where codecs are measured: "error", "residual" and "residual_norm" by path;
-- levels, after a line "train": what accordion decided, and why, for each leaf, where that has changed;
+- leaves, after a line "test", if codecs are measured: "error", "residual" and "residual_norm" by path;
+- levels, after a line "train": accordion's decision for each leaf, with the reason, if a decision has changed;
 - resumed, where a run went on from a checkpoint;
-- end, the last, only in a run that has reached its end.
+- end, the last line, only in a run that has reached its end.
 
-A line "train" also has "code_bits" for codecs whose codes vary in length, see `gradcomp_jax.code_bits`, and "error",
-"residual" and "residual_norm" where codecs are measured, see `gradcomp_jax.metrics`. These, and those of "leaves",
-are of the last step.
+A line "train" also has "code_bits" for codecs whose codes vary in length, see `gradcomp_jax.code_bits`. If codecs are
+measured, it has "error", "residual" and "residual_norm", see `gradcomp_jax.metrics`. These figures, and those of "leaves",
+describe the last step.
 
-All but the first tell "step", how many steps of training came before, "bytes", what one worker has sent by then, and
-"dense_bytes", what it would have sent by a dense all-reduce of the gradients in their own type. Both are of the
-gradients, and of what travels in the same messages: the loss, the accuracy and batch statistics, as many floats as the
-first line's "beside". Figures that are not finite are written as Python's json does, NaN.
+All lines but the first have "step", the number of training steps before; "bytes", the bytes that one worker has sent by
+then; and "dense_bytes", the bytes that it would have sent in a dense all-reduce of the gradients in their own type.
+Both count the gradients, and the values that travel in the same messages: the loss, the accuracy and batch statistics,
+as many floats as "beside" in the first line says. Figures that are not finite are written like Python's json does, NaN.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 
 class RecordsError(Exception):
-    """A file is not the records of a run, or cannot be written."""
+    """A file is not the records of a run, or it cannot be written."""
 
 
 class Run(NamedTuple):
@@ -68,30 +68,30 @@ class Run(NamedTuple):
 
     @property
     def accuracy(self) -> float:
-        """On the test split, at the last evaluation, between 0 and 1."""
+        """The accuracy on the test split at the last evaluation, between 0 and 1."""
         return self.test[-1]["accuracy"] if self.test else float("nan")
 
     @property
     def step(self) -> int:
-        """The last step there is a record of."""
+        """The last step with a record."""
         return max((record["step"] for record in (*self.train, *self.test)), default=0)
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes than dense, over the run."""
+        """How many times fewer bytes than dense the run sent."""
         last = self.end or max((*self.train, *self.test), key=lambda record: record["step"])
         return last["dense_bytes"] / last["bytes"]
 
     @property
     def compressed_share(self) -> float:
-        """The part of the steps that sent less than dense, between 0 and 1; of a run that has reached its end."""
+        """The share of steps that sent less than dense, between 0 and 1; for a run that has reached its end."""
         return self.end["compressed_steps"] / self.step
 
     @property
     def compressed_ratio(self) -> float | None:
-        """How many times fewer bytes than dense, over those steps; None without any, and where the workers changed.
+        """How many times fewer bytes than dense these steps sent; None if there are none, or if the workers changed.
 
-        Then a dense step sent at first more, or less, than later.
+        If they changed, a dense step sent more, or less, at first than later.
         """
         if not self.compressed_share or any(line["workers"] != self.header["workers"] for line in self.resumed):
             return None
@@ -99,13 +99,13 @@ class Run(NamedTuple):
 
     @property
     def step_ms(self) -> float:
-        """Median milliseconds of a step."""
+        """The median milliseconds of a step."""
         times = [record["ms"] for record in self.train]
-        return statistics.median(times[1:] or times)  # the first one may hold the compilation
+        return statistics.median(times[1:] or times)  # the first time may include the compilation
 
 
 def differences(settings: Record, others: Record) -> str:
-    """In what two runs' settings differ, such as "lr=0.1, not 0.2"; nothing if they do not."""
+    """The differences between two runs' settings, such as "lr=0.1, not 0.2"; empty if there are none."""
     found = []
     for key in {**settings, **others}:
         if key not in settings or key not in others:
@@ -116,10 +116,10 @@ def differences(settings: Record, others: Record) -> str:
 
 
 def of(lines: Iterable[Record]) -> Run:
-    """The run that the records tell of.
+    """The run that these records describe.
 
     Raises:
-      RecordsError: the first one is not of the kind "run", or another is of an unknown kind.
+      RecordsError: the first record is not of the kind "run", or another is of an unknown kind.
     """
     header, *rest = lines or [{}]
     kinds: dict[str, list[Record]] = {kind: [] for kind in ("train", "test", "resumed", "levels", "leaves", "end")}
@@ -135,14 +135,14 @@ def of(lines: Iterable[Record]) -> Run:
 
 
 def read(path: pathlib.Path) -> Run:
-    """The run whose records are in a file. A last line that was cut off, as by a kill, is left out.
+    """The run whose records are in a file; a last line that was cut off, such as by a kill, is left out.
 
     Raises:
-      RecordsError: the file cannot be read, or is something else.
+      RecordsError: the file cannot be read, or it is something else.
     """
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
-        # What comes after the last newline is nothing, or a line that was not written to its end.
+        # The text after the last newline is empty, or it is a line that was not written to its end.
         return of([json.loads(line) for line in lines[:-1]])
     except (OSError, ValueError, AttributeError, TypeError, RecordsError) as error:
         raise RecordsError(f"{path} is not the records of a run: {error}") from error
@@ -152,21 +152,21 @@ class Recorder:
     """Keeps the records of a run while it goes on: in a file, for TensorBoard if asked, and for its checkpoints.
 
     Attributes:
-      state: all that another process needs to go on; JSON.
+      state: everything that another process needs to go on; JSON.
     """
 
     def __init__(self, path: pathlib.Path, header: Record, board: pathlib.Path | None, state: Record | None = None):
-        """Writes the file, up to where `state` was.
+        """Writes the file, up to the point of `state`.
 
         Args:
-          path: of the file.
+          path: the path of the file.
           header: the first line of new records.
           board: TensorBoard's directory.
-          state: of the recorder of the checkpoint from which the run goes on.
+          state: the state of the recorder in the checkpoint from which the run goes on.
 
         Raises:
-          RecordsError: the file is of a run with other settings that has reached its end, or of something else; or,
-            here and later, it cannot be written.
+          RecordsError: the file is of a run with other settings that has reached its end, or of something else. Also,
+            here and later: it cannot be written.
         """
         self.path = path
         _require_own(path, header)
@@ -182,24 +182,24 @@ class Recorder:
         }
         with _named(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # In one step: the file has either its old content or the new.
+            # In one step, so that the file has either its old content or the new.
             partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
             partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
             partial.replace(path)
         with _named(board or path):
-            # TensorBoard forgets what it was told of later steps. Its files are named by the second: with the step,
-            # a run that goes on within it does not write over its own.
+            # TensorBoard forgets its figures of later steps. Its file names have the second: with the step added, a run
+            # that goes on within a second does not overwrite its own file.
             first = self.state["step"] + 1
             self.board = board and tensorboardX.SummaryWriter(str(board), purge_step=first, filename_suffix=f".{first}")
 
     @property
     def sent(self) -> str:
-        """What one worker has sent so far, beside what it would have sent dense."""
+        """The bytes that one worker has sent so far, beside those that it would have sent dense, in words."""
         return f"{self.state['bits'] / 8e6:.1f} of {self.state['dense_bits'] / 8e6:.1f} MB dense"
 
     @contextlib.contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        """Adds the time that a block takes to what its kind took before."""
+        """Adds the time of a block to the time of its kind."""
         began = time.perf_counter()
         yield
         self.state["seconds"][kind] = self.state["seconds"].get(kind, 0.0) + time.perf_counter() - began
@@ -216,14 +216,14 @@ class Recorder:
         state["recent"].append([loss, accuracy, ms])
 
     def train(self, **values: float) -> None:
-        """Writes a line "train" of the steps since the one before."""
+        """Writes a line "train" about the steps since the line before."""
         losses, accuracies, ms = zip(*self.state["recent"], strict=True)
         means = {"loss": statistics.fmean(losses), "accuracy": statistics.fmean(accuracies)}
         self.state["recent"] = []
         self.write("train", **means, ms=statistics.median(ms), **values)
 
     def levels(self, decisions: list[str]) -> bool:
-        """Writes a line "levels" if what was decided is not what was written last, and returns whether it did."""
+        """Writes a line "levels" if the decisions differ from the last written ones; returns whether it wrote."""
         written = [line["decisions"] for line in self.state["lines"] if line["kind"] == "levels"]
         if changed := decisions != (written[-1] if written else []):
             self.write("levels", decisions=decisions)
@@ -269,7 +269,7 @@ def _require_own(path: pathlib.Path, header: Record) -> None:
 
 @contextlib.contextmanager
 def _named(path: pathlib.Path) -> Iterator[None]:
-    """Errors of the file, with its name."""
+    """Turns errors of writing into errors with the file's name."""
     try:
         yield
     except OSError as error:
@@ -277,7 +277,7 @@ def _named(path: pathlib.Path) -> Iterator[None]:
 
 
 def _scalars(values: Record) -> Iterator[tuple[str, float]]:
-    """The numbers among values, by key; of those by path, by both."""
+    """The numbers among values, by key; numbers by path have keys of both."""
     for key, value in values.items():
         if isinstance(value, dict):
             yield from ((f"{key}/{path}", x) for path, x in value.items())
@@ -290,7 +290,7 @@ def _text(line: Record) -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """A float with six significant digits, as a float32 has no more, by itself or in a dict; anything else as it is."""
+    """A float with six significant digits, because float32 has no more, alone or in a dict; other values unchanged."""
     if isinstance(value, dict):
         return {key: _rounded(x) for key, x in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

@@ -2,9 +2,9 @@
 
     python -m experiments.report --runs=experiments/results/cifar10 --out_dir=out
 
-Writes report.html, which is whole in itself and asks nothing of a network, and report.md with a figure. Runs of one
-task, on as many workers and for as many steps, are compared with each other; those that differ in the seed alone are
-one row. The same records give the same files.
+It writes report.html, a single file that needs no network, and report.md with a figure. Runs of one task, with the same
+number of workers and of steps, are compared with each other. Runs that differ only in the seed share a row. The same
+records give the same files.
 """
 
 import pathlib
@@ -30,7 +30,7 @@ LOST_RESIDUAL = (
 )
 DOUBTS = "These runs differ in more than the codec and the seed"
 UNFINISHED = "Unfinished, and in no table and no figure"
-# What a report takes from the lines of each kind, and of what type it is.
+# The values that a report takes from the lines of each kind, with their types.
 NEEDED: dict[str, dict[str, Any]] = {
     "run": {
         **dict.fromkeys(("task", "codec", "label", "device", "date"), str),
@@ -64,7 +64,7 @@ class Plot(NamedTuple):
 
 
 def find(places: Sequence[str]) -> list[pathlib.Path]:
-    """The *.jsonl files that are named, or are in or below a directory that is.
+    """The named *.jsonl files, and those in or below a named directory.
 
     Raises:
       ReportError: there is no such file or directory, or nothing is found.
@@ -81,10 +81,10 @@ def find(places: Sequence[str]) -> list[pathlib.Path]:
 
 
 def read(path: pathlib.Path) -> Run:
-    """The run whose records are in a file, with all that a report takes from them.
+    """The run whose records are in a file, with everything that a report takes from them.
 
     Raises:
-      RecordsError: the file cannot be read, or is something else.
+      RecordsError: the file cannot be read, or it is something else.
     """
     run = records.read(path)
     for record in (run.header, *run.train, *run.test, *run.resumed, *[run.end] * bool(run.end)):
@@ -99,7 +99,7 @@ def read(path: pathlib.Path) -> Run:
     return run
 
 
-# From what is said to files
+# From runs to files
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "codec": lambda row: row.name,
@@ -117,7 +117,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "skipped steps": lambda row: str(row.skipped),
     "ms a step": lambda row: f"{row.step_ms:.1f}",
 }
-# Where codecs were measured.
+# The columns of measured codecs.
 LOST: dict[str, Callable[[Row], str]] = {
     "relative error": lambda row: "" if row.error is None else f"{row.error:.3f}",
     "residual norm, largest and last": lambda row: "{:.3g}, {:.3g}".format(*row.owed) if row.owed else "",
@@ -125,24 +125,24 @@ LOST: dict[str, Callable[[Row], str]] = {
 
 
 def columns(section: Section) -> dict[str, Callable[[Row], str]]:
-    """Those of a section's table."""
+    """The columns of a section's table."""
     return COLUMNS | (LOST if any(row.error is not None for row in section.rows) else {})
 
 
 def series_of(section: Section, looks: dict[str, figures.Style]) -> tuple[list[figures.Series], figures.Series | None]:
-    """What to draw of a section, and the one of these that is the baseline."""
+    """The series of a section to draw, and the one among them that is the baseline, or None."""
     series = [figures.Series(name, looks[runs[0].name], runs) for name, runs in section.runs.items()]
     return series, next((one for one in series if one.runs[0].header["codec"] == BASELINE), None)
 
 
 def styles(sections: Sequence[Section]) -> dict[str, figures.Style]:
-    """How each label looks, in all sections alike."""
+    """The style of each label, the same in all sections."""
     every = [run for section in sections for runs in section.runs.values() for run in runs]
     return figures.styles({run.name: run.header["codec"] for run in sorted(every, key=order)})
 
 
 def plots(number: int, section: Section, looks: dict[str, figures.Style]) -> list[Plot]:
-    """The figures of a section, the `number`-th on the page."""
+    """The figures of a section, which is the `number`-th on the page."""
     if not section.runs:
         return []
     series, base = series_of(section, looks)
@@ -175,7 +175,7 @@ def plots(number: int, section: Section, looks: dict[str, figures.Style]) -> lis
 
 
 def html(sections: Sequence[Section]) -> str:
-    """The page, whole in itself."""
+    """The page, in a single file."""
     looks = styles(sections)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
@@ -196,7 +196,7 @@ def html(sections: Sequence[Section]) -> str:
 
 
 def markdown(sections: Sequence[Section]) -> str:
-    """The same with one figure a section, for a code host or a terminal."""
+    """The report with one figure for each section, for a code host or a terminal."""
     lines = [f"# {_title(sections)}", "", "All figures are in [report.html](report.html).", ""]
     for number, section in enumerate(sections, 1):
         lines += [f"## {_plain(section.title)}", ""]
@@ -217,7 +217,7 @@ def markdown(sections: Sequence[Section]) -> str:
 
 
 def picture(number: int) -> str:
-    """The name of the file of the `number`-th section's figure, counted from 1."""
+    """The file name of the figure of the `number`-th section, counted from 1."""
     return f"report-{number}.png"
 
 
@@ -230,7 +230,7 @@ def _title(sections: Sequence[Section]) -> str:
 
 
 def _plain(text: str) -> str:
-    """The text, such that Markdown takes nothing in it for markup."""
+    """The text, escaped so that Markdown takes nothing in it for markup."""
     text = re.sub(r"\s+", " ", text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"[\\`*\[\]|~#]|(?<!\w)_|_(?!\w)", r"\\\g<0>", text)
 
@@ -240,7 +240,7 @@ def write(places: Sequence[str], out_dir: pathlib.Path) -> None:
 
     Args:
       places: files, and directories in which to look for *.jsonl.
-      out_dir: where to write; it is made if it is not there.
+      out_dir: the directory to write to; it is made if it does not exist.
 
     Raises:
       ReportError: nothing is found.
@@ -267,7 +267,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Not at import: other experiments have flags of the same names.
+    # Not at import: other experiments have flags with the same names.
     flags.DEFINE_list("runs", ["out"], "Files of records, and directories in which to look for *.jsonl.")
     flags.DEFINE_string("out_dir", "out", "The directory of the report.")
     command.run(main)

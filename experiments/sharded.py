@@ -3,13 +3,13 @@
     python -m experiments.sharded
     python -m experiments.sharded --codecs=none,powersgd --slices=4 --chips=2 --steps=300
 
-Hybrid sharding, written out: each slice holds all parameters once, each of its chips a shard of them and of AdamW's
-moments. The loss gathers the weights of a layer when it needs them, so that gradients arrive in shards, by a
-reduce-scatter; `across(codec, inside=specs)` exchanges these between the slices, and gathers nothing. Leaves that do
-not divide among the chips lie whole on each. The images are the handwritten digits that come with scikit-learn, each
-16 patches of 2 x 2 pixels. A CPU emulates the devices.
+This is hybrid sharding, written out: each slice holds all parameters once, and each of its chips holds a shard of them
+and of AdamW's moments. The loss gathers the weights of a layer when it needs them, so gradients arrive in shards, from
+a reduce-scatter. `across(codec, inside=specs)` exchanges these shards between the slices, and gathers nothing. Leaves
+that do not divide among the chips lie whole on each. The images are the handwritten digits that come with scikit-learn,
+each 16 patches of 2 x 2 pixels. A CPU emulates the devices.
 
-The table tells the bytes that a chip sends in a step, by link, of which the share inside is the codec's own.
+The table has the bytes that a chip sends in a step, by link. The bytes inside a slice are the codec's own.
 """
 
 import sys
@@ -52,14 +52,14 @@ CODECS: dict[str, Callable[[], gc.Compressor]] = {
 
 
 class Trained(NamedTuple):
-    """What a training gave.
+    """The results of a training.
 
     Attributes:
-      losses: by step.
-      accuracy: on the test images.
-      between: bytes that a chip sends to other slices in a step.
-      inside: that the codec sends inside a slice.
-      weights: that gathering weights and reducing gradients sends there.
+      losses: the losses by step.
+      accuracy: the accuracy on the test images.
+      between: the bytes that a chip sends to other slices in a step.
+      inside: the bytes that the codec sends inside a slice.
+      weights: the bytes that go inside a slice to gather weights and reduce gradients.
     """
 
     losses: dict[int, float]
@@ -70,7 +70,7 @@ class Trained(NamedTuple):
 
 
 def created(layers: int, width: int) -> Params:
-    """New parameters, those of all layers stacked."""
+    """New parameters; those of all layers are stacked."""
     shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 4 * width), "down": (4 * width, width)}
     keys = iter(jax.random.split(jax.random.key(0), len(shapes) + 3))
     normal = lambda *shape: jax.random.normal(next(keys), shape) / np.sqrt(shape[-2])  # noqa: E731
@@ -84,7 +84,7 @@ def created(layers: int, width: int) -> Params:
 
 
 def specs_of(params: Params, chips: int) -> Params:
-    """How they lie: cut along the first axis, or the one behind the layers, where that divides among the chips."""
+    """How parameters lie: cut along the first axis, or the axis after the layers, if it divides among the chips."""
 
     def spec(path: Any, x: Any) -> P:
         axis = int(stacked(jax.tree_util.keystr(path, simple=True, separator="/"), x))
@@ -102,17 +102,17 @@ def layer(w: Params, x: jax.Array) -> jax.Array:
 
 
 def normed(x: jax.Array, scale: jax.Array) -> jax.Array:
-    """As x with a mean square of 1, scaled."""
+    """`x`, normalized to a mean square of 1 and scaled."""
     return x * lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
 
 
 def logits_of(params: Params, images: jax.Array, gather: Callable[[Any, Any], Any], specs: Params) -> jax.Array:
-    """The logits of images [batch, 8, 8, 1] of pixels; weights are gathered where they are needed."""
+    """The logits of images [batch, 8, 8, 1]; weights are gathered where they are needed."""
     rest = gather({name: params[name] for name in specs if name != "layers"}, specs)
     side = images.shape[1] // PATCH
     pixels = images.reshape(-1, side, PATCH, side, PATCH).swapaxes(2, 3) / 16 - 0.5
     x = pixels.reshape(len(images), side * side, -1) @ rest["patches"] + rest["positions"]
-    # Not by a scan: of its collectives and those after it emulated devices take each other's messages.
+    # Not in a scan: in its collectives and those after it, emulated devices take each other's messages.
     for i in range(params["layers"]["qkv"].shape[0]):
         mine = {name: w[i] for name, w in params["layers"].items()}
         x = layer(gather(mine, {name: P(*spec[1:]) for name, spec in specs["layers"].items()}), x)
@@ -120,19 +120,19 @@ def logits_of(params: Params, images: jax.Array, gather: Callable[[Any, Any], An
 
 
 def gathered(tree: Any, specs: Any) -> Any:
-    """Whole leaves of a chip's shards."""
+    """Whole leaves, gathered from the chips' shards."""
     whole = lambda x, spec: lax.all_gather(x, FAST, axis=spec.index(FAST), tiled=True) if FAST in spec else x  # noqa: E731
     return {name: jax.tree.map(whole, x, specs[name]) for name, x in tree.items()}
 
 
 def step_of(tx: optax.GradientTransformation, params: Params, specs: Params, mesh: Mesh) -> Any:
-    """(parameters, state, batch) -> (parameters, state, mean loss), of which each chip has a shard."""
+    """(parameters, state, batch) -> (parameters, state, mean loss); each chip has a shard of parameters and state."""
     state_specs, chips = gc.state_specs(tx, params, specs), mesh.shape[FAST]
 
     def loss_fn(params: Params, batch: data.Split) -> jax.Array:
         logits = logits_of(params, jnp.asarray(batch.images, jnp.float32), gathered, specs)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels))
-        return loss / chips  # so that the sum over a slice's chips, which its gradient is, is of their mean
+        return loss / chips  # its gradient is summed over a slice's chips, and becomes the gradient of their mean loss
 
     def worker(params: Params, state: Any, batch: data.Split) -> tuple[Params, Any, jax.Array]:
         loss, grads = jax.value_and_grad(loss_fn)(gc.vary(params, AXES), batch)
@@ -171,19 +171,19 @@ def train(name: str, mesh: Mesh, dataset: data.Dataset) -> Trained:
 
 
 def placed(batches: Iterator[data.Split], mesh: Mesh) -> Iterator[data.Split]:
-    """Batches, of which each chip has a part."""
+    """Batches, placed so that each chip has a part."""
     return (gc.shard_batch(batch, mesh) for batch in batches)
 
 
 def accuracy(params: Params, specs: Params, split: data.Split) -> float:
-    """The share of images that whole parameters tell right."""
+    """The share of images that whole parameters classify correctly."""
     logits = jax.jit(lambda params, images: logits_of(params, images, lambda tree, _: tree, specs))
     guesses = jnp.argmax(logits(params, split.images.astype(np.float32)), axis=-1)
     return float(np.mean(np.asarray(guesses) == split.labels))
 
 
 def main() -> None:
-    """Trains with each codec, and shows what each sent and reached."""
+    """Trains with each codec, and shows the bytes and the results of each."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", FLAGS.slices * FLAGS.chips)
     if FLAGS.batch_size % (FLAGS.slices * FLAGS.chips):
@@ -206,7 +206,7 @@ def main() -> None:
 
 
 def table_of(trained: dict[str, Trained]) -> Table:
-    """What each codec sent and reached."""
+    """The table of each codec's bytes and results."""
     table = Table(title=f"{FLAGS.steps} steps of AdamW on {FLAGS.slices} slices of {FLAGS.chips} chips")
     table.add_column("codec")
     steps = next(iter(trained.values())).losses
@@ -238,6 +238,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    # Not at import: a test of another experiment may have flags of these names.
+    # Not at import: a test of another experiment may define flags with these names.
     define_flags()
     command.run(main)

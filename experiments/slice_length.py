@@ -1,11 +1,11 @@
-"""What the slice length K costs GradiVeQ in time: to compress, to restore, and to fit the bases.
+"""The time that GradiVeQ takes at different slice lengths K: to compress, to restore, and to fit the bases.
 
     python -m experiments.slice_length
 
-On the convolutions of ResNet-18 (11.2 million elements, 20 leaves), at one ratio K / d, so that every K sends the
-same bytes: a longer slice may capture more and costs 4 d operations an element. K is the bound `k_max`; each layer
-takes the longest slice below it that tiles the layer. Values are random, the network takes no part. The parts run
-in turn, round after round; each is reported by its median, and beside an in-place pass over the same memory.
+It uses the convolutions of ResNet-18 (11.2 million elements, 20 leaves) at one ratio K / d, so that every K sends the
+same bytes. A longer slice may capture more, and costs 4 d operations an element. K is the bound `k_max`: each layer
+takes the longest slice up to it that tiles the layer. Values are random; no network runs. The parts run in turn, round
+after round. The table has the median of each, and compares it with an in-place pass over the same memory.
 """
 
 import math
@@ -77,7 +77,7 @@ def main() -> None:
         for key, (part, *arguments) in programs.items():
             began = time.perf_counter()
             jax.block_until_ready(part(*arguments))
-            if i:  # the first one compiles
+            if i:  # the first turn compiles
                 times[key].append(time.perf_counter() - began)
 
     one = statistics.median(unit[1:])

@@ -1,12 +1,13 @@
-"""What a chip sends between slices or nodes that are not there, by codec and by how a step is written; compiled only.
+"""The bytes that a chip sends between slices or nodes, by codec and by way of writing a step; compiled only.
 
     JAX_PLATFORMS=cpu python -m experiments.slices --target=v5e:2x4 --slices=2 --powersgd_rank=4
     JAX_PLATFORMS=cpu python -m experiments.slices --target=h100:2x8 --codec=qsgd --qsgd_buckets=4 --leaves=8
 
-A step of SGD on square weights: with a plain all-reduce; with the codec `across`; with weights in shards over a slice's
-chips, which the loss gathers; and with weights and gradients in shards by constraints that are left to the compiler.
-Bytes are by the ring laws of what was compiled, see `gradcomp_jax.certify`; overlapped are those exchanges between
-slices or nodes that have other work between start and end, by the options of `compiler_options`.
+The step is SGD on square weights. It is written in four ways: with a plain all-reduce; with the codec under `across`;
+with weights in shards over a slice's chips, which the loss gathers; and with weights and gradients in shards by
+constraints that are left to the compiler. The slices need not be there. Bytes follow from the compiled program and the
+ring laws, see `gradcomp_jax.certify`. Exchanges between slices or nodes count as overlapped if they have other work
+between start and end. The options of `compiler_options` are used.
 """
 
 import functools
@@ -54,14 +55,14 @@ def params_of() -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def loss_fn(params: Any, batch: jax.Array) -> jax.Array:
-    """Of layers without biases."""
+    """The loss of a network of layers without biases."""
     for path in sorted(params):
         batch = jax.nn.relu(batch @ params[path])
     return jnp.mean(batch**2)
 
 
 def laid(mesh: Mesh, tree: Any, specs: Any) -> Any:
-    """Shapes that lie so on the mesh."""
+    """Shapes that lie on the mesh by these specs."""
     on = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))  # noqa: E731
     return jax.tree.map(on, tree, specs)
 
@@ -72,7 +73,7 @@ def batch_of(mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def plain(mesh: Mesh) -> Step:
-    """An all-reduce over all chips."""
+    """The step with an all-reduce over all chips."""
 
     def worker(params: Any, batch: jax.Array) -> Any:
         grads = lax.pmean(jax.grad(loss_fn)(gc.vary(params, AXES), batch), AXES)
@@ -84,13 +85,13 @@ def plain(mesh: Mesh) -> Step:
 
 
 def across(mesh: Mesh, codec: gc.Compressor) -> Step:
-    """By `across`, of gradients that each chip has whole."""
+    """The step with `across`, for gradients that each chip has whole."""
     tx = optax.chain(gc.across(codec), optax.sgd(0.1))
     return gc.train_step(loss_fn, tx, mesh, donate=True), shapes(tx, params_of(), batch_of(mesh), mesh)
 
 
 def in_shards(mesh: Mesh, codec: gc.Compressor) -> Step:
-    """By `across`, of weights in shards."""
+    """The step with `across`, for weights in shards."""
     params = params_of()
     in_shards = dict.fromkeys(params, P("local"))
     tx = optax.chain(gc.across(codec, inside=in_shards), optax.sgd(0.1))
@@ -115,7 +116,7 @@ def in_shards(mesh: Mesh, codec: gc.Compressor) -> Step:
 
 
 def by_compiler(mesh: Mesh, codec: gc.Compressor) -> Step:
-    """Weights, gradients and residuals in shards by constraints alone: the inner axis is the compiler's."""
+    """The step with weights, gradients and residuals in shards by constraints; the compiler has the inner axis."""
     tx = optax.chain(compressor(codec.codec, codec.settings._replace(axis_name="node")), optax.sgd(0.1))
     params = params_of()
     specs = gc.state_specs(tx, params)
@@ -168,7 +169,7 @@ def main() -> None:
     for label, what, make in rows:
         try:
             report = certify(*make(), mesh, compiler_options=options)
-        except ValueError as error:  # such as a loop of a length that the compiler does not state
+        except ValueError as error:  # such as a loop whose length the compiler does not state
             table.add_row(label, what, "", f"not told: {error}")
             continue
         table.add_row(label, what, *told(report))
@@ -179,7 +180,7 @@ def main() -> None:
 
 
 def told(report: Report) -> list[str]:
-    """Its figures."""
+    """The figures of a report."""
     exchanges = [x.span for x in report.sent if x.link == "between"]
     overlapped = f"{sum(bool(span and span.work) for span in exchanges)} of {len(exchanges)}"
     between, inside = (f"{report.totals[link] / 1e6:.2f}" for link in ("between", "inside"))

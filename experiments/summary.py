@@ -1,6 +1,6 @@
-"""What is said of runs: comparisons of those of one task, on as many workers and for as many steps.
+"""Summaries of runs: comparisons of the runs of one task, with the same number of workers and of steps.
 
-Runs that differ in the seed alone are one row.
+Runs that differ only in the seed share a row.
 """
 
 import statistics
@@ -14,29 +14,29 @@ BASELINE = "none"
 
 
 class Row(NamedTuple):
-    """What the runs of one codec with its settings reached; means over them, if not said otherwise.
+    """The results of the runs of one codec with its settings; means over the runs, if not stated otherwise.
 
     Attributes:
-      name: the codec's, with the settings in which it differs from its like in the section.
-      label: the codec's, with its settings as the records have them.
-      seeds: of the runs, in order.
-      accuracy: on the test split at the end, between 0 and 1.
+      name: the codec's name, with the settings in which it differs from other rows of this codec in the section.
+      label: the codec's name, with its settings from the records.
+      seeds: the seeds of the runs, in order.
+      accuracy: the accuracy on the test split at the end, between 0 and 1.
       low: the worst of the runs' accuracies.
-      high: the best.
-      difference: percentage points above the baseline's mean; None for the baseline, and where there is none.
-      verdict: where the mean lies: "within", "below" or "above" the range of the baseline's runs; None where the
-        baseline has fewer than two.
-      loss: on the test split at the end.
-      step_mb: 10^6 bytes that one worker sends a step.
-      total_mb: 10^6 bytes that one worker sends over the run.
+      high: the best of the runs' accuracies.
+      difference: percentage points above the baseline's mean; None for the baseline, and without a baseline.
+      verdict: the place of the mean: "within", "below" or "above" the range of the baseline's runs; None if the
+        baseline has fewer than two runs.
+      loss: the loss on the test split at the end.
+      step_mb: the MB (10^6 bytes) that one worker sends in a step.
+      total_mb: the MB (10^6 bytes) that one worker sends over the run.
       ratio: how many times fewer bytes than dense.
-      compressed_share: the part of the steps that sent less than dense, between 0 and 1.
-      compressed_ratio: how many times fewer bytes than dense over those; None if there are none.
-      skipped: steps whose gradients were not finite, in all runs together.
-      step_ms: milliseconds of a step, the mean of the runs' medians.
-      error: the relative error of compression, over the second half of the steps; None where it was not measured.
-      owed: the largest and the last norm of the residual, means over the runs; None where nothing is owed, or where it
-        was not measured.
+      compressed_share: the share of steps that sent less than dense, between 0 and 1.
+      compressed_ratio: how many times fewer bytes than dense these steps sent; None if there are none.
+      skipped: the number of steps whose gradients were not finite, in all runs together.
+      step_ms: the milliseconds of a step, the mean of the runs' medians.
+      error: the relative error of compression, over the second half of the steps; None if it was not measured.
+      owed: the largest and the last norm of the residual, means over the runs; None if nothing is owed, or if it was
+        not measured.
       settings: all settings of the codec.
     """
 
@@ -62,16 +62,16 @@ class Row(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The runs of one task, on as many workers and for as many steps.
+    """The runs of one task, with the same number of workers and of steps.
 
     Attributes:
-      title: what these are.
-      facts: what all runs have in common, (name, value).
-      warnings: what makes the comparison doubtful.
-      unfinished: the runs that have not reached their end, and are in no row and no figure.
-      rows: one a codec with its settings, the baseline first.
-      notes: what must be said beside the rows.
-      runs: those that have reached their end, by the name of their row, in the order of the seeds.
+      title: the task, the workers and the steps.
+      facts: the facts that all runs share, (name, value).
+      warnings: sentences about facts that make the comparison doubtful.
+      unfinished: sentences about the runs that have not reached their end; they are in no row and no figure.
+      rows: one row for each codec with its settings, the baseline first.
+      notes: sentences to show beside the rows.
+      runs: the runs that have reached their end, by the name of their row, in the order of the seeds.
     """
 
     title: str
@@ -84,7 +84,7 @@ class Section(NamedTuple):
 
 
 def summarize(runs: Iterable[Run]) -> list[Section]:
-    """What a report says of the runs."""
+    """The sections of a report on the runs."""
     groups: dict[tuple[str, int, int], list[Run]] = {}
     for run in sorted(runs, key=order):
         groups.setdefault((run.header["task"], run.header["workers"], run.header["steps"]), []).append(run)
@@ -92,7 +92,7 @@ def summarize(runs: Iterable[Run]) -> list[Section]:
 
 
 def names(runs: Sequence[Run]) -> dict[str, str]:
-    """What to call each label: the codec, with the settings in which its labels differ."""
+    """The short name of each label: the codec, with the settings in which its labels differ."""
     own = {run.name: own_settings(run) for run in runs}
     found = {}
     for run in runs:
@@ -109,7 +109,7 @@ def own_settings(run: Run) -> Record:
 
 
 def common_settings(run: Run) -> Record:
-    """All that must not differ in a comparison of codecs."""
+    """All facts that must not differ in a comparison of codecs."""
     header, settings = run.header, run.header["settings"]
     keys = ("workers", "emulated", "steps", "parameters", "beside", "device")
     about = {key: header[key] for key in keys if key in header}
@@ -118,7 +118,7 @@ def common_settings(run: Run) -> Record:
 
 
 def order(run: Run) -> tuple[Any, ...]:
-    """A sorting key: the baseline first, then by codec, from few bytes to many, and by seed."""
+    """A sorting key: the baseline comes first; then by codec, from few bytes to many, and by seed."""
     last = run.end or {"bytes": 0, "dense_bytes": 1}
     sent = float(f"{last['bytes'] / last['dense_bytes']:.3g}")  # seeds of one codec may differ a little
     codec = run.header["codec"]
@@ -149,7 +149,7 @@ def _section(runs: Sequence[Run]) -> Section:
 
 
 def row(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
-    """What runs that differ in the seed alone reached, beside the runs of the baseline, of which there may be none."""
+    """The row of runs that differ only in the seed, compared with the runs of the baseline, which may be empty."""
 
     def mean(value: Callable[[Run], float]) -> float:
         return statistics.fmean(map(value, runs))
@@ -181,7 +181,7 @@ def row(name: str, runs: Sequence[Run], baseline: Sequence[Run]) -> Row:
 
 
 def _late_error(runs: Sequence[Run]) -> float | None:
-    """The mean relative error over the second half of the steps; None where it was not measured."""
+    """The mean relative error over the second half of the steps; None if it was not measured."""
     found = [line["error"] for run in runs for line in run.train if "error" in line and 2 * line["step"] > run.step]
     return statistics.fmean(found) if found else None
 
@@ -201,7 +201,7 @@ def _verdict(accuracy: float, base: Sequence[float]) -> str:
 
 
 def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
-    """What the runs have in common, and their seeds and dates."""
+    """The facts that the runs share, and their seeds and dates."""
     every = [common_settings(run) for run in runs]
     same = [(key, _text(x)) for key, x in every[0].items() if all(key in one and one[key] == x for one in every)]
     seeds = sorted({run.header["seed"] for run in runs})
@@ -210,7 +210,7 @@ def _facts(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def _warnings(runs: Sequence[Run], named: dict[str, str]) -> list[str]:
-    """What the runs differ in beside codec and seed, and what else makes their comparison doubtful."""
+    """Sentences about differences beside codec and seed, and about other facts that make a comparison doubtful."""
     found = []
     every = [(run, common_settings(run)) for run in runs]
     for key in dict.fromkeys(key for _, settings in every for key in settings):
@@ -239,7 +239,7 @@ def _cell(run: Run) -> tuple[str, int]:
 
 
 def _difference(what: str, values: Sequence[tuple[Run, Any]], named: dict[str, str]) -> list[str]:
-    """Who has which value, if they are not all the same."""
+    """A sentence that tells which runs have which value, if not all are the same."""
     holders: dict[str, list[Run]] = {}
     for run, value in values:
         holders.setdefault(_text(value), []).append(run)
@@ -248,7 +248,7 @@ def _difference(what: str, values: Sequence[tuple[Run, Any]], named: dict[str, s
 
 
 def _who(runs: Sequence[Run], named: dict[str, str]) -> str:
-    """Such as "none (seeds 0, 1), powersgd (seed 0)"."""
+    """The runs in words, such as "none (seeds 0, 1), powersgd (seed 0)"."""
     seeds: dict[str, list[int]] = {}
     for run in runs:
         seeds.setdefault(named[run.name], []).append(run.header["seed"])

@@ -2,17 +2,17 @@
 
     python -m experiments.sweep --grid=experiments/sweeps/cifar10.toml --out_dir=out/cifar10
 
-The grid is a TOML file. Every [[grid]] of it stands for all combinations of its presets, codecs and seeds:
+The grid is a TOML file. Every [[grid]] in it stands for all combinations of its presets, codecs and seeds:
 
     [[grid]]
     presets = ["experiments/presets/cifar10.flags"]
     codecs = ["none", "powersgd --powersgd_rank=1", "qsgd --qsgd_bits=8"]
     seeds = [0, 1, 2]
 
-A run that has reached its end is skipped, one that has not goes on from its checkpoint, and one that fails does not
+A run that has reached its end is skipped. A run that has not goes on from its checkpoint. A run that fails does not
 keep the others from running. So after a failure or an interruption the same command finishes the work. Each run has a
-directory in --out_dir, with its records and its log; `experiments.report` makes a page of them. Where data are is told
-by GRADCOMP_DATA_DIR in the environment.
+directory in --out_dir, with its records and its log; `experiments.report` makes a page of them. GRADCOMP_DATA_DIR in
+the environment names the folder of the data.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from experiments.interrupts import interruptible
 FLAGS = flags.FLAGS
 
 KEYS = {"presets": str, "codecs": str, "seeds": int}
-# A flag which holds nothing that is special in a shell or in a file's name.
+# A flag without characters that are special in a shell or in a file name.
 FLAG = re.compile(r"--(?:no)?(\w+?)(=[\w.+-]+)?")
 POLL_SECONDS = 1.0
 
@@ -50,8 +50,8 @@ class Cell(NamedTuple):
 
     Attributes:
       preset: the path of a flagfile.
-      codec: its name, and the flags of its settings.
-      seed: of the run.
+      codec: the codec's name, and the flags of its settings.
+      seed: the seed of the run.
     """
 
     preset: str
@@ -60,12 +60,12 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Such as "cifar10-qsgd_qsgd_bits=8-seed0", which names its directory."""
+        """The name of the run and of its directory, such as "cifar10-qsgd_qsgd_bits=8-seed0"."""
         codec = "_".join(part.lstrip("-") for part in self.codec.split())
         return f"{pathlib.Path(self.preset).stem}-{codec}-seed{self.seed}"
 
     def command(self, out_dir: pathlib.Path) -> list[str]:
-        """What to run; `out_dir` is the sweep's."""
+        """The command to run; `out_dir` is the sweep's."""
         codec, *settings = self.codec.split()
         folder = out_dir / self.name
         return [
@@ -75,7 +75,7 @@ class Cell(NamedTuple):
 
 
 def is_codec(text: str) -> bool:
-    """Whether this is a codec with flags of its own: accordion's are also those of the codec inside."""
+    """Whether a text is a codec with its own flags; accordion's flags include those of the codec inside."""
     name, *given = text.split(" ")
     prefixes = tuple(f"{prefix}_" for prefix in ([name] if name != "accordion" else codecs.CODECS))
     flags = [match[1] if (match := FLAG.fullmatch(flag)) else "" for flag in given]
@@ -86,7 +86,7 @@ def read(path: pathlib.Path) -> list[Cell]:
     """The runs of a grid's file, in its order.
 
     Raises:
-      GridError: it cannot be read, is no such file, or names a run twice.
+      GridError: the file cannot be read, is not a grid, or names a run twice.
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -118,13 +118,13 @@ def read(path: pathlib.Path) -> list[Cell]:
 
 
 def settings(cell: Cell) -> str:
-    """What decides a run: its codec and seed, and what its preset says."""
+    """The settings of a run: its codec and seed, and the lines of its preset."""
     preset = pathlib.Path(cell.preset).read_text(encoding="utf-8").splitlines()
     return "\n".join([cell.codec, f"--seed={cell.seed}", *(x for x in preset if x and not x.startswith("#"))]) + "\n"
 
 
 def require_same(cell: Cell, folder: pathlib.Path) -> None:
-    """Raises GridError where the run's directory is of a run with other settings; else notes the settings there."""
+    """Raises GridError if the run's directory is of a run with other settings; else writes the settings there."""
     path = folder / "settings.txt"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
@@ -136,15 +136,15 @@ def require_same(cell: Cell, folder: pathlib.Path) -> None:
 
 
 def recorded(folder: pathlib.Path) -> records.Run | None:
-    """What a run has recorded so far."""
+    """The records of a run so far; None if there are none."""
     for path in folder.glob("*.jsonl"):
-        with contextlib.suppress(records.RecordsError):  # its first line is still to be written
+        with contextlib.suppress(records.RecordsError):  # the first line is not written yet
             return records.read(path)
     return None
 
 
 def part(folder: pathlib.Path) -> float:
-    """Which part of a run is done, between 0 and 1."""
+    """The share of a run that is done, between 0 and 1."""
     found = recorded(folder)
     return found.step / found.header["steps"] if found else 0.0
 
@@ -153,13 +153,13 @@ def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show
     """Runs a cell in a process of its own, to its end unless the user interrupts.
 
     Args:
-      cell: what to run.
-      out_dir: the sweep's.
-      interrupted: whether the user asks to stop, which is then asked of the process.
-      show: called now and then with the part of the run that is done, between 0 and 1.
+      cell: the run.
+      out_dir: the sweep's directory.
+      interrupted: returns whether the user asks to stop; then the process is asked to stop.
+      show: a function that is called now and then with the share of the run that is done, between 0 and 1.
 
     Returns:
-      Why it failed; nothing if it did not.
+      The reason of a failure; empty if the run did not fail.
     """
     folder = out_dir / cell.name
     asked = False
@@ -174,7 +174,7 @@ def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show
                 show(part(folder))
                 time.sleep(POLL_SECONDS)
         finally:
-            process.kill()  # if it is still there, something has gone wrong here
+            process.kill()  # if the process is still there, something has gone wrong here
             process.wait()
     if process.returncode == 0:
         return ""
@@ -183,18 +183,18 @@ def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show
 
 
 def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) -> list[str]:
-    """Runs what is not done yet.
+    """Runs the runs that are not done yet.
 
     Args:
       grid: the file.
-      out_dir: of the runs' directories.
-      screen: where to show progress.
+      out_dir: the directory of the runs' directories.
+      screen: the console to show progress on.
 
     Returns:
-      What failed, and why.
+      The runs that failed, each with the reason.
 
     Raises:
-      GridError: the file is no grid, or a directory is of a run with other settings.
+      GridError: the file is not a grid, or a directory is of a run with other settings.
       KeyboardInterrupt: the user interrupted, and the run has ended.
     """
     cells = read(grid)
@@ -208,7 +208,7 @@ def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) ->
         bar = progress.add_task("sweep", total=len(todo), status="")
 
         def left() -> str:
-            """The time it takes yet, if it goes on as since the beginning."""
+            """The remaining time in words, at the speed since the beginning."""
             now = sum(part(out_dir / cell.name) for cell in todo)
             if now == before:
                 return "time left unknown"
@@ -233,7 +233,7 @@ def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) ->
 
 
 def main() -> None:
-    """Runs the grid, and tells what failed."""
+    """Runs the grid, and reports the failures."""
     screen = display.console()
     try:
         failures = sweep(pathlib.Path(FLAGS.grid), command.directory("out_dir", FLAGS.out_dir), screen)
@@ -249,7 +249,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Not at import: other experiments have flags of the same names.
+    # Not at import: other experiments have flags with the same names.
     flags.DEFINE_string("grid", None, "The TOML file of what to run.", required=True)
     flags.DEFINE_string("out_dir", "out", "The directory of the runs' directories.")
     command.run(main)

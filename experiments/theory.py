@@ -1,17 +1,18 @@
-"""What theorems promise of QSGD, of best rank r and of top-k, against what is measured: a table and a figure.
+"""Bounds from theorems on QSGD, on best rank r and on top-k, beside measurements: a table and a figure.
 
     python -m experiments.theory
 
-QSGD with the 2-norm rounds normal values by the codec's own functions. Its variance, its nonzeros and the lengths of
+QSGD with the 2-norm rounds normal values with the codec's own functions. Its variance, its nonzeros and the lengths of
 its codes stand beside the bounds of Lemma 3.1, Theorem 3.2 and Corollary 3.3 of the paper (Alistarh et al., NeurIPS
-2017) and of the authors' slides. The slides' s² + √n nonzeros do not hold for s > 1. The 2.8 bits a coordinate at
-s = √n the sparse code reaches; the dense code, which they are about as we read it (the paper's appendix was not at
-hand), does not. An o(1) in a bound is taken as 0. Bits do not count the norm.
-Points are measured; the lines through them are `elias.expected_bits`.
+2017) and of the authors' slides. The slides' s² + √n nonzeros do not hold for s > 1. The sparse code reaches the 2.8
+bits a coordinate at s = √n. The dense code does not; as we read it, the 2.8 bits are about this code (the paper's
+appendix was not at hand). An o(1) in a bound is taken as 0. Bits do not count the norm. Points are measured; the lines
+through them are `elias.expected_bits`.
 
-Best rank r and top-k contract: |x - C(x)|² <= (1 - r / min(n, m)) |x|² and (1 - k / n) |x|². How much further they do
-depends on the matrix; here it is one of noise, one of singular values 1 / i, and a gradient: of the hidden layer of a
-perceptron that learns digits. Both get the same bits: 32 for each number of two factors, 64 for a value and its place.
+Best rank r and top-k contract: |x - C(x)|² <= (1 - r / min(n, m)) |x|² and (1 - k / n) |x|². How much further they
+contract depends on the matrix. Here there are three: noise, a matrix with singular values 1 / i, and a gradient of the
+hidden layer of a perceptron that learns digits. Both methods get the same bits: 32 for each number of two factors, 64
+for a value and its place.
 """
 
 import math
@@ -38,28 +39,28 @@ from gradcomp_jax.wire import elias
 
 FLAGS = flags.FLAGS
 
-# absl lets a flag be defined once only; these are the training command's.
+# absl lets a flag be defined only once; the training command defines these.
 for name in ("seed", "out_dir"):
     flags.declare_key_flag(name)
 flags.DEFINE_integer("draws", 4, "Vectors of --dimension values that are rounded.", lower_bound=1)
 flags.DEFINE_integer("dimension", 200_000, "n, the largest vector; a multiple of 4.", lower_bound=4)
 
-BUCKETS = (128, 512, 8192)  # d, besides n
-LEVELS = (1, 2, 4, 7, 16, 32, 64, 127, 256)  # s, besides √n
+BUCKETS = (128, 512, 8192)  # values of d, besides n
+LEVELS = (1, 2, 4, 7, 16, 32, 64, 127, 256)  # values of s, besides √n
 CODES = {"sparse": ("sparse", False), "dense": ("dense", False), "dense, all signs": ("dense", True)}
 PACKED = {1: 2, 7: 4, 127: 8}  # s: bits
-SIDE = 256  # of the matrices
+SIDE = 256  # rows, and columns, of the matrices
 RANKS = tuple(2**i for i in range(8))
 HOLDS = {True: "holds", False: "does NOT hold"}
 
 
 class Rounded(NamedTuple):
-    """What QSGD makes of buckets of d values, on average.
+    """QSGD's averages over buckets of d values.
 
     Attributes:
       variance: |Q(v) - v|² / |v|².
-      nonzeros: in a bucket.
-      bits: a coordinate, by name of the code; the norm's are not counted.
+      nonzeros: the nonzeros in a bucket.
+      bits: the bits a coordinate, by name of the code; the norm's bits do not count.
     """
 
     variance: float
@@ -68,7 +69,7 @@ class Rounded(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """A bound, and what it is to bound."""
+    """A bound, and the measured quantity that it should bound."""
 
     what: str
     source: str
@@ -81,36 +82,36 @@ class Claim(NamedTuple):
 
 
 def variance_bound(d: int, s: int) -> float:
-    """Lemma 3.1 (ii), of |Q(v) - v|² / |v|²."""
+    """Lemma 3.1 (ii): the bound of |Q(v) - v|² / |v|²."""
     return min(d / s**2, math.sqrt(d) / s)
 
 
 def nonzeros_bound(n: int, s: int) -> float:
-    """Lemma 3.1 (iii)."""
+    """Lemma 3.1 (iii): the bound of nonzeros."""
     return s * (s + math.sqrt(n))
 
 
 def slides_nonzeros_bound(n: int, s: int) -> float:
-    """The authors' slides; false for s > 1."""
+    """The bound of nonzeros in the authors' slides; it is false for s > 1."""
     return s**2 + math.sqrt(n)
 
 
 def sparse_bound(n: int, s: int) -> float:
-    """Theorem 3.2, bits a coordinate of Code_s."""
+    """Theorem 3.2: the bound of Code_s, in bits a coordinate."""
     nonzeros = nonzeros_bound(n, s)
     return (3 + 1.5 * math.log2(2 * (s**2 + n) / nonzeros)) * nonzeros / n
 
 
 def dense_bound(n: int, s: int) -> float:
-    """The authors' slides, bits a coordinate of Code'_s."""
+    """The bound of Code'_s in the authors' slides, in bits a coordinate."""
     return (math.log2(1 + (s**2 + min(n, s * math.sqrt(n))) / n) + 1) / 2 + 2
 
 
-# What is measured
+# Measurements
 
 
 def rounded(d: int, levels: Sequence[int], rows: int, seed: int, norm: str = "l2") -> dict[int, Rounded]:
-    """By s: `rows` buckets of d normal values, divided by their norm and rounded."""
+    """QSGD's averages by s: for `rows` buckets of d normal values, divided by their norm and rounded."""
     keys = jax.random.split(jax.random.key(seed))
     v = jax.random.normal(keys[0], (rows, d))
     scale = NORMS[norm](v)
@@ -155,7 +156,7 @@ def perceptron_gradient(seed: int, steps: int = 100, batch_size: int = 128) -> n
 
 
 def matrices(seed: int) -> dict[str, np.ndarray]:
-    """By name, [SIDE, SIDE]."""
+    """The compared matrices [SIDE, SIDE], by name."""
     noise = np.random.default_rng(seed).standard_normal((3, SIDE, SIDE))
     left, right = (np.linalg.qr(x)[0] for x in noise[1:])
     return {
@@ -166,23 +167,23 @@ def matrices(seed: int) -> dict[str, np.ndarray]:
 
 
 def rank_loss(x: np.ndarray, r: int) -> float:
-    """|x - C(x)|² / |x|² of the best approximation of rank r."""
+    """|x - C(x)|² / |x|² for the best approximation of rank r."""
     squares = np.linalg.svd(x.astype(np.float64), compute_uv=False) ** 2
     return float(squares[r:].sum() / squares.sum())
 
 
 def top_loss(x: np.ndarray, k: int) -> float:
-    """|x - C(x)|² / |x|² of the k largest magnitudes."""
+    """|x - C(x)|² / |x|² for the k largest magnitudes."""
     squares = np.sort(x.astype(np.float64).ravel() ** 2)
     return float(squares[: x.size - k].sum() / squares.sum())
 
 
 def same_bits(r: int, shape: tuple[int, ...]) -> int:
-    """The k at which values and places take the bits of factors of rank r."""
+    """The k for which values and places take as many bits as factors of rank r."""
     return r * sum(shape) // 2
 
 
-# What is shown
+# The table and the figure
 
 
 def claims(by_size: Mapping[int, Mapping[int, Rounded]], n: int, compared: Mapping[str, np.ndarray]) -> list[Claim]:
@@ -216,7 +217,7 @@ def claims(by_size: Mapping[int, Mapping[int, Rounded]], n: int, compared: Mappi
 
 
 def table(rows: Sequence[Claim], title: str) -> Table:
-    """One row a claim."""
+    """A table with one row for each claim."""
     out = Table(title=title)
     for heading in ("what", "bound by", "where"):
         out.add_column(heading)
@@ -262,7 +263,7 @@ def _plot_codes(axes: Axes, whole: Mapping[int, Rounded], n: int) -> None:
         axes.plot(list(whole), [x.bits[code] for x in whole.values()], "o", color=color, markersize=4)
         expected = [elias.expected_bits(n, int(x), form, sign_for_zeros=signs) for x in s]
         axes.plot(s, expected, color=color, linewidth=1, label=code)
-    below = s[s <= max(whole) / 4]  # where the bound says something
+    below = s[s <= max(whole) / 4]  # where the bound has a meaning
     axes.plot(below, [sparse_bound(n, x) for x in below], "--", color=HUES[0], linewidth=1, label="Theorem 3.2, sparse")
     axes.plot(s, [dense_bound(n, x) for x in s], "--", color=HUES[3], linewidth=1, label="slides, dense")
     root = round(math.sqrt(n))
@@ -324,11 +325,11 @@ def plot(
     """Writes the six panels as a PNG.
 
     Args:
-      by_size: by d and s, divided by the 2-norm.
-      largest: by s, of d = 512, divided by the largest magnitude.
+      by_size: the averages by d and s, for values divided by the 2-norm.
+      largest: the averages by s, for d = 512 and values divided by the largest magnitude.
       n: the largest d.
-      compared: matrices by name.
-      path: of the file.
+      compared: the matrices by name.
+      path: the path of the file.
     """
     figure = Figure(figsize=(11, 12.5), layout="constrained")
     (variance, nonzeros), (codes, buckets), (best, top) = figure.subplots(3, 2)

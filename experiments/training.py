@@ -1,8 +1,8 @@
 """The training loop that all experiments share, and its flags.
 
-A run is decided by its flags and its seed: all codecs start from the same parameters and see the same batches at
-the same learning rates, and differ in nothing else. A run that was killed and started again ends as one that was
-not: its state, its place in the input, its randomness and its figures are in each checkpoint.
+The flags and the seed decide a run. All codecs start from the same parameters, and see the same batches at the same
+learning rates. Nothing else differs. A run that was killed and started again ends like one that was not: each
+checkpoint has its state, its place in the input, its randomness and its figures.
 """
 
 import contextlib
@@ -82,7 +82,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_string("tensorboard_dir", None, "Where to write the figures for TensorBoard too.")
 
-# What --help shows; the others are of the kind that a first run does without, and in --helpfull.
+# The flags that --help shows. A first run does not need the others; --helpfull shows them.
 SHOWN = (
     "codec",
     "delayed",
@@ -104,7 +104,7 @@ SHOWN = (
 # The figures of `gradcomp_jax.metrics` that are recorded.
 LOST = ("error", "residual", "residual_norm")
 NO_REORDERING = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
-# What a run must have in common with the checkpoint from which it goes on, beside the experiment's own flags.
+# The settings that a run must share with the checkpoint from which it goes on, beside the experiment's own flags.
 SETTINGS = (
     "epochs",
     "batch_size",
@@ -124,16 +124,16 @@ SETTINGS = (
 
 
 class Task(NamedTuple):
-    """What is trained: all that the loop does not know.
+    """A task to train, with all that the loop does not know itself.
 
     Attributes:
-      name: such as "cifar10-resnet8", for files and titles.
-      settings: what it depends on, by name; JSON.
+      name: the name for files and titles, such as "cifar10-resnet8".
+      settings: the settings of the task, by name; JSON.
       params: the initial parameters.
       model_state: the initial batch statistics.
       loss_fn: (params, model_state, batch) -> (loss, (model_state, accuracy)), on one worker's part of a batch.
-      batches: from a number of steps done to the batches after it, without end.
-      examples: in an epoch.
+      batches: a function from the number of steps done to the batches after it, without end.
+      examples: the number of examples in an epoch.
       evaluate: (params, model_state) -> {"loss": ..., "accuracy": ...} on the test split.
     """
 
@@ -148,26 +148,26 @@ class Task(NamedTuple):
 
 
 class InterruptedRunError(Exception):
-    """The user asked to stop, and the run has done so; the message says where it is and what is kept."""
+    """The user asked to stop, and the run has stopped; the message tells the step, and the way to go on."""
 
 
 def codec(name: str, task: Task) -> optax.GradientTransformationExtraArgs:
-    """The codec `name`, as the flags have it.
+    """The codec `name` with its flags.
 
     Raises:
       ValueError: the factory refuses a value.
     """
     steps_per_epoch = task.examples // FLAGS.batch_size
-    # A cosine falls in every step, by which accordion would compress in none.
+    # A cosine falls in every step, so accordion would compress in none.
     schedule = learning_rate(steps_per_epoch) if FLAGS.schedule == "step" else None
     made = codecs.from_flags(name, FLAGS.seed, codecs.Course(steps_per_epoch, schedule))
-    if FLAGS.measured and name != "none":  # which loses nothing
+    if FLAGS.measured and name != "none":  # none loses nothing
         made = measured(made)
     return delayed(made) if FLAGS.delayed else made
 
 
 def label(name: str) -> str:
-    """The codec's name and what is not at its default."""
+    """The codec's name, with the settings that are not at their defaults."""
     return codecs.label(name) + " delayed" * FLAGS.delayed
 
 
@@ -181,11 +181,11 @@ def train(
     """Trains with one codec, from the start or from the newest checkpoint.
 
     Args:
-      name: the codec's, as in `codecs.CODECS`.
+      name: the codec's name, a key of `codecs.CODECS`.
       codec: the codec.
-      task: what to train.
-      mesh: the workers.
-      screen: where to show progress.
+      task: the task.
+      mesh: the mesh of the workers.
+      screen: the console to show progress on.
 
     Returns:
       The records, which are also in `--out_dir`.
@@ -193,7 +193,7 @@ def train(
     Raises:
       CheckpointError: `--checkpoint_dir` has checkpoints of this run, but none to go on from; or another process is
         at this run.
-      InterruptedRunError: by Ctrl-C or SIGTERM.
+      InterruptedRunError: the user interrupted with Ctrl-C or SIGTERM.
       RecordsError: the records cannot be written.
     """
     run_name = f"{task.name}-{label(name).replace(' ', '_')}-seed{FLAGS.seed}"
@@ -202,7 +202,7 @@ def train(
     steps_per_epoch = task.examples // FLAGS.batch_size
     steps = FLAGS.epochs * steps_per_epoch
     settings = {key: FLAGS[key].value for key in SETTINGS} | task.settings | codecs.settings(name)
-    settings |= {f"{name}_delayed": FLAGS.delayed}  # of the codec, like the others, in a comparison
+    settings |= {f"{name}_delayed": FLAGS.delayed}  # in a comparison it is a setting of the codec, like the others
 
     schedule = learning_rate(steps_per_epoch)
     tx = optimizers.optimizer(FLAGS.optimizer, codec, schedule, FLAGS.momentum, FLAGS.weight_decay)
@@ -212,7 +212,7 @@ def train(
     own = checkpoints.owned(folder) if folder else contextlib.nullcontext()
     with own, interruptible() as interrupted, display.progress(screen) as progress:
         done, figures = 0, None
-        # Copies, as a step consumes what it is given, and the next codec starts from the same.
+        # Copies, because a step consumes its arguments, and the next codec starts from the same parameters.
         params, model_state = jax.tree.map(jnp.copy, (task.params, task.model_state))
         opt_state = init(tx, params, mesh)
         if folder and (saved := restore(folder, settings, tx, task, screen)):
@@ -232,7 +232,8 @@ def train(
         stop = False
         while done < steps and not stop:
             with recorder.timed("input"):
-                # Waited for, as a second program on emulated devices can take the threads that a step waits for.
+                # The loop waits for the batch: on emulated devices a second program can take the threads that a step
+                # waits for.
                 batch = jax.block_until_ready(next(batches))
             began, lr = time.perf_counter(), float(schedule(done))
             with recorder.timed(work):
@@ -278,19 +279,19 @@ def train(
 
 
 def bits_of_pmean(task: Task, workers: int) -> int:
-    """What a worker sends in a step without compression: gradients in the type they have, and what is beside them."""
+    """The bits that a worker sends without compression: the gradients in their own type, and the floats beside them."""
     gradients = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.params))
     return -(-8 * (gradients + 4 * beside(task)) * 2 * (workers - 1) // workers)
 
 
 def beside(task: Task) -> int:
-    """How many floats a step averages beside the gradients: batch statistics, the loss and the accuracy."""
+    """The number of floats that a step averages beside the gradients: batch statistics, the loss and the accuracy."""
     averaged = [x for x in jax.tree.leaves(task.model_state) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return sum(x.size for x in averaged) + 2
 
 
 def code_length(opt_state: Any) -> dict[str, float]:
-    """The true length of codes that vary in length, as "code_bits"; nothing without such a codec."""
+    """The true length of codes that vary in length, as "code_bits"; empty without such a codec."""
     try:
         return {"code_bits": code_bits(opt_state)}
     except ValueError:
@@ -298,13 +299,13 @@ def code_length(opt_state: Any) -> dict[str, float]:
 
 
 def lost(opt_state: Any) -> dict[str, float]:
-    """The figures of `LOST`; nothing where codecs are not measured."""
+    """The figures of `LOST`; empty if codecs are not measured."""
     figures = jax.device_get(metrics(opt_state))
     return {} if figures.error is None else {name: float(getattr(figures, name)) for name in LOST}
 
 
 def lost_by_leaf(opt_state: Any) -> dict[str, dict[str, float]]:
-    """The same by path."""
+    """The figures of `lost` by path."""
     leaves = {path: x for path, x in jax.device_get(metrics(opt_state).leaves).items() if x.error is not None}
     return {name: {path: float(getattr(x, name)) for path, x in leaves.items()} for name in LOST if leaves}
 
@@ -317,7 +318,7 @@ def checkpoint(
     recorder: records.Recorder,
     screen: display.Console,
 ) -> None:
-    """Writes a checkpoint; where that fails, says so and lets the training go on."""
+    """Writes a checkpoint; if that fails, it prints the error, and the training goes on."""
     try:
         checkpoints.save(folder, recorder.state["step"], workers, settings, arrays, recorder.state)
     except checkpoints.CheckpointError as error:
@@ -325,7 +326,7 @@ def checkpoint(
 
 
 def learning_rate(steps_per_epoch: int) -> optax.Schedule:
-    """From steps done to the learning rate, as the flags have it.
+    """The learning rate by steps done, from the flags.
 
     Raises:
       ValueError: it would not do what the flags say.
@@ -382,7 +383,7 @@ def restore(
 
 
 def carried_over(opt_state: Any, workers: int, mesh: Mesh, screen: display.Console) -> Any:
-    """The optimiser's state, from the host, on the workers there are now."""
+    """The optimiser's state, which is on the host, placed on the current workers."""
     if workers == mesh.size:
         return place(opt_state, mesh)
     screen.print(
@@ -395,16 +396,16 @@ def carried_over(opt_state: Any, workers: int, mesh: Mesh, screen: display.Conso
 
 
 def worker_mesh(workers: int) -> Mesh:
-    """A mesh of `workers` accelerators, or of devices that the CPU emulates where there is no accelerator.
+    """A mesh of `workers` accelerators; without accelerators, of devices that the CPU emulates.
 
     Raises:
-      ValueError: there are fewer, and it is too late, or not in place, to emulate them.
+      ValueError: there are fewer devices, and it is too late to emulate more, or there are accelerators.
     """
-    # With it, emulated devices may meet in the collectives of a conditional, and in those beside it, in different
-    # orders; accordion's training crashes then. Read when jax first runs.
+    # With reordering, emulated devices may meet in the collectives of a conditional, and in those beside it, in
+    # different orders, and accordion's training crashes. jax reads the flag when it first runs.
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_REORDERING}"
     if jax.config.values["jax_num_cpu_devices"] < workers:
-        # Refused where jax runs already, perhaps with enough devices.
+        # jax refuses this if it runs already, perhaps with enough devices.
         with contextlib.suppress(RuntimeError):
             jax.config.update("jax_num_cpu_devices", workers)
     if jax.device_count() < workers:
@@ -426,9 +427,9 @@ def require_batches(batch_size: int, workers: int, examples: int) -> None:
 
 
 def command_line(argv: list[str]) -> list[str]:
-    """`argv` with every --flagfile=... moved to the front: what is typed beside a preset wins, in any order.
+    """`argv` with every --flagfile=... moved to the front, so that flags beside a preset win, in any order.
 
-    --help shows the settings of the codecs that it names.
+    --help shows the settings of the codecs that `argv` names.
     """
     codecs.show_settings(argv)
     return argv[:1] + sorted(argv[1:], key=lambda arg: not arg.lstrip("-").startswith("flagfile="))

@@ -3,12 +3,12 @@
     python -m experiments.unread
     python -m experiments.unread --steps=200 --codecs=gradiveq,accordion-powersgd
 
-Each codec in turn trains a small regression on a CPU that emulates `--devices` devices, and no step's result is looked
-at before the last. Such a loop is where programs pile up on devices that share few cores: without `train_step`'s order
-among collectives, and its waiting for the step before, it ends in an abort, hangs, or goes on with wrong numbers. A
-codec that hangs is ended after `--timeout` seconds. The exit status is the number of codecs that failed.
+Each codec in turn trains a small regression on a CPU that emulates `--devices` devices. The loop reads no step's result
+before the last. In such a loop programs pile up on devices that share few cores. `train_step` orders collectives, and
+waits for the step before; without that the loop aborts, hangs, or goes on with wrong numbers. A codec that hangs is
+ended after `--timeout` seconds. The exit status is the number of codecs that failed.
 
-GradiVeQ's cycle is short here, so that all of its phases come up, and accordion checks every tenth step.
+GradiVeQ's cycle is short here, so that all its phases come up. Accordion checks every tenth step.
 """
 
 import concurrent.futures
@@ -70,8 +70,8 @@ CODECS: dict[str, Callable[[], Compressor]] = {
 
 
 def train(name: str, steps: int, devices: int) -> tuple[float, float]:
-    """Seconds of the steps after the first, and the last loss; for a process of its own."""
-    # Whatever made the reader's flags necessary is not needed here.
+    """The seconds of the steps after the first, and the last loss; call it in a process of its own."""
+    # The flags of the caller's process are not needed here.
     os.environ.pop("XLA_FLAGS", None)
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
@@ -94,7 +94,7 @@ def train(name: str, steps: int, devices: int) -> tuple[float, float]:
 
 
 def outcome(name: str, steps: int, devices: int, timeout: float) -> tuple[bool, str]:
-    """Whether a codec's training came to its end, and what to say of it."""
+    """Whether a codec's training came to its end, and a sentence about it."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         running = pool.submit(train, name, steps, devices)
         try:
@@ -109,7 +109,7 @@ def outcome(name: str, steps: int, devices: int, timeout: float) -> tuple[bool, 
 
 
 def main() -> None:
-    """Trains with each codec, and shows what became of it."""
+    """Trains with each codec, and shows the outcomes."""
     screen, failed = display.console(), 0
     table = Table("codec", "", "outcome")
     table.title = f"{FLAGS.steps} steps on {FLAGS.devices} devices of {os.cpu_count()} cores, none of them read"
@@ -136,6 +136,6 @@ def define_flags() -> None:
 
 
 if __name__ == "__main__":
-    # Not at import: a test of another experiment may have flags of these names.
+    # Not at import: a test of another experiment may define flags with these names.
     define_flags()
     command.run(main)

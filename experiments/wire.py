@@ -1,12 +1,12 @@
-"""What one worker sends in a step for ResNet-18's gradient: by codec, aggregation and number of workers.
+"""The bytes that one worker sends in a step for ResNet-18's gradient: by codec, aggregation and number of workers.
 
     python -m experiments.wire
     python -m experiments.wire --markdown
 
-Told by `describe`, for 11,173,962 parameters in 62 tensors, uncompressed ones included; no step is run. GradiVeQ is
-shown in its compressed steps. The table leaves out what depends on the data: accordion, which sends what its two levels
-do and a float a layer, and QSGD's Elias code, which travels in its buffer where it fits and in the packed form
-elsewhere.
+The bytes come from `describe`, for 11,173,962 parameters in 62 tensors, with uncompressed ones; no step is run.
+GradiVeQ is shown in its compressed steps. The table leaves out codecs whose bytes depend on the data. These are
+accordion, which sends the bytes of one of its two levels and a float for each layer, and QSGD's Elias code, which
+travels in its buffer if it fits and otherwise in the packed form.
 """
 
 import math
@@ -54,7 +54,7 @@ NOTE = (
 
 
 def sent(tx: gc.Compressor, shapes: Any, workers: int) -> float:
-    """MB that one of so many workers sends in a step, for tensors of a tree of shapes."""
+    """The MB that one of so many workers sends in a step, for tensors of a tree of shapes."""
     like = lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     params = jax.tree.map(like, shapes, is_leaf=lambda x: isinstance(x, tuple))
     return gc.describe(tx, params, workers).totals.sent / 1e6
@@ -65,7 +65,7 @@ def rows(shapes: Any, counts: Sequence[int]) -> list[list[str]]:
     found = []
     for name, (make, aggregations) in CODECS.items():
         chosen = [False] * len(counts)
-        # By itself a codec with a choice takes the first of those that send as much.
+        # A codec with a choice takes the first of the ways that send equally little.
         default = (
             [sent(make(aggregate=None), shapes, n) for n in counts]
             if len(aggregations) > 1
@@ -98,6 +98,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    # Not at import: a test of another experiment may have a flag of this name.
+    # Not at import: a test of another experiment may define a flag with this name.
     flags.DEFINE_boolean("markdown", False, "Print the table in Markdown.")
     command.run(main)

@@ -1,4 +1,4 @@
-"""What users give, made sure of before it is read: the settings of codecs above all."""
+"""Checks of users' arguments, above all of codecs' settings, before anything reads them."""
 
 import functools
 import inspect
@@ -13,15 +13,15 @@ import numpy as np
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# Characters of a value in a message.
+# The most characters of a value in a message.
 LONG = 100
 
 
 def factory(make: Callable[P, R]) -> Callable[P, R]:
     """Marks a factory of codecs: its settings are fixed when it is called, and are Python's own values.
 
-    Numbers of numpy become Python's, which promote no type of jax's. What jax computes is refused, and so are settings
-    of another type than a factory's annotation, where that is `float` or `bool`, and seeds that are none.
+    Numbers of numpy become Python's, because these promote no type of jax. The factory refuses arrays of jax, settings
+    that do not match an annotation of `float`, `bool` or a function, and values that are no seed or no axis name.
     """
 
     @functools.wraps(make)
@@ -29,7 +29,7 @@ def factory(make: Callable[P, R]) -> Callable[P, R]:
         parameters = inspect.signature(make, eval_str=True).parameters
         if unknown := [name for name in kwargs if name not in parameters]:
             raise TypeError(f"{make.__name__} has no setting {unknown[0]!r}: it has {', '.join(parameters)}")
-        first = dict(zip(parameters, args, strict=False))  # Python itself refuses more, and what is given twice
+        first = dict(zip(parameters, args, strict=False))  # Python itself refuses more arguments, and any given twice
         given = {name: own(name, value) for name, value in (first | kwargs).items()}
         for name, value in given.items():
             _require_kind(name, value, parameters[name].annotation)
@@ -40,14 +40,14 @@ def factory(make: Callable[P, R]) -> Callable[P, R]:
     def uncalled(*args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{make.__name__} is passed uncalled: call it, such as {make.__name__}(...)")
 
-    # What optax reads of a transformation.
+    # The attributes of a transformation that optax reads.
     for name in ("init", "update"):
         setattr(made, name, uncalled)
     return made
 
 
 def _call(name: str, parameters: Mapping[str, inspect.Parameter], given: Mapping[str, Any]) -> str:
-    """The call of a factory as it may be written, with what was given, and its first setting."""
+    """The call of a factory as it may be written, with the given settings, and always its first setting."""
     key, first = next(iter(parameters.items()))
     main = {} if first.default in (None, first.empty) else {key: first.default}
     said = {key: (main | dict(given))[key] for key in parameters if key in main or key in given}
@@ -56,7 +56,7 @@ def _call(name: str, parameters: Mapping[str, inspect.Parameter], given: Mapping
 
 
 def as_written(value: Any) -> str:
-    """A setting as it may be written: codecs by their calls, functions by their names."""
+    """A setting as it may be written: a codec as its call, a function as its name."""
     if hasattr(value, "named"):
         return value.name
     if isinstance(value, list):
@@ -67,10 +67,10 @@ def as_written(value: Any) -> str:
 
 
 def own(name: str, value: Any) -> Any:
-    """`value`, a number of numpy's as one of Python's.
+    """`value`; a number of numpy becomes a number of Python.
 
     Raises:
-      ValueError: jax computes it.
+      ValueError: the value is an array of jax.
     """
     if isinstance(value, jax.Array):
         raise ValueError(
@@ -88,18 +88,18 @@ def require_seed(seed: Any) -> None:
 
 
 def is_whole(value: Any) -> bool:
-    """Whether it is a whole number; True and False are none."""
+    """Whether a value is a whole number; True and False are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def shown(value: Any) -> str:
-    """`value` for a message; of what is long only the type."""
+    """`value` as text for a message; a long text is cut, and its type follows."""
     text = repr(value)
     return text if len(text) <= LONG else f"{text[:LONG]}... ({type(value).__name__})"
 
 
 def require_transformation(tx: Any) -> None:
-    """Raises ValueError for what is no optax transformation."""
+    """Raises ValueError for a value that is not an optax transformation."""
     if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
         return
     chain = "; of several make one by optax.chain(*tx)" if isinstance(tx, list | tuple) else ""
@@ -120,7 +120,7 @@ def require_arrays(what: str, tree: Any) -> None:
 
 
 def require_number(name: str, value: Any, described: str = "a number") -> None:
-    """Raises ValueError for what is no real number."""
+    """Raises ValueError for a value that is not a real number."""
     if not isinstance(own(name, value), numbers.Real) or isinstance(value, bool):
         raise ValueError(f"{name}={shown(value)} must be {described}")
 
@@ -148,7 +148,7 @@ def _require_kind(name: str, value: Any, annotation: Any) -> None:
 
 
 def takes(function: Any, count: int) -> bool:
-    """Whether it can be called with so many arguments."""
+    """Whether a function can be called with so many arguments."""
     if not callable(function):
         return False
     try:
@@ -156,7 +156,7 @@ def takes(function: Any, count: int) -> bool:
     except TypeError:
         return False
     except ValueError:
-        pass  # functions of C may tell nothing of their arguments
+        pass  # functions written in C may have no signature
     return True
 
 

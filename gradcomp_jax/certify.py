@@ -1,14 +1,15 @@
-"""Bytes that a step will send on hardware that is not there: it is compiled for that, and the program is read.
+"""The bytes that a step will send on hardware that is not there: compiles the step for it, and reads the program.
 
     python -m gradcomp_jax.certify module:function --target=v5e:2x4 --slices=2
     python -m gradcomp_jax.certify module:function --target=h100:2x8 --json --plot=schedule.png
 
-`function(mesh)` returns a jitted step and its arguments, arrays or their shapes, as
-`lambda mesh: (train_step(loss_fn, tx, mesh), shapes(tx, params, batch, mesh))` does; the mesh has the axes "node" and
+`function(mesh)` returns a jitted step and its arguments, which are arrays or their shapes. For example:
+`lambda mesh: (train_step(loss_fn, tx, mesh), shapes(tx, params, batch, mesh))`. The mesh has the axes "node" and
 "local".
-The compilers come as wheels, of jax's own version: pip install "gradcomp_jax[certify]" brings libtpu for TPUs, and for
-GPUs jax-cuda12-plugin and jax-cuda12-pjrt, which need neither CUDA nor a GPU. Set JAX_PLATFORMS=cpu, so that jax does
-not look for the devices.
+
+The compilers are wheels of jax's own version. pip install "gradcomp_jax[certify]" installs libtpu for TPUs, and
+jax-cuda12-plugin and jax-cuda12-pjrt for GPUs, which need neither CUDA nor a GPU. Set JAX_PLATFORMS=cpu, so that jax
+does not look for the devices.
 """
 
 import argparse
@@ -37,16 +38,16 @@ from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.placing import global_init
 from gradcomp_jax.sharding import state_specs
 
-# What differs by less is not told of.
+# Smaller differences and messages, in bytes, are not reported.
 LITTLE = 4096
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "collective_permute")
-# Figures of GPUs as XLA's own descriptions have them (openxla/xla, gpu/target_config/specs).
+# Descriptions of GPUs, from XLA (openxla/xla, gpu/target_config/specs).
 GPUS = pathlib.Path(__file__).parent / "gpus"
 QUANTISED = "xla_tpu_quantized_all_reduce_level"
 
 
 class Finding(NamedTuple):
-    """A surprise: the program differs from what was written, or does what does not pay.
+    """A surprise: the program differs from the written one, or it does something that costs too much.
 
     Attributes:
       code: the kind.
@@ -61,9 +62,9 @@ class Sent(NamedTuple):
     """A collective of the compiled program.
 
     Attributes:
-      collective: as `collective_bytes` has it.
+      collective: the collective, from `collective_bytes`.
       link: "between" slices or nodes, or "inside" them.
-      span: from where it starts to where it is done; None in a called computation.
+      span: its start and end in the program; None in a called computation.
     """
 
     collective: Collective
@@ -75,10 +76,10 @@ class Report(NamedTuple):
     """The bytes of a step.
 
     Attributes:
-      target: the hardware for which it was compiled.
+      target: the hardware that the step was compiled for.
       sent: the collectives, in the order of the program.
-      declared: bytes by link that `wire_bits` will count, if the arguments tell.
-      temporaries: bytes of memory, beside arguments.
+      declared: the bytes by link that `wire_bits` will count; empty if the arguments do not determine them.
+      temporaries: the bytes of memory for temporaries.
       findings: surprises.
       work: the places of other work in the program; for each place, whether it multiplies matrices.
     """
@@ -92,7 +93,7 @@ class Report(NamedTuple):
 
     @property
     def totals(self) -> dict[str, float]:
-        """Bytes that a device sends by the ring laws, by link; of a conditional those of all its branches."""
+        """The bytes that a device sends by the ring laws, by link; all branches of a conditional count."""
         of = lambda link: sum(x.collective.ring_bytes for x in self.sent if x.link == link)  # noqa: E731
         return {link: of(link) for link in ("between", "inside")}
 
@@ -109,7 +110,7 @@ class Report(NamedTuple):
         return "\n".join(lines)
 
     def as_json(self) -> str:
-        """The same for programs."""
+        """The report as JSON, for programs."""
         rows = [
             x.collective._asdict() | {"link": x.link, "span": x.span and x.span._asdict(), "groups": None}
             for x in self.sent
@@ -127,16 +128,16 @@ def _when(x: Sent) -> str:
 
 
 def absent_mesh(target: str, slices: int = 1, axes: tuple[str, str] = ("node", "local")) -> Mesh:
-    """A mesh of devices that are not there, or of CPUs, to compile for.
+    """A mesh to compile for, of devices that are not there, or of CPUs.
 
     Args:
-      target: "h100:2x8" (hosts x devices), "a100:2x8", "b200:2x8", or a file in which XLA describes another GPU,
-        "mine.txtpb:2x8"; "v5e:2x4" and the like, a TPU's topology; or "cpu:2x4", emulated devices, which are there.
-      slices: how many slices of that topology, for a TPU.
+      target: "h100:2x8" (hosts x devices), "a100:2x8" or "b200:2x8"; "mine.txtpb:2x8", with a file of XLA that
+        describes another GPU; a TPU's topology such as "v5e:2x4"; or "cpu:2x4", emulated devices, which are there.
+      slices: the number of slices of that topology, for a TPU.
       axes: the names of the slow axis and the fast one.
 
     Raises:
-      ValueError: target is not understood, by us or by its compiler.
+      ValueError: `certify` or the compiler does not understand `target`.
       ImportError: the compiler is not installed.
     """
     kind, _, shape = target.rpartition(":")
@@ -154,7 +155,7 @@ def absent_mesh(target: str, slices: int = 1, axes: tuple[str, str] = ("node", "
         options = {"target_config": described.read_text(), "topology": f"1x{sizes[0]}x{sizes[1]}"}
         devices = _topology(target, "jax_cuda12_plugin", platform="cuda", **options)
         return Mesh(np.array(devices).reshape(sizes), axes)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to be asked
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no machine to ask
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -171,7 +172,7 @@ def _topology(target: str, compiler: str, **options: Any) -> Sequence[Any]:
         )
     try:
         return topologies.get_topology_desc(**options).devices
-    except RuntimeError as error:  # in the compiler's words
+    except RuntimeError as error:  # with the compiler's own words
         raise ValueError(f"target={target!r} is none that {compiler} can compile for here: {error}") from error
 
 
@@ -208,11 +209,11 @@ def certify(
     """Compiles a step for the devices of a mesh, which need not be there, and reports its bytes.
 
     Args:
-      step: a jitted function, such as `train_step` returns.
-      args: its arguments; their shapes will do, `jax.ShapeDtypeStruct`s with shardings on the mesh. If a codec has
-        several kinds of steps, its count is told only if the state's counts of steps are given as arrays.
-      mesh: a mesh of `absent_mesh`; its first axis is the slow one.
-      compiler_options: for XLA, such as those of `compiler_options(platform)`.
+      step: a jitted function, such as the result of `train_step`.
+      args: the step's arguments, or their shapes: `jax.ShapeDtypeStruct`s with shardings on the mesh. If a codec has
+        several kinds of steps, the report has its count only if the state's counts of steps are arrays.
+      mesh: a mesh from `absent_mesh`; its first axis is the slow one.
+      compiler_options: options for XLA, such as those of `compiler_options(platform)`.
 
     Returns:
       A report; `str` of it is a table.
@@ -239,14 +240,14 @@ def certify(
 
 
 def declared(program: Any, args: Sequence[Any]) -> dict[str, float]:
-    """Bytes that a step's state will count.
+    """The bytes that a step's state will count.
 
     Args:
-      program: what `step.trace(*args)` returns.
+      program: the result of `step.trace(*args)`.
       args: the step's arguments, or their shapes.
 
     Returns:
-      By link, "between" and, of `across`, "inside"; nothing where that hangs on what is not known.
+      The bytes by link, "between" and, with `across`, "inside"; empty if they depend on unknown values.
     """
     values = known.outputs(program.jaxpr, jax.tree.leaves(tuple(args)))
     values = jax.tree.unflatten(jax.tree.structure(program.out_info), values)
@@ -272,7 +273,7 @@ class _Traced(NamedTuple):
 
 
 def _traced(text: str, mesh: Mesh) -> Iterator[_Traced]:
-    """The collectives of a program before it is compiled; groups are written as lists, by jax 0.12 as axes."""
+    """The collectives of a program before it is compiled; their groups are lists, or in jax 0.12 axes."""
     slow, per_node = mesh.axis_names[0], mesh.size // mesh.devices.shape[0]
     names = "|".join(COLLECTIVES)
     for found in re.finditer(rf'"stablehlo\.({names})"\(.*? : \((tensor<[^)]*)\) -> ', text, re.S):
@@ -287,7 +288,7 @@ def _traced(text: str, mesh: Mesh) -> Iterator[_Traced]:
 
 
 def _narrow_types(platform: str, traced: list[_Traced]) -> Iterator[Finding]:
-    """Types that take more on the wire than they have."""
+    """Finds types that take more bits on the wire than they have."""
     if platform not in ("gpu", "cuda"):
         return
     for t in traced:
@@ -304,7 +305,7 @@ def _narrow_types(platform: str, traced: list[_Traced]) -> Iterator[Finding]:
 
 
 def _scattered(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
-    """Reduce-scatters that are none any more."""
+    """Finds reduce-scatters that XLA replaced with other collectives."""
     asked = sum(t.size for t in traced if t.kind == "reduce_scatter")
     got = sum(x.collective.operand_bytes for x in sent if x.collective.kind == "reduce-scatter")
     if asked - got > LITTLE:
@@ -316,7 +317,7 @@ def _scattered(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
 
 
 def _merged(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
-    """Collectives that XLA made one of several."""
+    """Finds collectives that XLA merged into one."""
     asked = sum(t.crosses for t in traced)
     got = sum(x.link == "between" for x in sent)
     if 0 < got < asked:
@@ -328,7 +329,7 @@ def _merged(sent: list[Sent], traced: list[_Traced]) -> Iterator[Finding]:
 
 
 def _repeated(jaxpr: Any, mesh: Mesh) -> Iterator[Finding]:
-    """What all devices of a slice or node send alike; told by types, which a step that is not checked has none of."""
+    """Finds equal data that all devices of a slice or node send; only types show it, so the step must be checked."""
     slow, *fast = mesh.axis_names
     for equation in known.equations(jaxpr):
         axes = equation.params.get("axes", equation.params.get("axis_name"))
@@ -346,7 +347,7 @@ def _repeated(jaxpr: Any, mesh: Mesh) -> Iterator[Finding]:
 
 
 def _quantised(platform: str, options: dict[str, Any]) -> Iterator[Finding]:
-    """TPUs' own quantised all-reduce."""
+    """Finds the quantised all-reduce of the TPU compiler."""
     flags = os.environ.get("LIBTPU_INIT_ARGS", "") + " " + os.environ.get("XLA_FLAGS", "")
     said = re.search(rf"--{QUANTISED}=(\w+)", flags)
     level = str(options.get(QUANTISED, said[1] if said else "0"))

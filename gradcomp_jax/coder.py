@@ -1,8 +1,8 @@
 """How numbers become bytes: the base of coders, which quantise or select, and their messages.
 
-A coder sees a tensor in the form of `lay`, float32 [..., length]: flat, or a matrix whose columns the last axis counts.
-With aggregate="shuffle" or "ring" among n workers the last axis is cut into n shards. Its messages are dicts of arrays
-as narrow as they travel. A coder knows nothing of workers or of how its messages are sent.
+A coder sees a tensor in the form that `lay` gives it, float32 [..., length]. The form is flat, or a matrix whose last
+axis counts columns. With aggregate="shuffle" or "ring" among n workers the last axis is cut into n shards. A message is
+a dict of arrays, which are as narrow as they travel. A coder knows neither workers nor how its messages are sent.
 """
 
 import abc
@@ -27,9 +27,9 @@ class Part(NamedTuple):
     """Which part of a tensor is encoded.
 
     Attributes:
-      index: int32, the place of the shard.
-      shards: how many there are; 1: the part is the whole.
-      length: that of the whole tensor's last axis; the last shards are filled up with zeros beyond it.
+      index: int32, the index of the shard.
+      shards: the number of shards; 1: the part is the whole tensor.
+      length: the length of the whole tensor's last axis; the last shards are filled up with zeros beyond it.
       key: a random key that no other part and no other worker has; None if nothing is drawn.
       strength: int32, like `Context.strength`, or None.
     """
@@ -41,7 +41,7 @@ class Part(NamedTuple):
     strength: jax.Array | None = None
 
     def valid(self, each: int) -> jax.Array:
-        """How many of this part's `each` places along the last axis the tensor has, int32."""
+        """int32, how many of this part's `each` places along the last axis are inside the tensor."""
         if self.length == self.shards * each:
             return jnp.int32(each)
         return jnp.clip(self.length - self.index * each, 0, each)
@@ -51,7 +51,7 @@ class Compact(NamedTuple):
     """A shorter form of messages, which not every message has.
 
     Attributes:
-      size: its bytes.
+      size: the form's size in bytes.
       pack: message -> (bytes uint8 [size], whether the message fits, the true length of its code in bits as a pair).
       unpack: bytes -> message.
     """
@@ -62,7 +62,7 @@ class Compact(NamedTuple):
 
 
 class CodeLength(NamedTuple):
-    """True length of one worker's codes in the last step, a part of a codec's state; `code_bits` reads it.
+    """The true length of one worker's codes in the last step, a part of a codec's state; `code_bits` reads it.
 
     Attributes:
       last: bits, a uint32 (high, low) pair, [2]; in the global form [workers, 2].
@@ -78,23 +78,24 @@ def no_length() -> CodeLength:
 
 @dataclasses.dataclass(frozen=True)
 class Coder(abc.ABC):
-    """Base of coders, frozen dataclasses whose fields are the settings.
+    """The base of coders, which are frozen dataclasses whose fields are the settings.
 
     Class attributes:
-      name: for messages.
-      ways: the aggregations that it goes with.
-      rowwise: each unit is encoded on its own, and a message's arrays can be cut between units. A tensor is then
-        encoded whole, and its message is cut.
+      name: the coder's name in error messages.
+      ways: the values of aggregate= that it goes with.
+      rowwise: whether each unit is encoded on its own, and a message's arrays can be cut between units. A tensor is
+        then encoded whole, and its message is cut.
       unit_axis: the axis of a message's arrays that counts units, for a rowwise coder: 0 or -1.
-      pooled: the units of all tensors count as one tensor's, and shards may cross tensors; rowwise only.
+      pooled: whether the units of all tensors count as one tensor's, so that shards may cross tensors; rowwise only.
       draws: whether it uses random keys.
-      votes: the mean of decoded tensors is encoded itself, like in a majority vote.
-      tells_length: whether messages have unused room, and `code_length` tells of it.
-      shares_scale: its codes are integers of a scale that all workers share, and are summed; see `codes.shared`.
+      votes: whether the mean of decoded tensors is encoded itself, like in a majority vote.
+      tells_length: whether messages have unused room, so that `code_length` gives their true length.
+      shares_scale: whether its codes are integers in a scale that all workers share, and are summed; see
+        `codes.shared`.
       unbiased: whether the decoded tensor is on average the encoded one.
       indexes: whether it numbers a tensor's elements with int32.
-      scales: the arrays of a message that bound the decoded tensor in magnitude. If one is not finite, the tensor was
-        not; if all are zero, the message decodes to zeros.
+      scales: the names of a message's arrays that bound the decoded tensor in magnitude. If such an array is not
+        finite, the tensor was not. If all of them are zero, the message decodes to zeros.
     """
 
     name: ClassVar[str] = "coder"
@@ -112,7 +113,7 @@ class Coder(abc.ABC):
 
     @property
     def unit(self) -> int:
-        """How many places of the last axis belong together: shards are whole units."""
+        """How many neighbouring places of the last axis belong together; a shard holds whole units."""
         return 1
 
     def lay(self, x: jax.Array) -> jax.Array:
@@ -124,39 +125,39 @@ class Coder(abc.ABC):
         return y.reshape(like.shape).astype(like.dtype)
 
     def branches(self, shape: tuple[int, ...]) -> bool:
-        """Whether it chooses between branches to encode a part of this shape: then shards are encoded one by one."""
+        """Whether encoding a part of this shape chooses between branches; then shards are encoded one by one."""
         del shape
         return False
 
     def under(self, feedback: bool) -> "Coder":
-        """The coder to use with error feedback, or without."""
+        """The coder to use with error feedback (`feedback` is true) or without."""
         del feedback
         return self
 
     def at(self, strength: Any) -> "Coder":
-        """The coder of a tensor of this strength, of which a message may be of that alone."""
+        """The coder for a tensor of this strength; if the strength never changes, that strength's coder alone."""
         del strength
         return self
 
     @abc.abstractmethod
     def encode(self, y: jax.Array, part: Part) -> Message:
-        """The message of a part [..., length]."""
+        """The message that encodes a part [..., length]."""
 
     @abc.abstractmethod
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        """What a message stands for, float32 of `shape`."""
+        """The tensor that a message stands for, float32 of `shape`."""
 
     def add(self, to: jax.Array, message: Message, part: Part, share: float) -> jax.Array:
-        """`to` plus `share` times what the message stands for."""
+        """`to` plus `share` times the tensor that the message stands for."""
         return to + self.restore(message, to.shape, part) * share
 
     def sparse(self, message: Message, shape: tuple[int, ...]) -> Sparse | None:
-        """The decoded message of a flat part, for a coder that keeps few of its elements."""
+        """The decoded message of a flat part, for a coder that keeps few of its elements; else None."""
         del message, shape
         return None
 
     def bounds(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        """Numbers that bound the decoded message in magnitude; not all finite if anything was not."""
+        """Numbers that bound the decoded message in magnitude; some are not finite if anything encoded was not."""
         del shape, part
         return jnp.concatenate([message[name].reshape(-1) for name in self.scales])
 
@@ -166,34 +167,37 @@ class Coder(abc.ABC):
         return bool(self.scales)
 
     def silenced(self, message: Message, ok: jax.Array) -> Message:
-        """The message, or if not `ok` one that stands for zeros."""
+        """The message; if not `ok`, a message that stands for zeros."""
         return {**message, **{name: jnp.where(ok, message[name], 0) for name in self.scales}}
 
     @abc.abstractmethod
     def size(self, shape: tuple[int, ...]) -> int:
-        """The bytes of the message of a part of this shape."""
+        """The size in bytes of the message of a part of this shape."""
 
     def fronts(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """If a message is bytes and only a front counts: how many bytes, at each strength. Else None."""
+        """How many bytes count at each strength, if a message is bytes and only its front counts; else None."""
         del shape
         return None
 
     def compact(self, units: int) -> Compact | None:
-        """The shorter form of messages of so many units, if there is one."""
+        """The shorter form of messages of so many units; None if there is none."""
         del units
         return None
 
     def code_length(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        """The true length of a message's codes, in bits, as a pair; by default all of it."""
+        """The true length of a message's codes in bits, as a pair; by default that of the whole message."""
         del message, part
         return jnp.array(divmod(8 * self.size(shape), 2**32), jnp.uint32)
 
     def start(self) -> Any:
-        """The coder's own state: () if it draws nothing, and else with a field `step` that counts rounds."""
+        """The coder's first state: () if it draws nothing; else it has a field `step` that counts rounds."""
         return ()
 
     def after(self, state: Any, length: jax.Array | None) -> Any:
-        """The state after a round in which this worker's messages had this true length, if that is told."""
+        """The state after a round.
+
+        `length` is the true length of this worker's messages; None if the coder does not tell it.
+        """
         if state == ():
             return ()
         state = state._replace(step=state.step + 1)
@@ -202,10 +206,12 @@ class Coder(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Switched(Coder):
-    """A coder of several strengths, one for each tensor: a message is bytes, and only a front of them counts.
+    """A coder of several strengths; each tensor has one of them.
+
+    A message is bytes, and only a front of them counts.
 
     Attributes:
-      coders: by strength; all lay a tensor alike.
+      coders: the coder of each strength; all lay a tensor alike.
     """
 
     coders: tuple[Coder, ...] = ()
@@ -216,7 +222,7 @@ class Switched(Coder):
 
     @property
     def seed(self) -> int:
-        """Of the random keys, where any are used; all have one."""
+        """The seed of the random keys, where any are used; all coders have the same."""
         return getattr(self.coders[0], "seed", 0)
 
     @property
@@ -290,10 +296,10 @@ def laid(coder: Coder, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Coding(Codec):
-    """A codec that only codes: the tensor itself travels. Its state is the coder's.
+    """A codec that only codes: the tensor itself travels, and the state is the coder's.
 
     Attributes:
-      transform: a `transform.Transform` that goes before the coder, or None.
+      transform: a `transform.Transform` that is applied before the coder, or None.
     """
 
     transform: Any = None

@@ -1,16 +1,16 @@
 """The contract between codecs and the engine: the types that the author of a codec needs.
 
-A *codec* is the algorithm of one paper, for one tensor (a leaf of the gradients). Its `talk` is a generator: it
-yields numbers to be averaged over the workers, round by round, and is handed the answers. It returns its tensor's
-mean. It knows no other leaf, no axis, no bit and no collective. PowerSGD's, shortened:
+A *codec* is the algorithm of one paper, for one tensor (a leaf of the gradients). Its `talk` is a generator. Round
+by round the talk yields numbers to be averaged over the workers, and it is handed the answers. At its end it returns
+the mean of its tensor. It knows no other leaf, no axis, no bit and no collective. PowerSGD's talk, shortened:
 
     def talk(self, phase, d, leaf, ctx):
-        p = yield Say(d Q)                       the engine sends what all leaves say in one message
+        p = yield Say(d Q)                       the engine sends all leaves' numbers in one message
         q = yield Say(d^T orthonormalize(p.mean))
         return Result(P q.mean^T, P q.own^T, {"q": q.mean})
 
-A *coder* (`gradcomp_jax.coder`) turns the numbers that a codec says into bytes. Without a coder they travel as they are
-and are summed on the way. Codecs and coders are frozen dataclasses: made alike, they are equal.
+A *coder* (`gradcomp_jax.coder`) turns the numbers that a codec says into bytes. Without a coder the numbers travel as
+they are and are summed on the way. Codecs and coders are frozen dataclasses: two with the same settings are equal.
 """
 
 import abc
@@ -32,32 +32,33 @@ Tensors = dict[str, jax.Array]
 """Leaves by path ("conv1/kernel"), in float32 or wider."""
 
 MOST = 2.0**100
-"""Under error feedback gradients of larger magnitude count as not finite."""
+"""Under error feedback, gradients of larger magnitude count as not finite."""
 
 Predicate = Callable[[str, Any], bool]
 """(path, leaf with shape and dtype) -> bool."""
 
 
 Bucketing = int | Callable[[str], int] | None
-"""How many, or the bucket of a path; None leaves it to the plan."""
+"""The number of buckets, or a function from a path to its bucket; None: the plan decides."""
 
 
 class Say(NamedTuple):
     """A request for the mean of numbers over the workers.
 
     Attributes:
-      x: the numbers. With `fronts`, those that matter most come first in C order. Numbers of 16 bits, made with
-        `views.halved`, are for a sum in 16 bits, and go `exact`; the answer is float32.
+      x: the numbers. With `fronts`, the numbers that matter most come first in C order. Numbers of 16 bits, made with
+        `views.halved`, are for a sum in 16 bits and need `exact`; the answer to them is float32.
       fronts: how many of the first elements count at each strength of `Context.strength`; None: all, always.
-      exact: send them as they are, whatever the coder: for steps before a codec compresses, or for a norm.
-      apart: they are a whole gradient, and travel in `dense_dtype` if there is one. If they are large, they get a
-        message of their own, which needs no copy and can overlap.
-      growth: how many times the codec's result may exceed the mean in magnitude. A mean whose result could leave the
-        type's range counts as not finite.
-      second: this worker's residual of the second stage of aggregate="shuffle" alone, of the shape of x, or None; x
-        contains it n-fold, on this worker's shard.
-      partial: if a talk sees a shard of its leaf: x is this shard's part of a sum over the shards, and the answer is
-        that of the sum. It is cut along its last axis on the way; `fronts` count whole rows of that.
+      exact: whether to send the numbers as they are, whatever the coder: for steps before a codec compresses, or for a
+        norm.
+      apart: whether the numbers are a whole gradient, which travels in `dense_dtype` if there is one. A large one gets
+        a message of its own, which needs no copy and can overlap.
+      growth: the factor by which the codec's result may exceed the mean in magnitude. A mean whose result could leave
+        the type's range counts as not finite.
+      second: this worker's residual of the second stage of aggregate="shuffle", with the shape of x, or None. On this
+        worker's shard x contains it n times.
+      partial: whether x is one shard's part of a sum over the shards, for a talk that sees a shard of its leaf. The
+        answer is the mean of that sum. On the way x is cut along its last axis, and `fronts` count whole rows of it.
     """
 
     x: jax.Array
@@ -73,10 +74,10 @@ class Heard(NamedTuple):
     """The answer to `Say`.
 
     Attributes:
-      mean: the mean over the workers, bit-identical on all; zeros beyond a front, and zeros in a step in which
-        anything was not finite on any worker.
+      mean: the mean over the workers, bit-identical on all. It is zero beyond a front. It is all zeros in a step in
+        which any worker had a number that was not finite.
       own: this worker's x after the wire; its mean over the workers is `mean`. It is x itself if nothing is lost.
-      second: this worker's new residual of the second stage; None if it was not asked for.
+      second: this worker's new residual of the second stage; None if the `Say` had none.
     """
 
     mean: jax.Array
@@ -89,7 +90,7 @@ class First(NamedTuple):
 
     Attributes:
       x: the arrays.
-      of_first_shard: if a talk sees a shard of its leaf, ask for those of the first shard, on all.
+      of_first_shard: whether every shard gets the first shard's arrays, where a talk sees a shard of its leaf.
     """
 
     x: Any
@@ -101,7 +102,7 @@ class Together(NamedTuple):
 
     Attributes:
       function: [x of each leaf that asks for this function] -> [answer for each].
-      x: this leaf's, any tree.
+      x: this leaf's argument, any tree.
     """
 
     function: Callable[[list[Any]], list[Any]]
@@ -109,13 +110,13 @@ class Together(NamedTuple):
 
 
 class OverShards(NamedTuple):
-    """A request for the sum over the shards of a leaf; a talk may see one of them. It stays inside a slice or node.
+    """A request for the sum over the shards of a leaf, for a talk that sees one shard.
 
-    If a talk sees the whole leaf, the answer is x.
+    The sum stays inside a slice or node. If a talk sees the whole leaf, the answer is x.
 
     Attributes:
-      x: numbers.
-      largest: ask for their elementwise maximum instead.
+      x: the numbers.
+      largest: whether to answer the elementwise maximum instead of the sum.
     """
 
     x: jax.Array
@@ -134,8 +135,9 @@ class Sparse:
     Attributes:
       indices: int32 [k], different places in C order; places beyond the end are ignored.
       values: [k].
-      shape: the tensor's.
-      window: None, or a place in C order and the values that are added from there on, [w]; any of them may lie outside.
+      shape: the tensor's shape.
+      window: None, or a place in C order and the values [w] that are added from there on. Values may lie outside the
+        tensor, and then count for nothing.
     """
 
     indices: jax.Array
@@ -144,13 +146,14 @@ class Sparse:
     window: tuple[jax.Array, jax.Array] | None = None
 
     def added_to(self, x: jax.Array, share: Any = 1) -> jax.Array:
-        """`x`, of as many elements, plus `share` times the tensor."""
+        """`x`, which has as many elements as the tensor, plus `share` times the tensor."""
         if self.window is not None:
             start, values = self.window
             x = x + add_window(jnp.zeros(x.size, x.dtype), values * share, start).reshape(x.shape)
-        # In the shape of x, whose buffer XLA's CPU backend then reuses. What lies beyond it, does by its first place.
+        # In the shape of x, because XLA's CPU backend then reuses its buffer. The first of several places shows that an
+        # index is beyond the end.
         places: list[jax.Array] = []
-        rest = self.indices.astype(jnp.uint32)  # of which none is from the end
+        rest = self.indices.astype(jnp.uint32)  # unsigned: no index counts from the end
         for size in map(jnp.uint32, reversed(x.shape[1:])):
             places, rest = [jax.lax.rem(rest, size), *places], jax.lax.div(rest, size)
         return x.at[(rest, *places)].add(self.values * share, mode="drop", unique_indices=True)
@@ -171,7 +174,7 @@ class Result(NamedTuple):
     Attributes:
       mean: the update that every worker will apply, of the leaf's shape; made of heard numbers and state only.
       own: this worker's share of the mean, times the number of workers; an array or `Sparse`.
-      news: fields of the leaf's state that change, by name; small ones, because they may pass through a conditional.
+      news: the fields of the leaf's state that change, by name. Keep them small: they may pass through a conditional.
       affine: whether the mean may differ from zero when all heard numbers are zero.
     """
 
@@ -188,16 +191,17 @@ class Context(NamedTuple):
     """Everything a talk is told beside its tensor and state.
 
     Attributes:
-      step: int32, exchanges done, without skipped ones; the same on all workers.
+      step: int32, the number of exchanges done, without skipped ones; the same on all workers.
       salt: a whole number that is this leaf's own, the same on all workers and in every run.
       feedback: whether the part that is left out comes back in a later step.
       fresh: whether the first term is a gradient that this program computes.
-      strength: the place of the leaf's strength among those of the codec, int32, or a whole number where it never
-        changes; None where the codec has one.
-      learning_rate: as given to the transformation's update, or None.
-      shards: in how many shards the leaf lies; the talk sees one.
-      shard: int32, which of them, so that its random draws can differ; None if there is one.
-      whole: the leaf's own shape.
+      strength: the index of the leaf's strength among the codec's strengths, int32, or a whole number if it never
+        changes; None if the codec has one strength.
+      learning_rate: the learning rate given to the transformation's update, or None.
+      shards: the number of shards in which the leaf lies; the talk sees one of them.
+      shard: int32, the index of the shard that the talk sees, so that its random draws can differ; None if there is
+        one shard.
+      whole: the shape of the whole leaf.
     """
 
     step: jax.Array
@@ -226,10 +230,10 @@ class Strength(NamedTuple):
 
     Attributes:
       setting: the name of the setting that makes the strength, such as "rank".
-      value: its value in this codec.
+      value: the setting's value in this codec.
       more_sends_more: whether a larger value sends more.
       others: the codec's other settings, by name.
-      at: several values of it -> the codec of so many strengths, which share one state.
+      at: several values of the setting -> one codec with these strengths, which share one state.
     """
 
     setting: str
@@ -240,11 +244,11 @@ class Strength(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """What a codec gains by how it sees a leaf.
+    """What a codec gains from its view of a leaf.
 
     Attributes:
       ratio: how many times fewer numbers it says.
-      advice: what to look at if that is little; else empty.
+      advice: what to look at if the ratio is small; else empty.
     """
 
     ratio: float
@@ -255,8 +259,9 @@ class Gain(NamedTuple):
 class Codec(abc.ABC):
     """An algorithm for one tensor. Subclasses are frozen dataclasses whose fields are the settings.
 
-    Its state is a NamedTuple. The fields that `by_leaf` names are dicts by path, perhaps in `Mine`, and a talk sees its
-    leaf's entry. The other fields are the whole's; among them `step` counts exchanges, and `quantizer` is the coder's.
+    A codec's state is a NamedTuple. The fields that `by_leaf` names are dicts by path, perhaps in `Mine`, and a talk
+    sees its leaf's entry. The other fields belong to the whole tree. If there is a field `step`, it counts exchanges;
+    if there is a field `quantizer`, it is the coder's state.
     """
 
     name: ClassVar[str]
@@ -264,78 +269,78 @@ class Codec(abc.ABC):
 
     @property
     def coder(self) -> Any:
-        """How numbers become bytes, a `Coder`; None: they travel as they are, and are summed on the way."""
+        """The `Coder` that turns numbers into bytes; None: they travel as they are, and are summed on the way."""
         return None
 
     @property
     def phases(self) -> int:
-        """How many kinds of steps there are; `phase` chooses one."""
+        """The number of kinds of steps; `phase` chooses one."""
         return 1
 
     @property
     def strength(self) -> Strength | None:
-        """What of it can be switched; None if nothing."""
+        """The setting of the codec that can be switched; None if there is none."""
         return None
 
     def require_leaves(self, paths: Sequence[str]) -> None:
-        """Raises ValueError, by name, for a tree of leaves with which it cannot be meant."""
+        """Raises ValueError, by name, for a tree of leaves that this codec cannot be meant for."""
         del paths
 
     def default(self, path: str, leaf: Any) -> bool:
-        """Whether the paper compresses such a leaf; by default those of two axes or more."""
+        """Whether the paper compresses such a leaf; by default a leaf with two axes or more."""
         del path
         return leaf.ndim > 1
 
     @abc.abstractmethod
     def shrinks(self, path: str, leaf: Any, uncompressed: int) -> bool:
-        """Whether it can send such a leaf in fewer bytes than it takes uncompressed."""
+        """Whether the codec can send such a leaf in fewer bytes than `uncompressed`."""
 
     def cut(self, path: str, leaf: Any) -> Cut:
-        """How such a leaf is cut into shards; each is compressed on its own, except where `talk` asks all."""
+        """How such a leaf is cut into shards; each is compressed on its own, except where `talk` asks all shards."""
         del path
         return rows(leaf)
 
     def arrives(self, path: str, leaf: Any) -> int | None:
-        """The axis along which such a leaf has to be cut if gradients come in shards; None: any will do."""
+        """The axis along which such a leaf must be cut if gradients come in shards; None: any axis will do."""
         del path, leaf
         return None
 
     def view(self, path: str, leaf: Any) -> str:
-        """What it takes such a leaf for, in words; empty if it takes the leaf as it is."""
+        """The codec's view of such a leaf, in words; empty if the codec takes the leaf as it is."""
         del path, leaf
         return ""
 
     def gain(self, path: str, leaf: Any) -> Gain | None:
-        """What it gains by that; None where it hangs on nothing that one could change."""
+        """What that view gains; None if the gain depends on nothing that a user could change."""
         del path, leaf
         return None
 
     def init(self, path: str, leaf: Any, salt: int) -> dict[str, Any]:
-        """The first state of one leaf, the fields of `by_leaf`; it may depend on the leaf's shape and dtype only.
+        """The first state of one leaf, the fields of `by_leaf`.
 
-        The leaf may be a `Shard`.
+        It may depend only on the leaf's shape and dtype. The leaf may be a `Shard`.
         """
         del path, leaf, salt
         return {}
 
     def start(self, leaves: dict[str, dict[str, Any]]) -> Any:
-        """The first state of the whole, around the fields by leaf, which are dicts by path."""
+        """The first state of the whole tree, around the fields by leaf, which are dicts by path."""
         del leaves
         return ()
 
     def leaf(self, state: Any, path: str) -> Any:
-        """What a talk sees of the state."""
+        """The part of the state that a talk sees."""
         entries = {name: bare(getattr(state, name)) for name in self.by_leaf}
         entries = {name: x[path] for name, x in entries.items() if isinstance(x, dict) and path in x}
         return state._replace(**entries) if entries else state
 
     def of_shards(self, state: Any, f: Callable[[Any, str], Any]) -> Any:
-        """The state with f(field, its name) in the place of each field by leaf that is of a shard, not of the leaf."""
+        """The state with f(field, its name) in place of each field by leaf that describes a shard, not the leaf."""
         del f
         return state
 
     def shard_cut(self, name: str, path: str, leaf: Any) -> Cut | None:
-        """How the shards' entries of such a field join to the whole leaf's; None: the first's stands for all."""
+        """How the shards' entries of a field join to the whole leaf's entry; None: the first entry stands for all."""
         del name, path, leaf
         return None
 
@@ -350,31 +355,32 @@ class Codec(abc.ABC):
         return state
 
     def coder_state(self, state: Any) -> Any:
-        """The part of the state that is the coder's own: the field `quantizer`, if there is one."""
+        """The coder's part of the state: the field `quantizer`, if there is one."""
         return getattr(state, "quantizer", ())
 
     def with_coder_state(self, state: Any, coder_state: Any) -> Any:
-        """The state with another part of the coder's."""
+        """The state with `coder_state` as the coder's part."""
         return state._replace(quantizer=coder_state) if hasattr(state, "quantizer") else state
 
     def step(self, state: Any) -> jax.Array:
-        """int32, the exchanges done."""
+        """int32, the number of exchanges done."""
         return state.step if hasattr(state, "step") else jnp.int32(0)
 
     def phase(self, state: Any) -> jax.Array:
-        """int32, the kind of the step, below `phases`."""
+        """int32, the kind of the step, less than `phases`."""
         del state
         return jnp.int32(0)
 
     def kinds(self, state: Any) -> dict[str, Any]:
-        """The kinds of steps that may send different amounts, by name, first the one that the codec is for.
+        """The kinds of steps that may send different amounts, by name; the first is the kind that the codec is for.
 
-        Of each the state before such a step, made of the first one, whose large arrays may be shapes.
+        Each kind maps to the state before such a step, made from `state`, the codec's first. Its large arrays may be
+        shapes.
         """
         return {"": state}
 
     def strengths(self, state: Any, paths: Iterable[str], learning_rate: Any) -> dict[str, Any]:
-        """Each leaf's place among the strengths, int32, or a whole number where it never changes; empty if one."""
+        """The index of each leaf's strength, int32, or a whole number if it never changes; empty if there is one."""
         del state, paths, learning_rate
         return {}
 
@@ -384,18 +390,19 @@ class Codec(abc.ABC):
 
         Args:
           phase: the kind of the step.
-          d: terms whose sum is to be averaged: the gradient, and the residual of error feedback. They come apart,
+          d: terms whose sum is to be averaged: the gradient, and the residual of error feedback. They come apart
             because some algorithms need no sum of the gradient's size.
           leaf: the state, with this leaf's entries of the fields `by_leaf`.
-          ctx: everything else.
+          ctx: everything else that the talk is told.
         """
 
     def absorb(
         self, leaf: Any, d: tuple[jax.Array, ...], mean: jax.Array, ok: jax.Array, ctx: Context
     ) -> dict[str, Any]:
-        """Large fields of the leaf's state that change, outside of any conditional, which would copy them.
+        """The large fields of the leaf's state that change.
 
-        They must stay as they are if not `ok`, that is, if something was not finite on some worker.
+        They change outside of any conditional, because a conditional would copy them. They must stay as they are if
+        not `ok`, that is, if something was not finite on some worker.
         """
         del leaf, d, mean, ok, ctx
         return {}
@@ -406,12 +413,15 @@ class Codec(abc.ABC):
         return {}
 
     def due(self, state: Any) -> jax.Array | None:
-        """Whether `refresh` is to run in this step, the same on all workers; None: never."""
+        """Whether `refresh` runs in this step, the same on all workers; None: never."""
         del state
         return None
 
     def refresh(self, before: Any, after: Any, mean: jax.Array, ctx: Context) -> Generator[First, Any, dict[str, Any]]:
-        """Rarely: fields of a leaf's state, from those before and after the step; it may ask for the first worker's."""
+        """Renews fields of a leaf's state when `due`, from the state before and after the step.
+
+        It may ask for the first worker's arrays with `First`.
+        """
         del before, after, mean, ctx
         yield from ()
         return {}
@@ -422,16 +432,19 @@ class Codec(abc.ABC):
         return {}
 
     def tick(self, state: Any, after: Any, ctx: Context) -> Any:
-        """`after`, the state with its leaves renewed, with the whole's fields renewed too: `step`, if it counts."""
+        """The state at the end of a step: `after`, whose leaves are renewed, with the whole tree's fields renewed too.
+
+        By default it adds one to `step`, if there is such a field.
+        """
         del ctx
         return after._replace(step=state.step + 1) if hasattr(state, "step") else after
 
     def flushed(self, state: Any) -> Any:
-        """The state once the residual has been sent, for codecs whose state repeats a part of it."""
+        """The state once the residual has been sent, for codecs whose state repeats a part of the residual."""
         return state
 
     def forget(self, leaf: Any, where: jax.Array) -> Any:
-        """A leaf's state, reset to know nothing, where `where`."""
+        """A leaf's state, reset to know nothing where `where` is true."""
         del where
         return leaf
 
@@ -454,7 +467,7 @@ class Uncompressed(Codec):
 
 
 def alongside(talk: Talk, more: Any) -> Generator[Any, Any, tuple[Result, Any]]:
-    """A talk, with one more thing asked in its first message: its result, and the answer to that."""
+    """Runs a talk and asks one more thing in its first message: gives the talk's result, and the answer to `more`."""
     answer = extra = None
     while True:
         try:
@@ -476,25 +489,25 @@ def bare(x: Any) -> Any:
 
 
 class UnheardError(TypeError):
-    """A mean that the types show to be made of more than was heard."""
+    """A codec made a mean of more than heard numbers, as the types show."""
 
 
 class AlreadyReducedError(ValueError):
-    """A gradient that the types show to be summed over the workers already."""
+    """A gradient is summed over the workers already, as the types show."""
 
 
 def total(d: tuple[jax.Array, ...]) -> jax.Array:
-    """The sum of the terms in which a talk is given its tensor.
+    """The sum of the terms of a talk's tensor.
 
-    NaN where the gradient, the first term, is not `moderate`.
+    With two terms it is NaN where the gradient, the first term, is not `moderate`.
     """
     return d[0] if len(d) == 1 else moderate(d[0]) + d[1]
 
 
 def moderate(x: jax.Array) -> jax.Array:
-    """A gradient under error feedback: NaN where it is above `MOST`, for the step to be skipped.
+    """A gradient under error feedback: NaN where its magnitude is above `MOST`, so that the step is skipped.
 
-    A finite gradient could otherwise leave a residual so large that all later steps would be skipped.
+    Otherwise a finite gradient could leave a residual so large that all later steps would be skipped.
     """
     return jnp.where(jnp.abs(x) <= MOST, x, jnp.nan)
 
@@ -512,7 +525,7 @@ def require_fraction(fraction: Any) -> None:
 
 
 def require_indexable(codec: str, path: str, leaf: Any) -> None:
-    """Raises ValueError for a leaf whose elements an int32 cannot number."""
+    """Raises ValueError for a leaf with more elements than an int32 can number."""
     if leaf.size >= 2**31:
         raise ValueError(
             f"leaf {path!r} of shape {leaf.shape} has 2^31 elements or more, which codec {codec!r} cannot number: "

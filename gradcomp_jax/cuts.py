@@ -6,18 +6,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Of a leaf's rows, what may be added for them to divide; else it is cut as a vector, where it can be.
+# The share of rows that may be added so that a leaf divides; beyond it the leaf is cut as a vector, if it can be.
 PADDING = 1 / 8
 
 
 class Cut(NamedTuple):
-    """How a leaf is cut, among any number of shards; what does not divide is filled up with zeros.
+    """How a leaf is cut, for any number of shards; a leaf that does not divide is filled up with zeros.
 
     Attributes:
-      view: a shape of as many elements, in which it is cut.
+      view: the shape in which the leaf is cut, with as many elements.
       axis: the axis that is cut.
-      unit: how many places along it stay together.
-      flattens: cut it as a vector instead, where its places along the axis would be filled up by more than `PADDING`.
+      unit: how many neighbouring places along the axis stay together.
+      flattens: whether to cut the leaf as a vector if its axis would be filled up by more than `PADDING`.
     """
 
     view: tuple[int, ...]
@@ -26,13 +26,13 @@ class Cut(NamedTuple):
     flattens: bool = False
 
     def among(self, shards: int) -> "Cut":
-        """The cut among so many shards: this one, or that of the vector."""
+        """The cut for so many shards: this one, or the cut of the vector."""
         length = self.view[self.axis]
         wide = self.flattens and self.each(shards) * shards > (1 + PADDING) * length
         return Cut((math.prod(self.view),)) if wide else self
 
     def each(self, shards: int) -> int:
-        """Places along the axis in a shard."""
+        """The number of places along the axis in a shard."""
         units = -(-self.view[self.axis] // self.unit)
         return max(1, -(-units // shards)) * self.unit
 
@@ -42,7 +42,7 @@ class Cut(NamedTuple):
         return (*cut.view[: cut.axis], cut.each(shards), *cut.view[cut.axis + 1 :])
 
     def lay(self, x: jax.Array, shards: int) -> jax.Array:
-        """A leaf in shards that lie side by side along the axis."""
+        """A leaf in its view, filled up, so that its shards lie side by side along the axis."""
         cut = self.among(shards)
         missing = cut.each(shards) * shards - cut.view[cut.axis]
         padding = [(0, missing if axis == cut.axis else 0) for axis in range(len(cut.view))]
@@ -50,7 +50,7 @@ class Cut(NamedTuple):
         return jnp.pad(x, padding) if missing else x
 
     def unlay(self, y: jax.Array, shards: int) -> jax.Array:
-        """The inverse of `lay`, in the shape of the view that was cut."""
+        """The inverse of `lay`, in the shape of the view."""
         cut = self.among(shards)
         return jax.lax.slice_in_dim(y, 0, cut.view[cut.axis], axis=cut.axis)
 
@@ -61,20 +61,20 @@ class Cut(NamedTuple):
         return jnp.moveaxis(y, cut.axis, 0)
 
     def join(self, parts: jax.Array) -> jax.Array:
-        """The inverse of `split`, in the shape of the view that was cut."""
+        """The inverse of `split`, in the shape of the view."""
         shards, cut = len(parts), self.among(len(parts))
         y = jnp.moveaxis(parts, 0, cut.axis)
         return self.unlay(y.reshape(*y.shape[: cut.axis], -1, *y.shape[cut.axis + 2 :]), shards)
 
 
 class Shard(NamedTuple):
-    """What is to be known of a shard beforehand; to those who ask for shapes a leaf like others.
+    """The shape of a shard; code that asks for shapes can treat it like any leaf.
 
     Attributes:
-      shape: its shape.
-      dtype: its type.
-      whole: the leaf of which it is one.
-      shards: how many there are.
+      shape: the shard's shape.
+      dtype: the shard's type.
+      whole: the whole leaf.
+      shards: the number of shards of the leaf.
     """
 
     shape: tuple[int, ...]
@@ -84,27 +84,27 @@ class Shard(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """How many axes it has."""
+        """The number of axes."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """How many elements."""
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 def whole(leaf: Any) -> Any:
-    """The leaf of which this is a shard; another is whole itself."""
+    """The whole leaf of a shard; any other leaf is whole itself."""
     return leaf.whole if isinstance(leaf, Shard) else leaf
 
 
 def shards_of(leaf: Any) -> int:
-    """In how many shards a leaf lies of which this is one; 1 of a whole leaf."""
+    """The number of shards of the leaf that this is a shard of; 1 for a whole leaf."""
     return leaf.shards if isinstance(leaf, Shard) else 1
 
 
 def rows(leaf: Any) -> Cut:
-    """The cut of what has no structure: by rows, which are all axes but the last, or as a vector."""
+    """The cut of a leaf without structure: along its rows, which are all axes but the last, or as a vector."""
     if len(leaf.shape) < 2 or not leaf.shape[-1]:
         return Cut((math.prod(leaf.shape),))
     return Cut((math.prod(leaf.shape[:-1]), leaf.shape[-1]), flattens=True)

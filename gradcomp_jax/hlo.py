@@ -14,16 +14,16 @@ class Collective(NamedTuple):
 
     Attributes:
       kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all" or "collective-permute".
-      dtype: the operands' HLO types, such as "f32"; several are joined by "+".
-      operand_bytes: bytes of this worker's operands, over all runs of the loops around it.
-      workers: how many workers take part.
-      branch: the branches of conditionals in which it stands, outermost first, such as "cond.3/1"; "" if
-        it always runs.
-      ring_bytes: bytes that one worker sends for it, by the ring laws.
-      operands: how many arrays it is given. CPUs send each one in a message of its own; all-to-all is given one for
-        each worker there.
-      groups: which devices take part together; empty between the slices of a TPU, where one chip of each slice takes
-        part.
+      dtype: the operands' HLO types, such as "f32"; several are joined with "+".
+      operand_bytes: the bytes of this worker's operands, over all runs of the loops around the collective.
+      workers: the number of workers that take part.
+      branch: the branches of conditionals around the collective, outermost first, such as "cond.3/1"; "" if it always
+        runs.
+      ring_bytes: the bytes that one worker sends for it, by the ring laws.
+      operands: the number of its operand arrays. CPUs send each one in a message of its own, and give all-to-all one
+        for each worker.
+      groups: the groups of devices that take part together; empty between the slices of a TPU, where one chip of each
+        slice takes part.
       name: the instruction's name.
     """
 
@@ -38,11 +38,11 @@ class Collective(NamedTuple):
     name: str = ""
 
     def crosses(self, devices: int) -> bool:
-        """Whether it goes between slices or nodes of so many devices, which are numbered one after another."""
+        """Whether the collective goes between slices or nodes of so many devices, numbered one after another."""
         return not self.groups or any(len({device // devices for device in group}) > 1 for group in self.groups)
 
 
-# Of each kind (n workers, p bytes of operands) -> bytes that one worker sends.
+# For each kind, (n workers, p bytes of operands) -> the bytes that one worker sends.
 RING_LAW = {
     "all-reduce": lambda n, p: 2 * (n - 1) * p / n,
     "all-gather": lambda n, p: (n - 1) * p,
@@ -51,7 +51,7 @@ RING_LAW = {
     "collective-permute": lambda n, p: p if n > 1 else 0,
 }
 _UNKNOWN = ("collective-broadcast", "ragged-all-to-all", "send", "recv")
-# What a TPU sends to other slices, by its runtime's name for it.
+# The collectives between the slices of a TPU, by the names that its runtime gives them.
 _BETWEEN_SLICES = {
     "ALL_REDUCE": "all-reduce",
     "ALL_GATHER": "all-gather",
@@ -59,7 +59,7 @@ _BETWEEN_SLICES = {
     "REDUCE_SCATTER": "reduce-scatter",
     "ONE_TO_ONE": "collective-permute",
 }
-# Part of a chain of fusions on TPUs, in each of which the collective stands again.
+# Marks a fusion of a chain on TPUs; each fusion of the chain contains the collective again.
 _IN_CHAIN = "chain_id="
 _CHAIN_BEGINS = "AsyncCollectiveStart"
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -76,21 +76,22 @@ class _Instruction(NamedTuple):
 
 
 def collective_bytes(compiled: Any) -> list[Collective]:
-    """Every collective of a compiled program: its type, bytes, and the branch it stands in.
+    """Every collective of a compiled program: its type, its bytes, and the branch around it.
 
     Args:
-      compiled: what `jax.jit(f).lower(...).compile()` returns, or the text of its HLO module.
+      compiled: the result of `jax.jit(f).lower(...).compile()`, or the text of its HLO module.
 
     Returns:
       The collectives, in the order of the program. A collective in a loop counts once for each trip.
 
     Raises:
-      ValueError: a collective stands in a loop whose trip count the compiler does not state, or cannot be
-        read; or the text is not compiled HLO.
+      ValueError: a collective runs in a loop with an unknown number of trips, or it cannot be read; or the text is not
+        compiled HLO.
 
     >>> import jax, jax.numpy as jnp
+    >>> import gradcomp_jax as gcj
     >>> program = jax.jit(lambda x: x + 1).lower(jnp.ones(3)).compile()
-    >>> collective_bytes(program)
+    >>> gcj.collective_bytes(program)
     []
     """
     if not isinstance(compiled, str) and not hasattr(compiled, "as_text"):
@@ -107,12 +108,12 @@ def collective_bytes(compiled: Any) -> list[Collective]:
 
 
 class Span(NamedTuple):
-    """From where a collective starts to where it is done, in a program's order.
+    """The start and the end of a collective, in a program's order.
 
     Attributes:
-      start: the place of its first instruction among those of the program.
-      done: the place of its last; the same where it is synchronous.
-      work: how many fusions, products and calls of libraries lie between.
+      start: the place of its first instruction in the program.
+      done: the place of its last instruction; the same as `start` if the collective is synchronous.
+      work: the number of fusions, products and library calls between these places.
     """
 
     start: int
@@ -121,11 +122,11 @@ class Span(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The order of a compiled program, of which places are numbers; called computations are not looked into.
+    """The order of a compiled program, where each place is a number; called computations are not looked into.
 
     Attributes:
-      spans: by the name of each instruction that starts something, where that is done.
-      work: the places of fusions, products and calls of libraries; of each whether it multiplies matrices.
+      spans: the span of each instruction, or of the pair that starts and ends it, by the name of the first.
+      work: the places of fusions, products and library calls; for each place, whether it multiplies matrices.
     """
 
     spans: dict[str, Span]
@@ -141,7 +142,7 @@ def schedule(compiled: Any) -> Schedule:
     """The order of a compiled program's own instructions.
 
     Args:
-      compiled: as of `collective_bytes`.
+      compiled: the program, like for `collective_bytes`.
     """
     computations, entry = _parse(compiled if isinstance(compiled, str) else compiled.as_text())
     instructions = computations.get(entry, [])
@@ -162,7 +163,7 @@ def schedule(compiled: Any) -> Schedule:
 
 
 def _multiplies(i: _Instruction, computations: dict[str, list[_Instruction]]) -> bool:
-    """Whether it is a product of matrices, by itself, a library's, or of a computation it calls."""
+    """Whether an instruction multiplies matrices: by itself, in a library, or in a computation that it calls."""
     if i.op in _PRODUCTS or _PRODUCT_CALLS.search(i.rest):
         return True
     called = computations.get(_attribute(i.rest, "to_apply") or _attribute(i.rest, "calls"), [])
@@ -183,7 +184,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
 
 
 def _walk(computations, name: str, branch: str, times: int, devices: int) -> list[Collective]:
-    """The collectives of computation `name` and of all that it calls."""
+    """The collectives of computation `name` and of all computations that it calls."""
     found = []
     shapes = {i.name: i.shape for i in computations[name]}
     begins = any(_CHAIN_BEGINS in i.rest for i in computations[name])
@@ -215,7 +216,7 @@ def _walk(computations, name: str, branch: str, times: int, devices: int) -> lis
 
 
 def _trips(loop: _Instruction, around: list[_Instruction], computations: dict[str, list[_Instruction]]) -> int | None:
-    """How often a loop runs: as the compiler says; else told only of one that counts from 0 to below a constant."""
+    """The number of a loop's trips, as the compiler states it; else only if the loop counts from 0 to a constant."""
     if said := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
         return int(said[1])
     test, body = (computations[_attribute(loop.rest, part)] for part in ("condition", "body"))
@@ -238,7 +239,7 @@ def _trips(loop: _Instruction, around: list[_Instruction], computations: dict[st
 
 
 def _source(name: str, instructions: list[_Instruction]) -> _Instruction | None:
-    """The instruction of that name, or what it copies."""
+    """The instruction of that name; for a copy, the instruction that it copies."""
     found = next((i for i in instructions if i.name == name), None)
     return _source(_operands(found)[0], instructions) if found and found.op in ("copy", "bitcast") else found
 
@@ -267,13 +268,13 @@ def _collective(i: _Instruction, kind: str, shapes: dict[str, str], branch: str,
 
 
 def _repeats(i: _Instruction, kind: str, begins: bool) -> bool:
-    """Whether it is a part of a collective that is counted elsewhere: where it arrives, or goes on in a chain."""
+    """Whether an instruction belongs to a collective that is counted elsewhere: a receiving end, or a later link."""
     receives = i.op in ("send-done", "recv", "recv-done") and "xla_megascale" in i.rest
     return receives or (kind in RING_LAW and _IN_CHAIN in i.rest and not begins)
 
 
 def _between_slices(i: _Instruction, shapes: dict[str, str], branch: str, times: int) -> Collective:
-    """What a chip sends to its peers in the other slices of a TPU."""
+    """The collective in which a chip sends to its peers in the other slices of a TPU."""
     named = re.search(r'_xla_megascale_transfer_type="(\w+)"', i.rest)
     peers = re.search(r'_xla_megascale_target="?\{+([\d,]+|\d+->\d+)\}', i.rest)
     operand = re.match(r"%?([\w.\-]+)", i.rest)
@@ -300,7 +301,7 @@ def _arguments(rest: str) -> str:
 def _branches(rest: str) -> list[str]:
     if several := re.search(r"branch_computations=\{([^}]*)\}", rest):
         return [name.strip().lstrip("%") for name in several[1].split(",")]
-    # A predicate of type bool; index 0 is the false branch, as in lax.cond and lax.switch.
+    # A predicate of type bool; index 0 is the false branch, like in lax.cond and lax.switch.
     return [_attribute(rest, "false_computation"), _attribute(rest, "true_computation")]
 
 
@@ -317,7 +318,7 @@ def _shape_bytes(dtype: str, dims: str) -> int:
 
 
 def _groups(rest: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The devices of each group, from the three ways to write them: lists, an iota, axes of a mesh."""
+    """The devices of each group, from the three ways to write them: lists, an iota, or axes of a mesh."""
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _as_groups(_numbers(iota[3]), _numbers(iota[4] or ""), int(iota[2]))
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=[^{]*)?\s*\{([\w',\s\\]*)\}", rest):
@@ -338,7 +339,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _as_groups(shape: list[int], order: list[int], size: int) -> tuple[tuple[int, ...], ...]:
-    """Devices in C order of a shape, its axes in another order, in groups of one size."""
+    """Devices in groups of one size: numbered in C order of a shape, then read with its axes in another order."""
     numbers = np.arange(math.prod(shape)).reshape(shape)
     numbers = numbers.transpose(order) if order else numbers
     return tuple(tuple(int(x) for x in group) for group in numbers.reshape(-1, size))

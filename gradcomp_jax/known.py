@@ -1,6 +1,6 @@
-"""What a traced program does whatever else it is given: outputs that hang on known arguments alone, and what it sends.
+"""The known part of a traced program: outputs that depend on known arguments alone, and the collectives that run.
 
-Conditionals are followed where their index is known; nothing is computed but what is asked for.
+Conditionals are followed where their index is known. Only requested values are computed.
 """
 
 import functools
@@ -13,9 +13,9 @@ import numpy as np
 
 Value = Callable[[], Any]
 
-# Of these an output is what is given; what is known is known, and the same, on all devices.
+# Primitives whose outputs are their inputs: a known value is known, and the same, on all devices.
 _SAME = ("pvary", "pcast", "copy", "optimization_barrier", "sharding_constraint", "reshard", "pmax", "pmin")
-# The kinds of collectives, by how their names begin.
+# The kinds of collectives, by the beginnings of their primitives' names.
 _TALK = {
     "psum": "all-reduce",
     "pmax": "all-reduce",
@@ -28,16 +28,16 @@ _TALK = {
 
 
 class Unknown(Exception):  # noqa: N818  it is no error
-    """It hangs on an argument that is not known, on what another device sends, or on a loop."""
+    """A value depends on an unknown argument, on the data of another device, or on a loop."""
 
 
 class Message(NamedTuple):
     """A collective of a traced program.
 
     Attributes:
-      kind: as `gradcomp_jax.Collective` names it.
+      kind: the kind of collective, as in `gradcomp_jax.Collective`.
       axes: the mesh axes over which it goes.
-      times: how many operands it has, in all turns of a loop.
+      times: the number of its operands, over all turns of a loop.
     """
 
     kind: str
@@ -46,27 +46,27 @@ class Message(NamedTuple):
 
 
 def outputs(closed: Any, arguments: Sequence[Any], otherwise: int | None = None) -> list[Value]:
-    """Of a program's outputs, functions that return each or raise `Unknown`.
+    """For each output of a program, a function that returns its value or raises `Unknown`.
 
     Args:
       closed: a closed jaxpr.
-      arguments: its arguments, those that are not known as `jax.ShapeDtypeStruct`.
-      otherwise: the branch of conditionals whose index is not known; None: they are not known either.
+      arguments: the program's arguments; an unknown one is a `jax.ShapeDtypeStruct`.
+      otherwise: the branch to take in conditionals whose index is unknown; None: their results are unknown too.
     """
     scope = _Scope(closed.jaxpr, [_given(x) for x in closed.consts], _values(arguments), otherwise)
     return [functools.partial(scope.value, x) for x in closed.jaxpr.outvars]
 
 
 def messages(closed: Any, arguments: Sequence[Any], otherwise: int | None = None) -> list[Message]:
-    """The collectives of a program, of its conditionals those of the branch taken.
+    """The collectives of a program; a conditional has those of the branch taken.
 
     Args:
       closed: a closed jaxpr.
-      arguments: as of `outputs`.
-      otherwise: as of `outputs`.
+      arguments: the arguments, like for `outputs`.
+      otherwise: the branch to take in conditionals whose index is unknown, like for `outputs`.
 
     Raises:
-      Unknown: which branch holds on what is not known.
+      Unknown: the branch depends on unknown values, and `otherwise` is None.
     """
     return list(_Scope(closed.jaxpr, [_given(x) for x in closed.consts], _values(arguments), otherwise).messages())
 
@@ -84,7 +84,7 @@ def _unknown() -> Any:
 
 
 class _Scope:
-    """The values of a jaxpr, computed as they are asked for."""
+    """The values of a jaxpr, each computed when it is requested."""
 
     def __init__(self, jaxpr: Any, consts: Sequence[Value], arguments: Sequence[Value], otherwise: int | None):
         self.jaxpr, self.otherwise = jaxpr, otherwise
@@ -115,7 +115,7 @@ class _Scope:
         return found[k] if equation.primitive.multiple_results else found
 
     def inner(self, equation: Any) -> "_Scope | None":
-        """What is inside of an equation, of a conditional the branch taken; None if nothing is."""
+        """The jaxpr inside an equation, for a conditional the branch taken; None if there is none."""
         operands, params = equation.invars, equation.params
         if equation.primitive.name == "cond":
             found, operands = params["branches"][self.index(operands[0], len(params["branches"]))], operands[1:]
@@ -124,12 +124,12 @@ class _Scope:
         if found is None:
             return None
         consts = [_given(x) for x in getattr(found, "consts", ())]
-        loops = equation.primitive.name == "scan"  # whose operands change from turn to turn
+        loops = equation.primitive.name == "scan"  # its operands change from turn to turn
         arguments = [_unknown if loops else functools.partial(self.value, x) for x in operands]
         return _Scope(getattr(found, "jaxpr", found), consts, arguments, self.otherwise)
 
     def index(self, x: Any, branches: int) -> int:
-        """The branch that is taken."""
+        """The index of the branch that is taken."""
         try:
             return int(self.value(x))
         except Unknown:
@@ -150,18 +150,18 @@ class _Scope:
 
 
 def _kind(equation: Any) -> str:
-    """Of a collective its kind; empty of others."""
+    """The kind of a collective; empty for other equations."""
     return next((kind for name, kind in _TALK.items() if equation.primitive.name.startswith(name)), "")
 
 
 def equations(jaxpr: jax.extend.core.Jaxpr) -> Iterator[Any]:
-    """All equations, those of loops, branches and functions inside included."""
+    """All equations of a jaxpr, with those of the loops, branches and functions inside it."""
     for equation in jaxpr.eqns:
         yield equation
         yield from inside(equation)
 
 
 def inside(equation: Any) -> Iterator[Any]:
-    """All equations inside of one."""
+    """All equations inside an equation."""
     for inner in jax.extend.core.jaxprs_in_params(equation.params):
         yield from equations(inner)

@@ -1,4 +1,4 @@
-"""Figures of a compressed training, read from the optimiser's state: what is lost, owed, sent and skipped."""
+"""Figures of a compressed training, read from the optimiser's state: loss, debt, bytes sent and skipped steps."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from gradcomp_jax.views import narrow
 
 
 class LeafMetrics(NamedTuple):
-    """Figures of one compressed leaf; see `Metrics`, which has the same of all leaves together.
+    """Figures of one compressed leaf; `Metrics` has the same figures for all leaves together.
 
     Attributes:
       error: the relative error of compression.
-      residual: the residual over the gradient.
+      residual: the norm of the residual over the norm of the gradient.
       residual_norm: the 2-norm of the residual.
       gradient_norm: the 2-norm of the gradient.
     """
@@ -32,22 +32,22 @@ class LeafMetrics(NamedTuple):
 class Metrics(NamedTuple):
     """Figures of a compressed training, as `metrics` returns them: float32 scalars, or None.
 
-    Norms are over compressed leaves. They are 2-norms of the arrays of all workers taken together, as if they were one
-    vector; of the local form they are of this worker's arrays. Of leaves that are sent dense nothing is lost.
+    Norms cover the compressed leaves; leaves that travel dense lose nothing. They are 2-norms over the arrays of all
+    workers taken together, as if those were one vector. In the local form they cover this worker's arrays.
 
     Attributes:
-      bytes: that one worker sent in the last step, as `wire_bits` counts them, rounded to float32. Of `across` those
-        that one chip sent between slices.
-      bytes_total: the same of all steps so far.
-      skipped: steps that were skipped.
-      error: the relative error of compression in the last step, the norm of what was not sent over the norm of what was
-        to be sent. To be sent was the gradient and what error feedback owed; under `EF21` the change of the gradient.
-        0 is exact.
-      residual: the norm of the residual over the norm of the gradient of the last step: how many gradients are owed.
-        Under `EF21` the residual is what the estimate lacks of the gradient. 0 without error feedback, which owes none.
+      bytes: the bytes that one worker sent in the last step, counted like `wire_bits` and rounded to float32. With
+        `across`, the bytes that one chip sent between slices.
+      bytes_total: the bytes of all steps so far, counted the same way.
+      skipped: the number of skipped steps.
+      error: the relative error of compression in the last step. It is the norm of the unsent part over the norm of the
+        whole that was to be sent: the gradient plus the residual, or under `EF21` the change of the gradient. 0 means
+        that nothing was lost.
+      residual: the norm of the residual over the norm of the last step's gradient: how many gradients are owed. Under
+        `EF21` the residual is the gradient minus its estimate. Without error feedback nothing is owed, and this is 0.
       residual_norm: the norm of the residual, in the unit of the gradient.
-      gradient_norm: the norm of the gradients of the last step, before any mean.
-      leaves: by path, `error` to `gradient_norm` of each compressed leaf.
+      gradient_norm: the norm of the last step's gradients, before any mean.
+      leaves: by path, `error`, `residual`, `residual_norm` and `gradient_norm` of each compressed leaf.
     """
 
     bytes: jax.Array
@@ -71,30 +71,31 @@ class _Norms(NamedTuple):
 
 @factory
 def measured(codec: Compressor) -> Compressor:
-    """A codec that keeps three norms of each compressed leaf, from which `metrics` tells what is lost.
+    """A codec that keeps three norms of each compressed leaf, so that `metrics` can tell how much is lost.
 
-    They are float32, this worker's, of the last step that was compressed: the norm of the gradient, of what was to be
-    sent, and of what of that was not sent. What was sent is what this worker added to the mean, times the number of
-    workers; so the error that a worker makes when it encodes the mean again, as by aggregate="shuffle", is its error
-    too. Squares neither overflow nor vanish: of gradients of any finite magnitude the norms are right. Only a norm that
-    is 10^8 times less than the largest of the three may be rounded to zero.
+    The norms are float32. They are those of this worker in the last step that was compressed: the norm of the gradient,
+    the norm of the whole that was to be sent, and the norm of its unsent part. The sent part is this worker's share of
+    the mean, times the number of workers. So the error of a worker that encodes the mean again (aggregate="shuffle")
+    counts as its own. Squares neither overflow nor vanish, and the norms are right for gradients of any finite
+    magnitude. Only a norm 10^8 times smaller than the largest of the three may be rounded to zero.
 
-    Nothing else changes: what is sent, its bits, and what is applied are the codec's own, but for last bits where
-    another program computes them in another order. With error feedback a step reads 3 arrays of the gradient's size
-    more, and allocates none. Without it the codec has to compute what it sent, which it does not otherwise: one array
-    more. There, `powersgd` that is `across` slices also sends that inside a slice, which `wire_bits` counts.
+    Nothing else changes. The codec sends the same messages with the same bits and applies the same mean, except for
+    last bits where another program computes in another order. With error feedback a step reads 3 more arrays of the
+    gradient's size, and allocates none. Without error feedback the codec must also compute its sent part, one more
+    array. There, `powersgd` under `across` also sends this array inside a slice, and `wire_bits` counts it.
 
-    A skipped step leaves the norms as they were, and so does `flush`. For another number of workers `resize_workers`
-    gives each the mean of the old ones' norms, until the next step.
+    A skipped step leaves the norms unchanged, and so does `flush`. `resize_workers` gives each new worker the mean of
+    the old workers' norms, until the next step.
 
     Args:
       codec: a codec, such as `powersgd(2)`, `accordion(...)` or `across(...)`.
 
     Returns:
-      A `Compressor`, in the place of the codec; its state has `norms`.
+      A `Compressor` that takes the codec's place. Its state has `norms`.
 
     Raises:
-      ValueError: codec is none. What goes around codecs goes around this, as in `delayed(measured(onebit()))`.
+      ValueError: `codec` is not a codec. A wrapper such as `delayed` goes around `measured`, as in
+        `delayed(measured(onebit()))`.
 
     >>> import optax
     >>> import gradcomp_jax as gcj
@@ -110,12 +111,12 @@ def measured(codec: Compressor) -> Compressor:
 
 
 def metrics(opt_state: Any) -> Metrics:
-    """Relative error, residual, bytes and skipped steps, of the whole tree and by leaf.
+    """Relative error, residual, bytes and skipped steps, for the whole tree and by leaf.
 
-    It computes on arrays alone, so it can be called between steps or inside jit, shard_map, vmap and pmap; nothing
-    waits for the result until it is read. It exchanges nothing: inside a step it tells of this worker, and of
-    `across` of this chip's shards. Norms of residuals are read from the residuals, the others from what `measured`
-    keeps; before the first step they are zero.
+    Call it between steps, or inside jit, shard_map, vmap or pmap: it computes on arrays alone, and nothing waits for
+    the result until you read it. It exchanges nothing: inside a step the figures are this worker's, and with `across`
+    those of this chip's shards. Norms of residuals are computed from the residuals. The other norms come from
+    `measured`, and are zero before the first step.
 
     What is healthy: `residual_norm` rises in the first steps, and then falls with the loss. If it goes on rising while
     the loss stays or rises, the codec is too strong for the learning rate. `residual` is 2 to 20 gradients while the
@@ -124,14 +125,14 @@ def metrics(opt_state: Any) -> Metrics:
     measured values.
 
     Args:
-      opt_state: an optimiser state that holds the state of one codec, or of several, whose figures are joined: sums of
-        bytes and skipped steps, norms over all leaves. May be the local form, the global one, or one replicated for
-        pmap.
+      opt_state: an optimiser state that holds the state of one or more codecs. The figures of several codecs are
+        joined: bytes and skipped steps add up, and norms cover all leaves. May be the local form, the global one, or
+        one replicated for pmap.
 
     Returns:
-      The figures. Where no codec is `measured`, `error`, `residual` and `gradient_norm` are None; so they are of the
-      leaves of those that are not, which count in `residual_norm` alone. `residual_norm` is None where there is none:
-      under `EF21` without `measured`, and without any compressed leaf.
+      The figures. If no codec is `measured`, then `error`, `residual` and `gradient_norm` are None. If some codecs are
+      not, these three are None for their leaves, which count in `residual_norm` alone. `residual_norm` is None if there
+      is no residual to read: under `EF21` without `measured`, and without any compressed leaf.
 
     Raises:
       ValueError: `opt_state` holds no codec's state, or two codecs in it have a leaf of the same path.
@@ -178,7 +179,7 @@ def _metrics(states: list[Any]) -> Metrics:
 
 
 def _paths(state: CompressorState) -> list[str]:
-    """Of the leaves of which there are figures."""
+    """The paths of the leaves that have figures."""
     residual = {} if isinstance(state.codec, Estimated) else state.residual.value
     return list(state.norms.value if state.norms else residual)
 
@@ -203,12 +204,12 @@ def _figures(x: _Norms) -> LeafMetrics:
 
 
 def _over(part: jax.Array, whole: jax.Array) -> jax.Array:
-    """Part / whole; 0 where both are."""
+    """Part / whole; 0 where both are 0."""
     return jnp.where(part == 0, 0, part / whole)
 
 
 def _joined(norms: Sequence[jax.Array]) -> jax.Array:
-    """The norm over all of which these are the norms."""
+    """The norm over all arrays that have these norms."""
     return norm(jnp.stack(norms))
 
 
@@ -217,11 +218,11 @@ def _total(xs: list[jax.Array]) -> jax.Array:
 
 
 def _bytes(pair: jax.Array) -> jax.Array:
-    """float32, of a count of bits as it is in the state."""
+    """A count of bits, as it is in the state, in bytes, float32."""
     high, low = _first(pair, 1).astype(jnp.float32)
     return high * 2**29 + low / 8
 
 
 def _first(x: jax.Array, ndim: int) -> jax.Array:
-    """What is the same everywhere; of pmap's copies, one for each device, the first."""
+    """A value that is the same everywhere; pmap keeps one copy for each device, and this is the first."""
     return x if x.ndim == ndim else x[0]

@@ -1,4 +1,4 @@
-"""What a codec lost of a step's gradients: norms by leaf, which its state keeps where it is `measured`."""
+"""How much of a step's gradients a codec lost: norms by leaf, which the state of a `measured` codec keeps."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from gradcomp_jax.views import STEP, inverse_power, on_cpus, others_are_automati
 
 Arrays = tuple[jax.Array, ...]
 
-# Beside a sum of squares above it nothing that counts has vanished; squares of magnitudes below 2^-63 do.
+# If the sum of squares is above this, nothing that counts has vanished; squares of magnitudes below 2^-63 do vanish.
 LEAST = 2.0**-46
 
 
@@ -23,7 +23,7 @@ def no_norms() -> jax.Array:
 
 
 def norm(x: jax.Array) -> jax.Array:
-    """The 2-norm of all elements of an array, however it lies; their squares neither overflow nor vanish."""
+    """The 2-norm of all elements of an array of any shape; their squares neither overflow nor vanish."""
     down = _scale((x,))
     return jnp.sqrt(jnp.sum((x * down) ** 2)) * inverse_power(down)
 
@@ -34,14 +34,14 @@ def of_terms(terms: Arrays) -> jax.Array:
 
 
 def of_lost(feedback: Feedback | EF21 | None, gradient: jax.Array, memory: Any, own: Any, beside: jax.Array) -> Any:
-    """[1]: the norm of what was not sent of the terms; beside those.
+    """[1]: the norm of the terms' unsent part.
 
     Args:
-      feedback: the codec's, or None.
-      gradient: of this worker.
-      memory: that the step left; None without feedback.
-      own: what this worker added to the mean, times the number of workers.
-      beside: norms of the terms, next to which a loss that is 10^8 times less may count as zero.
+      feedback: the codec's error feedback, or None.
+      gradient: this worker's gradient.
+      memory: the memory that the step left; None without feedback.
+      own: this worker's share of the mean, times the number of workers.
+      beside: the norms of the terms. A loss that is 10^8 times smaller may count as zero.
     """
     if feedback is not None:
         gradient, memory = lax.optimization_barrier((gradient, memory))
@@ -53,9 +53,10 @@ def of_lost(feedback: Feedback | EF21 | None, gradient: jax.Array, memory: Any, 
 
 
 def _norms(xs: Arrays, of: Callable[..., Arrays], beside: Any = 0.0) -> jax.Array:
-    """The 2-norms of what a linear function makes of arrays, of which no square leaves its type's range.
+    """The 2-norms of the results of a linear function of arrays; no square leaves its type's range.
 
-    On CPUs, where each pass over the arrays counts, in one pass, and where that does not do in three.
+    On CPUs each pass over the arrays counts. There one pass computes them, and two more follow only if a square left
+    the range.
     """
     if not on_cpus() or others_are_automatic():
         return _scaled(xs, of)
@@ -70,13 +71,16 @@ def _scaled(xs: Arrays, of: Callable[..., Arrays]) -> jax.Array:
 
 
 def _scale(xs: Arrays) -> jax.Array:
-    """The power of two that takes the largest magnitude to about 1; 1 of zeros, as XLA squares that of a constant."""
+    """The power of two that scales the largest magnitude to about 1.
+
+    It is 1 for zeros, because XLA squares the power where the zeros are a constant.
+    """
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in xs]))
     return inverse_power(jnp.where(largest > 0, largest, 1))
 
 
 def _sums_of_squares(xs: Arrays) -> jax.Array:
-    """In one pass over what they are computed from; and of partial sums, as `views.sum_of`."""
+    """The sum of squares of each array, in one pass over their inputs; in partial sums, like `views.sum_of`."""
     if not on_cpus() or others_are_automatic() or xs[0].size % STEP:
         return jnp.stack([jnp.sum(x * x) for x in xs])
     add = lambda totals, ones: tuple(x + y for x, y in zip(totals, ones, strict=True))  # noqa: E731

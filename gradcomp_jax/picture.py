@@ -1,4 +1,4 @@
-"""A picture of a compiled step: which of its collectives have work beside them. Needs matplotlib."""
+"""A picture of a compiled step, which shows the collectives with work beside them. Needs matplotlib."""
 
 from typing import Any
 
@@ -6,20 +6,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-# Okabe and Ito's, told apart by all kinds of color vision.
+# Okabe and Ito's colors, which differ for all kinds of color vision.
 COLORS = {"between": "#d55e00", "inside": "#0072b2", "matrix products": "#1a1a1a", "other work": "#b0b0b0"}
 ROW = 0.28  # inches
-LABELLED = 16  # collectives of a link that have a row and a label each, if there are no more
+LABELLED = 16  # up to so many collectives of a link have a row and a label each
 
 
 def picture(report: Any) -> Figure:
-    """The order of a compiled program, from left to right; time is not told, for it was not run.
+    """Draws the order of a compiled program from left to right; it shows no times, because the program was not run.
 
     Args:
-      report: of `gradcomp_jax.certify.certify`.
+      report: a report from `gradcomp_jax.certify.certify`.
 
     Returns:
-      A figure: the work, and below it each link's collectives, those in loops, branches and fusions left out.
+      A figure: the work, and below it each link's collectives, without those in loops, branches and fusions.
     """
     told = [(x, x.span) for x in report.sent if x.span]
     at = {place: x for x, place in enumerate(sorted({*report.work, *(place for _, s in told for place in s[:2])}))}
@@ -51,7 +51,7 @@ def picture(report: Any) -> Figure:
 
 
 def _rows(spans: list[tuple[int, int]]) -> list[int]:
-    """For each span the first row in which nothing else lies there; if there are few, a row each."""
+    """The row of each span: the first row that is free there; if there are few spans, a row each."""
     if len(spans) <= LABELLED:
         return list(range(len(spans)))
     ends: list[int] = []

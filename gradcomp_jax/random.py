@@ -1,8 +1,8 @@
 """Randomness that is the same in every context: under vmap, pmap, shard_map, and in one process or many.
 
-Every draw comes from `fold_in(key(seed), step)`; the worker's index is folded in only where workers must
-differ (stochastic rounding), and not where they must agree (a random start). Keys are threefry whatever
-jax's default, as other generators draw other numbers under vmap.
+Every draw comes from `fold_in(key(seed), step)`. The worker's index is folded in only where workers must differ
+(stochastic rounding), and not where they must agree (a random start). Keys are threefry whatever jax's default,
+because other generators draw other numbers under vmap.
 """
 
 import itertools
@@ -17,12 +17,12 @@ from jax import lax
 from gradcomp_jax.views import split
 
 IMPL = "threefry2x32"
-# Of `distinct`. With three of them tiny n give some pairs too often; see the tests.
+# For `distinct`. With three double rounds a tiny n gives some pairs too often; see the tests.
 DOUBLE_ROUNDS = 6
 
 
 def step_key(seed: int, step: jax.Array | int) -> jax.Array:
-    """The key of a step, the same on all workers; of all 64 bits of the seed, whether jax has types so wide or not."""
+    """The key of a step, the same on all workers; all 64 bits of the seed count, even if jax has no 64-bit types."""
     words = jnp.asarray([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], jnp.uint32)
     return jax.random.fold_in(key_of(words), step)
 
@@ -33,15 +33,15 @@ def key_of(words: jax.Array) -> jax.Array:
 
 
 def scattered(shape: tuple[int, ...], dtype: Any, *seeds: Any) -> jax.Array:
-    """Numbers of (-1, 1) without a pattern, the same wherever seeds are, from a hash of each place: [shape].
+    """Numbers in (-1, 1) without a pattern, [shape], from a hash of each place; the same seeds give the same numbers.
 
-    Of less quality than a generator's, as MurmurHash3's finaliser makes them, but a few operations that fuse into
-    whatever takes them, where `jax.random` compiles for a tenth of a second.
+    MurmurHash3's finaliser makes them, so their quality is below a generator's. But they take a few operations, which
+    fuse into the next ones, while `jax.random` compiles for a tenth of a second.
 
     Args:
-      shape: of fewer than 2^32 elements.
+      shape: a shape of fewer than 2^32 elements.
       dtype: a floating type.
-      *seeds: whole numbers, of Python's up to 64 bits, or int32.
+      *seeds: whole numbers: Python's, of up to 64 bits, or int32.
     """
     state: Any = jnp.uint32(0x9E3779B9)
     for seed in itertools.chain.from_iterable(map(_words, seeds)):
@@ -51,18 +51,18 @@ def scattered(shape: tuple[int, ...], dtype: Any, *seeds: Any) -> jax.Array:
 
 
 def uniform23(key: jax.Array, rows: int, columns: int) -> jax.Array:
-    """Uniform numbers on the grid (j + 1/2) / 2^23, float32 [rows, columns], by a hash of their places and the key.
+    """Uniform numbers on the grid (j + 1/2) / 2^23, float32 [rows, columns], from a hash of their places and the key.
 
-    Two rounds of MurmurHash3's finaliser: of the quality that rounding at random asks for, fused into whatever takes
-    the numbers, at a tenth of the operations of threefry.
+    Two rounds of MurmurHash3's finaliser are good enough for random rounding. They fuse into the next operation, and
+    take a tenth of the operations of threefry.
     """
     words = jax.random.key_data(key)
     bits = _mix(_mix(lax.iota(jnp.uint32, rows * columns) ^ words[0]) ^ words[1]).reshape(rows, columns)
-    return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)  # with a bit more 1 would be among them
+    return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)  # with one more bit, 1 could be drawn
 
 
 def _words(seed: Any) -> tuple[Any, ...]:
-    """A seed as words of 32 bits; of most it is one."""
+    """A seed as words of 32 bits; most seeds are one word."""
     if not isinstance(seed, int):
         return (seed,)
     low, high = seed & 0xFFFFFFFF, seed >> 32
@@ -99,23 +99,24 @@ def threefry2x32(key: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Arra
 
 
 def distinct(words: jax.Array, sizes: Sequence[int], counts: Sequence[int]) -> list[jax.Array]:
-    """Whole numbers below n, k different ones, for each of some n and k, without shuffling n of them.
+    """For each of some n and k, k different whole numbers below n, without a shuffle of all n.
 
-    The places 0 to k - 1 under a permutation of [0, n) that a key determines: a Feistel network on pairs
-    (x div b, x mod b), each half moved in turn by a random function of the other, after Black and Rogaway,
-    "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. As a b exceeds n by less than sqrt(n) + 1, what falls
-    outside is rare, and goes through again until it falls inside. All are computed side by side, by one loop.
+    They are the images of 0 to k - 1 under a permutation of [0, n) that a key determines. The permutation is a Feistel
+    network on pairs (x div b, x mod b), in which a random function of each half moves the other in turn, after Black
+    and Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002. a b exceeds n by less than sqrt(n) + 1, so a
+    number rarely falls outside; then it goes through again until it falls inside. One loop computes all numbers side
+    by side.
 
     Args:
-      words: data of a key for each, uint32 [., 2]; the same numbers for the same key in every context.
+      words: the data of a key for each n, uint32 [., 2]; the same key gives the same numbers in every context.
       sizes: each n, 1 to 2^31 - 1.
       counts: each k, 0 to n.
 
     Returns:
-      int32 [k] for each, in random order.
+      int32 [k] for each n, in random order.
 
     Raises:
-      ValueError: a size or count out of range.
+      ValueError: a size or count is out of range.
     """
     for size, count in zip(sizes, counts, strict=True):
         if not 1 <= size < 2**31:
@@ -126,7 +127,7 @@ def distinct(words: jax.Array, sizes: Sequence[int], counts: Sequence[int]) -> l
 
     others = [-(-size // root) for size, root in zip(sizes, roots, strict=True)]
     starts = jnp.array([0, *itertools.accumulate(counts)][:-1], jnp.int32)
-    # Whose number each is: one less than how many begin up to there.
+    # The index of the n that owns each number: the count of those that begin up to there, minus one.
     owner = jnp.cumsum(jnp.zeros(sum(counts), jnp.int32).at[starts].add(1, mode="drop")) - 1
     n, a, b = (jnp.take(jnp.array(each, jnp.uint32), owner, mode="clip") for each in (sizes, roots, others))
     key = jnp.take(words.T, owner, axis=1, mode="clip")
@@ -148,6 +149,6 @@ def distinct(words: jax.Array, sizes: Sequence[int], counts: Sequence[int]) -> l
         return i + 1, jnp.where((i == 0) | (x >= n), left * b + right, x)
 
     places = lax.iota(jnp.uint32, sum(counts)) - jnp.take(starts, owner, mode="clip").astype(jnp.uint32)
-    # key & 0 is zero, of a type that varies over the mesh where the keys do.
+    # key & 0 is zero, with a type that varies over the mesh like the keys.
     drawn = lax.while_loop(go_on, permute, (jnp.int32(0), places + (key[0] & 0)))[1].astype(jnp.int32)
     return split(drawn, counts)

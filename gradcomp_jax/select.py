@@ -1,8 +1,8 @@
 """Places in large vectors: where a mask is true, and where the largest magnitudes are.
 
-Both stand on bits. A mask is packed to 32-bit words, in order, in one pass; the place of its r-th set bit is
-then a binary search in the running count of bits, and five halvings of a word. No scatter, and no sort of
-anything that is as long as the vector.
+Both work on bits. One pass packs a mask into 32-bit words, in order. The place of its r-th set bit is then a binary
+search in the running count of bits, and five halvings of a word. There is no scatter, and no sort as long as the
+vector.
 """
 
 import functools
@@ -14,7 +14,7 @@ from jax import lax
 
 from gradcomp_jax.wire.packing import pack
 
-# Every 61st element is looked at before `largest` reads them all; prime, as widths of layers share no factor with it.
+# `largest` looks at every 61st element before it reads all. 61 is prime: widths of layers share no factor with it.
 STRIDE = 61
 SIGMAS = 6
 
@@ -36,17 +36,17 @@ def bit_words(mask: jax.Array, axis: int = -1) -> jax.Array:
     return lax.bitcast_convert_type(octets.reshape(*before, *after, -1, 4), jnp.uint32)
 
 
-@jax.jit  # so that what has one shape is traced once
+@jax.jit  # so that arrays of one shape are traced once
 def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Where the set bits of a row of words are.
+    """The places of set bits in a row of words.
 
     Args:
       words: uint32 [w], with fewer than 2^31 set bits.
       ranks: int32 [...]: 0 for the first set bit, 1 for the second.
 
     Returns:
-      The word of each, from 0, and the bit in it, from 0 for the lowest; int32 [...]. Where fewer bits are
-      set, the word is w and the bit of no meaning.
+      For each rank the index of the word, and of the bit in it, 0 for the lowest; int32 [...]. If fewer bits are set,
+      the index of the word is w, and that of the bit has no meaning.
     """
     if not words.size:
         return jnp.zeros_like(ranks), jnp.zeros_like(ranks)
@@ -68,55 +68,55 @@ def set_bits(words: jax.Array, ranks: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _count_reached(ends: jax.Array, ranks: jax.Array) -> jax.Array:
-    """How many of some rising numbers each rank reaches, by bisection.
+    """The count of the rising numbers `ends` that each rank reaches, found by bisection.
 
-    That is jnp.searchsorted(ends, ranks, side="right"), which jax 0.10 cannot trace in a shard_map that leaves a
+    This is jnp.searchsorted(ends, ranks, side="right"), which jax 0.10 cannot trace in a shard_map that leaves a
     further axis to the compiler.
     """
     bits = ends.size.bit_length()
 
-    # A loop: written out, XLA would copy the steps before into each.
+    # A loop: if it were unrolled, XLA would copy the earlier steps into each.
     def step(i: jax.Array, count: jax.Array) -> jax.Array:
         further = count + (jnp.int32(1) << (bits - 1 - i))
         reached = _at(ends, jnp.minimum(further, ends.size) - 1) <= ranks
         return jnp.where((further <= ends.size) & reached, further, count)
 
-    return lax.fori_loop(0, bits, step, 0 * (ranks + ends[0]))  # zeros that vary as both do
+    return lax.fori_loop(0, bits, step, 0 * (ranks + ends[0]))  # zeros whose type varies like both
 
 
 def _at(x: jax.Array, places: jax.Array) -> jax.Array:
-    """x[places], of places that are there: without what makes others mean something."""
+    """x[places] for places inside x, without the operations that give other places a meaning."""
     return x.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def positions(mask: jax.Array, size: int) -> jax.Array:
-    """The first `size` places where a mask is true, in order: bool [n] -> int32 [size]; n where there are fewer."""
+    """The first `size` places where a mask is true, in order, filled up with n: bool [n] -> int32 [size]."""
     index, bit = set_bits(bit_words(mask), lax.iota(jnp.int32, size))
     return jnp.where(index < -(-mask.size // 32), 32 * index + bit, mask.size)
 
 
 @functools.partial(jax.jit, static_argnames="k")  # so that leaves of one shape are traced once
 def largest(x: jax.Array, k: int) -> jax.Array:
-    """Where the k largest magnitudes are, exactly; of equal ones the first.
+    """The places of the k largest magnitudes, exactly; among equal ones the first count.
 
-    A NaN counts as infinity. In large vectors the rank of a threshold among every 61st element tells of one that
-    between k and a little over k elements pass, with room for six standard deviations on either side; the elements
-    that pass are listed in one pass over `x`, and the k largest found among them. Elements are ordered by magnitude
-    and then by place, so that many equal ones, zeros among them, do not mislead it. Where the sample does mislead
-    (elements of one kind, 61 apart), all are sorted; where it would not pay (k near n), the threshold is searched bit
-    by bit over all of `x`, in 31 passes.
+    A NaN counts as infinity. In large vectors a sample of every 61st element gives a threshold that between k and a
+    little over k elements pass, with room for six standard deviations on either side. One pass over `x` lists the
+    elements that pass, and the k largest are found among them. Elements are ordered by magnitude and then by place, so
+    that many equal ones, such as zeros, do not mislead the sample. If the sample does mislead (elements of one kind,
+    61 apart), all elements are sorted. If it would not pay (k near n), the threshold is searched bit by bit over all of
+    `x`, in 31 passes.
 
-    Under vmap the list and the sort are both computed, as for every `lax.cond`.
+    Under vmap the list and the sort are both computed, like both branches of every `lax.cond`.
 
     Args:
       x: float32 [n], n below 2^31.
-      k: how many, 0 to n.
+      k: the number of places, 0 to n.
 
     Returns:
       int32 [k], in no particular order.
 
     Raises:
-      ValueError: `k` out of range.
+      ValueError: `k` is out of range.
     """
     n = x.size
     if not 0 <= k <= n:
@@ -140,20 +140,23 @@ def largest(x: jax.Array, k: int) -> jax.Array:
 
 
 def _bracket(k: int) -> tuple[int, int]:
-    """The sample's rank that k elements reach, and how many elements reach it, each six deviations beyond."""
+    """The rank in the sample that at least k elements reach, and the most elements that reach it.
+
+    Each has room for six standard deviations.
+    """
     rank = k / STRIDE
     rank = math.ceil(rank + SIGMAS * math.sqrt(rank) + SIGMAS)
     return rank, math.ceil(STRIDE * (rank + SIGMAS * math.sqrt(rank) + SIGMAS))
 
 
 def _passes(magnitude: jax.Array, reached: jax.Array, place: jax.Array) -> jax.Array:
-    """Which come no later than (reached, place), when ordered by falling magnitude and then by place."""
+    """Whether each element comes no later than (reached, place), in the order of falling magnitude and then place."""
     return (magnitude > reached) | ((magnitude == reached) & (lax.iota(jnp.int32, magnitude.size) <= place))
 
 
 def _search(magnitude: jax.Array, k: int) -> jax.Array:
-    """The places of the k largest, by place, from a search for the bits of the k-th."""
-    # The order of floats that are not negative is that of their bits.
+    """The places of the k largest, in rising order, from a search for the bits of the k-th."""
+    # Floats that are not negative have the order of their bits.
     keys = lax.bitcast_convert_type(magnitude, jnp.int32)
     rows = jnp.pad(keys, (0, -keys.size % 1024), constant_values=NONE).reshape(-1, 32)
 
@@ -166,7 +169,7 @@ def _search(magnitude: jax.Array, k: int) -> jax.Array:
         trial = key | jnp.int32(1) << (30 - i)
         return jnp.where(count(rows >= trial) >= k, trial, key)
 
-    # Zero, of a type that varies over the mesh where keys do.
+    # Zero, with a type that varies over the mesh like the keys.
     key = lax.fori_loop(0, 31, refine, keys[0] & 0)
     index, bit = set_bits(bit_words(keys == key), k - 1 - count(rows > key))
     return positions(_passes(keys, key, 32 * index + bit), k)

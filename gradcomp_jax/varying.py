@@ -1,9 +1,9 @@
-"""What of a traced program differs between the workers: `shard_map`'s types, worked out where they are not tracked.
+"""The values of a traced program that differ between workers: `shard_map`'s types, worked out without tracking.
 
-`jax.shard_map(check_vma=True)` tells by types along which axes of a mesh a value may differ, and sums the gradients of
-what is the same on all. A step that somebody else wrote, for one device, is traced without such types, which leaves its
-gradients each worker's own. Here the same is read from its jaxpr: what the batch, each worker's state and index differ
-along, and a collective makes the same again.
+`jax.shard_map(check_vma=True)` has types that tell along which mesh axes a value may differ, and it sums the gradients
+with respect to values that are the same on all workers. A step that somebody else wrote for one device is traced
+without such types, so its gradients stay each worker's own. This module reads the same facts from the step's jaxpr: the
+batch, each worker's state and the worker's index differ along some axes, and a collective makes values the same again.
 """
 
 from collections.abc import Sequence
@@ -14,14 +14,15 @@ from gradcomp_jax.known import equations
 Axes = frozenset[str]
 
 NONE: Axes = frozenset()
-# What these give is the same along their axes; of all_gather and its like, as nothing asks for a varying one.
+# The results of these are the same along their axes; for all_gather and its like, because no code asks for a varying
+# result.
 _AGREE = ("psum", "pmax", "pmin", "all_gather")
-# What these give may differ along their axes, whatever they are given.
+# The results of these may differ along their axes, whatever their operands.
 _PART = ("all_to_all", "ppermute", "pbroadcast", "reduce_scatter", "axis_index", "ragged_all_to_all", "pgather")
 
 
 class PartingError(Exception):
-    """Workers would send, or wait, by what differs between them: a collective in a branch or loop that not all take."""
+    """A collective is in a branch or loop that only some workers may take, so that the others would not meet them."""
 
 
 def outputs(jaxpr: Any, arguments: Sequence[Axes]) -> list[Axes]:
@@ -29,10 +30,10 @@ def outputs(jaxpr: Any, arguments: Sequence[Axes]) -> list[Axes]:
 
     Args:
       jaxpr: an open jaxpr, or a closed one.
-      arguments: those along which each argument may differ.
+      arguments: the axes along which each argument may differ.
 
     Raises:
-      PartingError: whether workers meet in a collective hangs on what differs between them.
+      PartingError: whether workers meet in a collective depends on values that differ between them.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     found = dict(zip(jaxpr.invars, arguments, strict=True))
@@ -106,6 +107,6 @@ def _looped(body: Any, given: list[Axes], consts: int, carried: int) -> list[Axe
 
 
 def _talks(closed: Any, axes: Axes) -> bool:
-    """Whether there is a collective along one of these axes, however deep."""
+    """Whether there is a collective along one of these axes, at any depth."""
     collective = lambda name: name.startswith((*_AGREE, *_PART)) and name != "axis_index"  # noqa: E731
     return any(collective(e.primitive.name) and _axes(e.params) & axes for e in equations(closed.jaxpr))

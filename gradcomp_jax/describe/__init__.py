@@ -2,7 +2,7 @@
 
     params, workers -- dry.py --> a traced step -- shares.py, wire_bits --> rows, totals -- table.py --> text
 
-`python -m gradcomp_jax.describe` does it for shapes that are given by hand.
+`python -m gradcomp_jax.describe` takes shapes on the command line.
 """
 
 import collections
@@ -25,20 +25,22 @@ from gradcomp_jax.exchange.shares import Round, Shares, shares
 
 
 class Row(NamedTuple):
-    """What becomes of one leaf.
+    """The description of one leaf.
 
     Attributes:
-      path: the leaf's, such as "layer_0/kernel".
-      shape: its shape; where it lies in shards, of the whole.
-      dtype: its type.
-      codec: the call that made the codec that compresses it; empty where none does.
-      view: what the codec takes it for, such as "64 x 16 at rank 1"; empty where for what it is, or where it is dense.
-      why: why it is dense; empty where it is compressed.
-      advice: what to look at where the view gains little; else empty.
-      sent: bytes that one worker sends for it in a step, by the ring laws; of `across`, one device to other nodes.
-      ratio: how many times fewer that is than by an all-reduce of its own type, without compression; None where nothing
-        is sent.
-      residual: bytes that error feedback keeps for it on one worker; of `across`, on one device.
+      path: the leaf's path, such as "layer_0/kernel".
+      shape: the leaf's shape; for a leaf in shards, the shape of the whole.
+      dtype: the leaf's type.
+      codec: the call that made the codec that compresses the leaf; empty if none does.
+      view: the codec's view of the leaf, such as "64 x 16 at rank 1"; empty if the codec takes the leaf as it is, or if
+        the leaf is dense.
+      why: the reason why the leaf is dense; empty if it is compressed.
+      advice: what to look at if the view gains little; else empty.
+      sent: the bytes that one worker sends for the leaf in a step, by the ring laws; with `across`, the bytes that one
+        device sends to other nodes.
+      ratio: how many times fewer bytes these are than those of an uncompressed all-reduce in the leaf's own type; None
+        if the leaf sends nothing.
+      residual: the bytes that error feedback keeps for the leaf on one worker; with `across`, on one device.
     """
 
     path: str
@@ -54,21 +56,22 @@ class Row(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one codec of the optimiser does.
+    """The description of one codec of the optimiser.
 
     Attributes:
-      codec: the call that made it.
-      way: how what it says travels, "psum", "gather", "shuffle" or "ring".
-      why: why this way.
-      kind: the kind of steps that the rows are of, such as "compressed"; empty of a codec that has one.
-      kinds: bytes that one worker sends in a step of each kind, by name; the first is `kind`.
-      sent: bytes that one worker sends in a step of `kind`. The leaves' and `flags` and `packing` make it up.
-      flags: those by which workers agree whether codes fit their buffer.
-      packing: those that no leaf sends alone: what fills up shards, words and buffers of fixed sizes; less than 0
-        where the codes of several leaves share bytes.
-      inside: bytes that, of `across`, one device sends to others of its node.
-      residual: bytes of residuals on one worker; of `across`, on one device.
-      state: bytes of the codec's other state, and of what waits for the next step by `delayed`.
+      codec: the call that made the codec.
+      way: how its numbers travel, "psum", "gather", "shuffle" or "ring".
+      why: the reason for this way.
+      kind: the kind of step that the rows describe, such as "compressed"; empty if the codec has one kind.
+      kinds: the bytes that one worker sends in a step of each kind, by name; the first is `kind`.
+      sent: the bytes that one worker sends in a step of `kind`. They are the sum of the leaves' bytes, `flags` and
+        `packing`.
+      flags: the bytes of flags with which the workers agree whether codes fit their buffer.
+      packing: the bytes that no leaf sends alone: they fill up shards, words and buffers of fixed sizes. Less than 0 if
+        the codes of several leaves share bytes.
+      inside: with `across`, the bytes that one device sends to others of its node.
+      residual: the bytes of residuals on one worker; with `across`, on one device.
+      state: the bytes of the codec's other state, and of the mean that waits for the next step under `delayed`.
     """
 
     codec: str
@@ -85,18 +88,20 @@ class Part(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """What all codecs of the optimiser do together, in steps of the kinds that the rows are of.
+    """The totals of all codecs of the optimiser, in steps of the kinds that the rows describe.
 
     Attributes:
-      elements: numbers in the parameters.
-      sent: bytes that one worker sends in a step; what `wire_bits` counts, in bytes.
-      ratio: how many times fewer that is than by all-reduces of the leaves' own types; None where nothing is sent.
-      flags: as of `Part`.
-      packing: as of `Part`.
-      inside: as of `Part`.
-      residual: as of `Part`.
-      state: as of `Part`.
-      messages: operands of collectives in a step, by kind such as "all-reduce"; of `across` those between nodes.
+      elements: the number of elements in the parameters.
+      sent: the bytes that one worker sends in a step; the count of `wire_bits`, in bytes.
+      ratio: how many times fewer bytes these are than those of uncompressed all-reduces in the leaves' own types; None
+        if nothing is sent.
+      flags: the sum of `Part.flags`.
+      packing: the sum of `Part.packing`.
+      inside: the sum of `Part.inside`.
+      residual: the sum of `Part.residual`.
+      state: the sum of `Part.state`.
+      messages: the number of operands of collectives in a step, by kind such as "all-reduce"; with `across`, of those
+        between nodes.
     """
 
     elements: int
@@ -111,14 +116,14 @@ class Totals(NamedTuple):
 
 
 class Description(NamedTuple):
-    """What an optimiser's codecs would do with each parameter; `str` of it is a table.
+    """What an optimiser's codecs would do with each parameter; `str` of a description is a table.
 
     Attributes:
-      workers: how many there are along each axis of the mesh.
-      platform: for which it is told: "cpu", "gpu" or "tpu".
+      workers: the number of workers along each axis of the mesh.
+      platform: the platform that the description holds for: "cpu", "gpu" or "tpu".
       rows: the leaves, in the order of the parameters.
       parts: the codecs, in the order of their states.
-      totals: all of them together.
+      totals: the totals of all codecs.
     """
 
     workers: dict[str, int]
@@ -131,42 +136,42 @@ class Description(NamedTuple):
         return table.text(self)
 
     def as_json(self) -> str:
-        """The same for programs."""
+        """The description as JSON, for programs."""
         plain = {"rows": [x._asdict() for x in self.rows], "parts": [x._asdict() for x in self.parts]}
         return json.dumps(self._asdict() | plain | {"totals": self.totals._asdict()})
 
 
 def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) -> Description:
-    """Tells what the codecs of an optimiser would do with each parameter; nothing is sent, placed or allocated.
+    """Describes what the codecs of an optimiser would do with each parameter; nothing is sent, placed or allocated.
 
-    The optimiser's update is traced for so many workers, and what its codecs say, and count, is read. So bytes are what
-    `wire_bits` counts after such a step of `tx.update`. (`train_step` sends the loss in the same messages, 4 bytes,
-    which count too.) They are those of the platform that jax runs on, or of the mesh's devices. `average` is not
-    counted, as it is not by `wire_bits`.
+    It traces the optimiser's update for so many workers, and reads the messages and the counts of its codecs. So the
+    bytes are those that `wire_bits` counts after such a step of `tx.update`. (`train_step` also sends the loss in the
+    same messages, and its 4 bytes count too.) The bytes hold for the platform that jax runs on, or for the mesh's
+    devices. Like `wire_bits`, it does not count `average`.
 
-    The steps of some codecs send different amounts: those of gradiveq, of accordion, and of qsgd with Elias' code. Rows
-    are of the kind of steps that the codec is for: compressed, at the high level, with codes that fit their buffer.
-    `Part.kinds` has the bytes of the others.
+    Some codecs have steps that send different amounts: gradiveq, accordion, and qsgd with Elias' code. Rows describe
+    the kind of step that the codec is for: compressed, at the high level, with codes that fit their buffer.
+    `Part.kinds` has the bytes of the other kinds.
 
     Args:
-      tx: the optimiser, with one codec or several anywhere in it.
-      params: the parameters, or their shapes; whole, also where they are to lie in shards.
-      workers: how many workers there are; or how many along each axis, such as {"node": 2, "local": 4} for `across`; or
-        a mesh, whose devices need not be there, such as `jax.sharding.AbstractMesh`.
+      tx: the optimiser, with one or more codecs anywhere in it.
+      params: the parameters, or their shapes; always whole, even if they will lie in shards.
+      workers: the number of workers; or the number along each axis, such as {"node": 2, "local": 4} for `across`; or a
+        mesh, whose devices need not be there, such as `jax.sharding.AbstractMesh`.
 
     Returns:
-      Rows, parts and totals; `str` of it is a table of at most 110 columns.
+      Rows, parts and totals; `str` of the description is a table of at most 110 columns.
 
     Raises:
-      ValueError: tx holds no codec, or calls one in some steps only; workers are not along the axes of its codecs; or
-        what the codecs refuse.
+      ValueError: tx holds no codec, or calls a codec in some steps only; `workers` lacks an axis of the codecs; or a
+        codec refuses the parameters.
 
     >>> import jax
     >>> import jax.numpy as jnp
     >>> import optax
-    >>> from gradcomp_jax import describe, powersgd
+    >>> import gradcomp_jax as gcj
     >>> params = {"w": jax.ShapeDtypeStruct((512, 1024), jnp.float32), "b": jax.ShapeDtypeStruct((1024,), jnp.float32)}
-    >>> told = describe(optax.chain(powersgd(rank=4), optax.sgd(0.1)), params, workers=8)
+    >>> told = gcj.describe(optax.chain(gcj.powersgd(rank=4), optax.sgd(0.1)), params, workers=8)
     >>> told.rows[1].view, told.rows[1].sent, told.totals.messages
     ('512 x 1024 at rank 4', 43008.0, {'all-reduce': 2})
     """
@@ -201,12 +206,12 @@ def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) ->
 
 
 class _Counted(NamedTuple):
-    """A kind of step.
+    """A kind of step, with its bits.
 
     Attributes:
-      kind: it.
-      bits: that a worker sends.
-      inside: bits that, of `across`, a device sends to others of its node.
+      kind: the kind.
+      bits: the bits that a worker sends.
+      inside: with `across`, the bits that a device sends to others of its node.
     """
 
     kind: Kind
@@ -215,7 +220,7 @@ class _Counted(NamedTuple):
 
 
 def _kinds(dry: Dry, place: int, state: CompressorState) -> dict[str, _Counted]:
-    """The kinds of steps of one codec, first the one that it is for."""
+    """The kinds of steps of one codec; the first is the kind that the codec is for."""
     made, plan = dry.called[place].made, dry.called[place].plan
     assert plan is not None
     found = {}
@@ -233,7 +238,7 @@ def _kinds(dry: Dry, place: int, state: CompressorState) -> dict[str, _Counted]:
 def _part(
     dry: Dry, place: int, of: dict[str, _Counted], state: CompressorState, leaves: dict[str, Any]
 ) -> tuple[dict[str, Row], Part]:
-    """The leaves of one codec, and what it does."""
+    """The rows of one codec's leaves, and the description of the codec."""
     called = dry.called[place]
     assert called.plan is not None
     name, (kind, bits, inside) = next(iter(of.items()))
@@ -259,7 +264,7 @@ def _part(
 
 
 def _row(dry: Dry, called: Called, path: str, leaf: Any, sent: Shares, residual: Any) -> Row:
-    """One leaf."""
+    """The row of one leaf."""
     made, the = called.made, called.plan
     assert the is not None
     dense = path not in the.compressed
@@ -282,12 +287,12 @@ def _row(dry: Dry, called: Called, path: str, leaf: Any, sent: Shares, residual:
 
 
 def _unsent(path: str, leaf: Any) -> Row:
-    """A leaf that no codec is given."""
+    """The row of a leaf that reaches no codec."""
     return Row(path, leaf.shape, str(leaf.dtype), "", "", "reaches no codec", "", 0.0, None, 0)
 
 
 def _way(called: Called, rounds: list[Round]) -> tuple[str, str]:
-    """How what a codec says travels, and why so."""
+    """How a codec's numbers travel, and the reason."""
     routes = [x.route for x in rounds if x.route is not None]
     if routes:
         return routes[0].way, routes[0].why
@@ -297,7 +302,7 @@ def _way(called: Called, rounds: list[Round]) -> tuple[str, str]:
 
 
 def _waiting(opt_state: Any, state: CompressorState) -> Any:
-    """What `delayed` keeps around a codec of this state for the next step."""
+    """The mean that `delayed`, around the codec with this state, keeps for the next step."""
     is_delayed = lambda x: isinstance(x, DelayedState)  # noqa: E731
     found = jax.tree.leaves(opt_state, is_leaf=is_delayed)
     return [x.pending for x in found if is_delayed(x) and x.codec is state]

@@ -1,13 +1,14 @@
-"""What a codec would do with each parameter, for shapes that are given by hand; nothing is allocated.
+"""Describes what a codec would do with each parameter, for shapes on the command line; nothing is allocated.
 
     python -m gradcomp_jax.describe --codec=powersgd --rank=4 --workers=8 --params=shapes.json
     python -m gradcomp_jax.describe --codec=qsgd --workers=2x4 --params='{"layers/{0..31}/wq": [4096, 4096]}'
     python -m gradcomp_jax.describe --codec=topk --fraction=0.01 --workers=8 --params=module:function --json
 
-`--params` is JSON, or a file of it: by path a shape, or a shape and a type such as [[4096, 4096], "bfloat16"]; {0..31}
-in a path stands for so many leaves. Or it is module:function, which returns a tree of arrays or of shapes.
-`--workers=2x4` are 2 nodes of 4 devices each, between which the codec goes by `across`. All other flags are settings of
-the codec, by the names of its factory's keywords; a quantizer is given by its bits, --quantizer_bits=8.
+`--params` is JSON, or a file with JSON. It has, by path, a shape, or a shape and a type such as
+[[4096, 4096], "bfloat16"]. {0..31} in a path stands for 32 leaves. Or `--params` is module:function, and the function
+returns a tree of arrays or of shapes. `--workers=2x4` means 2 nodes of 4 devices each, and puts the codec under
+`across`. All other flags are settings of the codec, with the names of its factory's keywords. Give a quantizer by its
+bits, --quantizer_bits=8.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _workers(text: str) -> tuple[int, int]:
-    """How many workers, or nodes, there are; and devices of each node, 0 of workers."""
+    """The number of workers, and 0; or the number of nodes, and of devices in each node."""
     found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
     if not found:
         raise ValueError(f"--workers={text} must be a number of at least 1, or nodes x devices such as 2x4")

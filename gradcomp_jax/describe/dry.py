@@ -1,4 +1,4 @@
-"""A step of an optimiser that is traced and never run: what its codecs would send, among workers that need not exist.
+"""A dry run of an optimiser: its step is traced, never run, for workers that need not exist.
 
     tx.init --> the first state, small numbers known --> tx.update --> counts of bits, as functions of the state
 
@@ -29,7 +29,7 @@ from gradcomp_jax.notes import listening
 
 Workers = int | Mapping[str, int] | Mesh | AbstractMesh
 
-# Where it hangs on data whether codes fit their buffer: they do, or they do not.
+# The two cases where data decides whether codes fit their buffer.
 FIT, DO_NOT_FIT = -1, 0
 
 
@@ -37,13 +37,13 @@ class Dry(NamedTuple):
     """A traced step.
 
     Attributes:
-      mesh: the workers.
-      program: gradients and state -> the counts of the codecs, a closed jaxpr.
+      mesh: the mesh of the workers.
+      program: a closed jaxpr, gradients and state -> the counts of the codecs.
       grads: the shapes of one device's gradients.
-      state: the optimiser's first state in local form: shapes, and small numbers that are known.
+      state: the optimiser's first state in local form: shapes, and the known small numbers.
       called: how each codec's transformation was called, in the order of their states.
-      rounds: of each, what went out in each round, and how its bucket began.
-      counts: the structure of what the program returns.
+      rounds: for each codec, the remark of each round, with the remark at the beginning of its bucket.
+      counts: the structure of the program's results.
     """
 
     mesh: AbstractMesh
@@ -56,21 +56,21 @@ class Dry(NamedTuple):
 
     @property
     def axes(self) -> frozenset[str]:
-        """Those along which there are workers, and not the devices of one."""
+        """The axes of the workers, without the axes of the devices of one worker."""
         return frozenset(name for one in self.called for name in axis_names(one.made.settings.axis_name))
 
     @property
     def platform(self) -> str:
-        """For which it is traced: "cpu", "gpu" or "tpu"."""
+        """The platform that the step is traced for: "cpu", "gpu" or "tpu"."""
         device = self.mesh.abstract_device
         return jax.default_backend() if device is None else device.platform
 
     def workers_of(self, called: Called) -> int:
-        """How many workers a codec has."""
+        """The number of a codec's workers."""
         return _size(self.mesh, called.made.settings.axis_name)
 
     def chips_of(self, called: Called) -> int:
-        """Of `across`, how many devices each has."""
+        """With `across`, the number of devices of each worker; else 1."""
         fast = called.made.settings.fast
         return 1 if fast is None else _size(self.mesh, fast)
 
@@ -81,16 +81,16 @@ class Dry(NamedTuple):
         return jax.tree.leaves((self.grads, jax.tree.map(put, self.state, is_leaf=is_compressor_state)))
 
     def bits(self, place: int, state: CompressorState, link: str = "between", otherwise: int | None = None) -> int:
-        """Bits that a device sends for one codec in a step that begins with this state of it.
+        """The bits that a device sends for one codec in a step that begins with this state of it.
 
         Args:
-          place: the codec's.
-          state: the state.
-          link: as of `wire_bits`.
-          otherwise: `FIT` or `DO_NOT_FIT`, where it hangs on the data whether codes fit their buffer.
+          place: the codec's place among the codecs.
+          state: the codec's state.
+          link: the link, like for `wire_bits`.
+          otherwise: `FIT` or `DO_NOT_FIT`, for codecs where data decides whether codes fit their buffer.
 
         Raises:
-          known.Unknown: it does, and otherwise is not given.
+          known.Unknown: the data decides, and `otherwise` is not given.
         """
         found = known.outputs(self.program, self.with_states({place: state}), otherwise)
         count = jax.tree.unflatten(self.counts, found)[place]
@@ -104,7 +104,7 @@ class Dry(NamedTuple):
 
 
 def shapes_of(params: Any) -> Any:
-    """The shapes of parameters; raises ValueError, by name, for a leaf that is no array."""
+    """The shapes of parameters; raises ValueError, by name, for a leaf that is not an array."""
     require_arrays("params", params)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jnp.result_type(x)), params)
 
@@ -114,15 +114,15 @@ def dry_run(tx: optax.GradientTransformation, params: Any, workers: Workers) -> 
 
     Args:
       tx: the optimiser.
-      params: the shapes of the parameters; whole, also where they are to lie in shards.
-      workers: as of `describe`.
+      params: the shapes of the parameters; always whole, even if they will lie in shards.
+      workers: the workers, like for `describe`.
 
     Raises:
-      ValueError: what `describe` refuses.
+      ValueError: in the cases of `describe`.
     """
     require_transformation(tx)
     with listening() as said:
-        jax.eval_shape(lambda params: tx.init(params), params)  # of its own, as jax traces equal functions once
+        jax.eval_shape(lambda params: tx.init(params), params)  # a new function, because jax traces equal ones once
     called = [x for x in said if isinstance(x, Called)]
     if not called:
         raise ValueError("tx holds no codec: put one first, as in optax.chain(powersgd(rank=4), optax.sgd(0.1))")
@@ -133,7 +133,7 @@ def dry_run(tx: optax.GradientTransformation, params: Any, workers: Workers) -> 
 
 
 def _mesh(workers: Any, called: list[Called]) -> AbstractMesh:
-    """The workers as a mesh of no devices."""
+    """The workers as a mesh without devices."""
     workers = own("workers", workers)
     axes = tuple(dict.fromkeys(name for one in called for name in one.made.settings.axes))
     if isinstance(workers, Mesh | AbstractMesh):
@@ -161,7 +161,7 @@ def _mesh(workers: Any, called: list[Called]) -> AbstractMesh:
 
 
 def _local(params: Any, called: list[Called], mesh: AbstractMesh) -> Any:
-    """The shapes that a device sees, where a codec takes parameters to lie in shards."""
+    """The shapes that a device sees: shards, for parameters that a codec takes to lie in shards."""
     leaves, treedef = flatten(params)
     for one in called:
         settings = one.made.settings
@@ -188,7 +188,7 @@ def _size(mesh: AbstractMesh, axis: Any) -> int:
 
 
 def _traced(tx: Any, params: Any, mesh: AbstractMesh) -> Dry:
-    # Unchecked: what a step is refused for is told by `train_step`, which knows its loss.
+    # Unchecked: `train_step`, which knows the loss, reports why it refuses a step.
     on_mesh = functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
     first = _first_state(on_mesh(tx.init), params)
     places: list[int] = []
@@ -203,7 +203,7 @@ def _traced(tx: Any, params: Any, mesh: AbstractMesh) -> Dry:
     with listening() as said:
         program, counts = jax.make_jaxpr(on_mesh(step), return_shape=True)(params, first)
     calls = _calls(said)
-    # What a conditional returns is not what was returned to it.
+    # A state that comes out of a conditional is another object than the one that the codec returned inside.
     if len(places) != len(calls) or sorted(places) != list(range(len(compressor_states(first)))):
         raise ValueError(
             "tx calls a codec in some steps only, or more than once: there is a wrapper around the codec, such as "
@@ -214,7 +214,7 @@ def _traced(tx: Any, params: Any, mesh: AbstractMesh) -> Dry:
 
 
 def _calls(said: list[Any]) -> list[tuple[Called, list[tuple[Began, Round]]]]:
-    """The calls of updates, and what was remarked in each."""
+    """The calls of updates, each with the remarks of its rounds."""
     found: list[tuple[Called, list[tuple[Began, Round]]]] = []
     rounds: list[tuple[Began, Round]] = []
     began: Any = None
@@ -230,7 +230,7 @@ def _calls(said: list[Any]) -> list[tuple[Called, list[tuple[Began, Round]]]]:
 
 
 def _first_state(init: Any, params: Any) -> Any:
-    """The first state: shapes, and the numbers that hang on nothing else."""
+    """The first state: shapes, and the numbers that depend on no parameter."""
     program, shapes = jax.make_jaxpr(init, return_shape=True)(params)
     values = known.outputs(program, jax.tree.leaves(params))
     leaves, treedef = jax.tree.flatten(shapes)

@@ -1,4 +1,4 @@
-"""A description as text: a line for all leaves that are alike, totals, and what else is told."""
+"""A description as text: one line for all leaves that are alike, totals, and further facts."""
 
 import collections
 import re
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from gradcomp_jax.describe import Description, Part, Row
 
 WIDTH, GAP = 110, 2
-# Columns for what leaves are taken for, at least, and for their names, where they have to be cut.
+# The smallest widths of the last column and of the first, where its names have to be cut.
 LEAST, SHORTEST = 24, 16
 HEADING = ("leaf", "shape and type", "sent", "ratio", "residual", "taken for")
 NUMBERS = (2, 3, 4)
@@ -31,7 +31,7 @@ def text(told: "Description") -> str:
 
 
 def grouped(rows: Sequence["Row"]) -> Iterator[tuple[str, "Row", int]]:
-    """Rows that differ in numbers of their paths alone as one: with these as "*", its first, and how many there are."""
+    """Groups of rows that differ only in numbers of their paths: the path with "*", the first row, and the count."""
     groups: dict[tuple, list[Row]] = collections.defaultdict(list)
     for row in rows:
         groups[(*re.split(r"\d+", row.path), None, *row[1:])].append(row)
@@ -70,7 +70,7 @@ def _cells(path: str, row: "Row", count: int, several: bool) -> tuple[str, ...]:
 
 
 def _short(name: str, room: int) -> str:
-    """A name without its middle where there is no room for all of it."""
+    """A name; without its middle if there is no room for all of it."""
     ends = (room - 3) // 2
     return name if len(name) <= room else f"{name[:ends]}...{name[-ends:]}"
 
@@ -80,7 +80,7 @@ def _kept(residual: int) -> str:
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """Rows in columns, of which the last is as wide as it may be, and goes on below."""
+    """The lines of rows in columns; the last column takes the remaining width, and continues on further lines."""
     others = [max(map(len, column)) for column in zip(*(row[1:-1] for row in rows), strict=True)]
     room = max(SHORTEST, WIDTH - LEAST - sum(others) - GAP * len(HEADING[1:]))
     rows = [(_short(name, room), *cells) for name, *cells in rows]
@@ -95,7 +95,7 @@ def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 
 def _facts(told: "Description") -> Iterator[tuple[str, str]]:
-    """What else is told, each with its name."""
+    """The facts below the table, each with its name."""
     totals = told.totals
     among = ", ".join(f"{count} along {axis!r}" for axis, count in told.workers.items())
     yield "workers", f"{among}; on {told.platform}"
@@ -113,7 +113,7 @@ def _facts(told: "Description") -> Iterator[tuple[str, str]]:
 
 
 def _kinds(part: "Part") -> str:
-    """What a worker sends in steps of each kind."""
+    """The bytes that a worker sends in steps of each kind, in words."""
     by_size: dict[float, list[str]] = collections.defaultdict(list)
     for name, sent in part.kinds.items():
         by_size[sent].append(f"{name} (the table)" if name == part.kind else name)

@@ -1,4 +1,4 @@
-"""What a command line gives as text: the settings of a codec's factory, and the shapes of parameters."""
+"""Readers of command line text: the settings of a codec's factory, and the shapes of parameters."""
 
 import importlib
 import inspect
@@ -24,8 +24,8 @@ PLAIN = (bool, int, float, str)
 def keywords(factory: Callable[..., Any]) -> dict[str, tuple[type, Any]]:
     """The keywords of a factory that can be given as text, each with its type and default.
 
-    `int | None` counts as int, `bool | Feedback | EF21` as bool, a type as its name, and a quantizer as the number of
-    its bits, 0 without one.
+    `int | None` counts as int, and `bool | Feedback | EF21` as bool. A type is given by its name, and a quantizer by
+    the number of its bits, 0 for none.
     """
     found: dict[str, tuple[type, Any]] = {}
     for keyword, parameter in inspect.signature(factory, eval_str=True).parameters.items():
@@ -40,7 +40,7 @@ def keywords(factory: Callable[..., Any]) -> dict[str, tuple[type, Any]]:
 
 
 def _plain(annotation: Any) -> Any:
-    """T of `T | None`, of `T | Feedback | EF21` and of `T | Callable | None`; any other annotation as it is."""
+    """T for `T | None`, `T | Feedback | EF21` and `T | Callable | None`; any other annotation as it is."""
     if isinstance(annotation, types.UnionType):
         kinds = [kind for kind in typing.get_args(annotation) if typing.get_origin(kind) is not Callable]
         rest = [kind for kind in kinds if kind not in (types.NoneType, Feedback, EF21)]
@@ -49,7 +49,7 @@ def _plain(annotation: Any) -> Any:
 
 
 def settings(factory: Callable[..., Any], texts: Mapping[str, str]) -> dict[str, Any]:
-    """Keywords of a factory by name, from texts.
+    """The keyword arguments of a factory by name, read from texts.
 
     Raises:
       ValueError: there is no such keyword, it cannot be given as text, or the text is not of its type.
@@ -70,14 +70,13 @@ def settings(factory: Callable[..., Any], texts: Mapping[str, str]) -> dict[str,
 
 
 def shapes(text: str) -> Any:
-    """The shapes of parameters, from JSON, from the path of a file of it, or from module:function.
+    """The shapes of parameters, from JSON, from the path of a file with JSON, or from module:function.
 
-    In JSON they are a shape, or a shape and a type, by path, in which {0..31} stands for each number in turn. A
-    function returns a tree of arrays, of shapes with types, or of tuples of integers. It is traced: nothing is
-    allocated.
+    JSON has, by path, a shape, or a shape and a type. {0..31} in a path stands for each number in turn. A function
+    returns a tree of arrays, of shapes with types, or of tuples of integers. It is traced: nothing is allocated.
 
     Raises:
-      ValueError: the text is neither, or not well formed.
+      ValueError: the text is none of these, or it is not well formed.
     """
     file, found = pathlib.Path(text), re.fullmatch(r"([\w.]+):(\w+)", text)
     if text.lstrip().startswith("{"):
@@ -123,7 +122,7 @@ def _leaf(path: str, value: Any, where: str) -> jax.ShapeDtypeStruct:
 
 def _expanded(pattern: str, where: str) -> Iterator[str]:
     """The paths for which a pattern stands, such as "layers/{0..31}/wq"."""
-    texts = re.split(r"\{(.*?)\}", pattern)  # of which each second is between braces
+    texts = re.split(r"\{(.*?)\}", pattern)  # every second text is between braces
     ranges: list[Sequence[Any]] = []
     for place, text in enumerate(texts):
         found = re.fullmatch(r"(\d+)\.\.(\d+)", text)
@@ -148,6 +147,6 @@ def _returned(module: str, function: str) -> Any:
             raise ValueError(f"{where} returned leaf {shown(x)}, which is neither an array nor a shape")
         return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
-    # What it computes is traced, and not returned: shapes are none of jax's types.
+    # The function is traced, and its result leaves by `found`: a shape is no value that eval_shape could return.
     jax.eval_shape(lambda: found.append(jax.tree.map(leaf, made(), is_leaf=is_shape)))
     return found[0]

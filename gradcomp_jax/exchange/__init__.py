@@ -1,1 +1,1 @@
-"""The only rooms that talk: what travels (plan), in which order (rounds), how (ways), by what (collectives)."""
+"""The only modules that communicate: what travels (plan), the order (rounds), the way (ways), the collectives."""

@@ -1,8 +1,8 @@
-"""How many bits travelled, counted in the state while training.
+"""The number of bits that travelled, counted in the state while training.
 
-Three quantities bear three names. *Payload* is what one worker encodes. *Wire* is what one worker sends by
-the ring laws, padding and uncompressed leaves included. *Entropy* is the length of a variable code inside a
-fixed buffer. `wire_bits` speaks of the wire, as does `gradcomp_jax.hlo.collective_bytes`.
+Three quantities have three names. *Payload* is the bits that one worker encodes. *Wire* is the bits that one worker
+sends under the ring laws, with padding and uncompressed leaves. *Entropy* is the length of a variable code inside a
+fixed buffer. `wire_bits` counts the wire, like `gradcomp_jax.hlo.collective_bytes`.
 """
 
 from typing import Any, NamedTuple
@@ -16,13 +16,13 @@ from gradcomp_jax.coder import CodeLength
 
 
 class WireCount(NamedTuple):
-    """Bits one worker sent, as part of a codec's state; `wire_bits` reads it.
+    """The bits that one worker sent, as part of a codec's state; `wire_bits` reads it.
 
     jax has no int64 by default and a uint32 wraps at 512 MiB, so a count is a uint32 (high, low) pair.
 
     Attributes:
-      last: uint32 [2], in the last step.
-      total: uint32 [2], in all steps so far, skipped ones included: their bits travelled too.
+      last: uint32 [2], the bits of the last step.
+      total: uint32 [2], the bits of all steps so far. Skipped steps count: their bits travelled too.
     """
 
     last: jax.Array
@@ -30,18 +30,18 @@ class WireCount(NamedTuple):
 
 
 class WireBits(NamedTuple):
-    """Bits one worker sent, in the last step and in total; Python ints."""
+    """The bits that one worker sent, in the last step and in total; Python ints."""
 
     last: int
     total: int
 
 
 class Links(NamedTuple):
-    """Bits by link, of `across`.
+    """The bits on each link, for `across`.
 
     Attributes:
-      between: that one chip sent to other slices or nodes.
-      inside: that it sent to others of its own.
+      between: the bits that one chip sent to other slices or nodes.
+      inside: the bits that it sent to other chips of its own slice or node.
     """
 
     between: WireCount
@@ -49,13 +49,13 @@ class Links(NamedTuple):
 
 
 def no_bits(inside: bool = False) -> Any:
-    """The count before the first step; with `inside` by link."""
+    """The count before the first step; with `inside`, a count for each link."""
     none = lambda: WireCount(jnp.zeros(2, jnp.uint32), jnp.zeros(2, jnp.uint32))  # noqa: E731
     return Links(none(), none()) if inside else none()
 
 
 Bits = int | jax.Array
-"""A number of bits: a Python int, or where the step decides it a uint32 (high, low) pair, see `bit_pair`."""
+"""A number of bits: a Python int; or a uint32 (high, low) pair if the step decides it, see `bit_pair`."""
 
 
 def bit_pair(bits: Bits) -> jax.Array:
@@ -66,7 +66,7 @@ def bit_pair(bits: Bits) -> jax.Array:
 
 
 def sum_bits(first: Bits, second: Bits) -> Bits:
-    """The sum; a pair if one of them is."""
+    """The sum of two numbers of bits; a pair if one of them is a pair."""
     if isinstance(first, int) and isinstance(second, int):
         return first + second
     a, b = bit_pair(first), bit_pair(second)
@@ -94,18 +94,18 @@ def add_bits(count: Any, bits: Bits, inside: Bits = 0) -> Any:
 
 
 def code_bits(opt_state: Any) -> float:
-    """The true length of codes that fill their buffers only in part: QSGD's Elias code, adaptive's columns.
+    """The true length of codes that fill only a part of their buffers: QSGD's Elias code, adaptive's columns.
 
     The whole buffer travels, and `wire_bits` counts it. A runtime with messages of any length would have to send only
-    these bits (the *entropy*, see the module), before the ring laws multiply them. Each worker knows its own length
-    only. With several processes call it in all of them: one alone would wait for the others.
+    these bits (the *entropy*, see the module), before the ring laws multiply them. Each worker knows only its own
+    length. With several processes call this function in all of them, because one alone would wait for the others.
 
     Args:
-      opt_state: an optimiser state that holds the state of such codecs: they add up. Any form.
+      opt_state: an optimiser state, of any form, that holds the state of such codecs. The lengths of several add up.
 
     Returns:
-      Bits that a worker encoded in the last step, in both stages if there are two; the mean over the workers, the same
-      number in every process.
+      The bits that a worker encoded in the last step, in both stages if there are two. It is the mean over the workers,
+      the same number in every process.
 
     Raises:
       ValueError: there is no such codec.
@@ -119,25 +119,25 @@ def code_bits(opt_state: Any) -> float:
 
 
 def _of_all(x: Any) -> Any:
-    """An array that processes share, as each can read it."""
+    """An array that several processes may share, in a form that each process can read."""
     shared = isinstance(x, jax.Array) and not x.is_fully_addressable
     return multihost_utils.process_allgather(x, tiled=True) if shared else jax.device_get(x)
 
 
 def wire_bits(opt_state: Any, link: str = "between") -> WireBits:
-    """Bits that one worker sent, by the ring laws of `gradcomp_jax.exchange.collectives`.
+    """The bits that one worker sent, by the ring laws of `gradcomp_jax.exchange.collectives`.
 
     Skipped steps count: their gradients were not finite, but they travelled. The loss, auxiliary outputs and batch
-    statistics of `train_step` count too, because they ride in the codec's messages. Beside several codecs they travel
-    apart, and do not count. `average` does not count: it stands for links on which bytes are cheap. A fraction of a bit
-    by the ring law, such as among three workers, is rounded up. Inside a TPU's slice its compiler may make all-reduces
-    of reduce-scatters, which send twice as much; `gradcomp_jax.certify` tells where.
+    statistics of `train_step` count too, because they ride in the codec's messages. With several codecs they travel
+    apart, and do not count. `average` does not count: it stands for links with cheap bytes. The ring law can give a
+    fraction of a bit, such as among three workers; it is rounded up. Inside a TPU's slice the compiler may turn
+    reduce-scatters into all-reduces, which send twice as much. `gradcomp_jax.certify` tells where.
 
     Args:
-      opt_state: an optimiser state that holds the state of one codec, or of several: they add up. May be
-        the local form, the global one, or one replicated for pmap.
-      link: which bits of `across`: those that one chip sent "between" the slices or nodes, or "inside" its own. Other
-        codecs send all bits between, and none inside.
+      opt_state: an optimiser state that holds the state of one or more codecs. The bits of several add up. May be the
+        local form, the global one, or one replicated for pmap.
+      link: with `across`, which bits to count: those that one chip sent "between" the slices or nodes, or "inside" its
+        own. Other codecs send all bits between, and none inside.
 
     Returns:
       `(last, total)`, Python ints.

@@ -1,4 +1,4 @@
-"""Codes on their way: the messages of all shards travel as one buffer, with riders beside them."""
+"""How codes travel: the messages of all shards go out as one buffer, with riders beside them."""
 
 import dataclasses
 import functools
@@ -35,12 +35,12 @@ from gradcomp_jax.wire.packing import pack_arrays, pack_terms, unpack_arrays, un
 
 
 class Riders(NamedTuple):
-    """Arrays that travel exactly beside codes, in as many shards as those.
+    """Arrays that travel exactly beside codes, cut into as many shards.
 
     Attributes:
       arrays: the arrays.
-      shards: how many.
-      checked: how many of the first must be finite.
+      shards: the number of shards.
+      checked: how many of the first arrays must be finite.
     """
 
     arrays: Sequence[jax.Array]
@@ -54,7 +54,7 @@ class Riders(NamedTuple):
         return -(-sum(x.size for x in self.arrays if x.dtype == dtype) // self.shards)
 
     def pack(self) -> jax.Array:
-        """Their bytes, uint8 [shards, b]."""
+        """The arrays' bytes, uint8 [shards, b]."""
         flats = [jnp.concatenate([x.reshape(-1) for x in self.arrays if x.dtype == dtype]) for dtype in self._types()]
         parts = [cut(flat, self.shards, self._size(flat.dtype)) for flat in flats]
         return pack_arrays(parts, 1) if parts else jnp.zeros((self.shards, 0), jnp.uint8)
@@ -65,16 +65,16 @@ class Riders(NamedTuple):
         return unpack_arrays(data, like)
 
     def mean(self, data: jax.Array) -> list[jax.Array]:
-        """That of the workers' vectors for each type, from their bytes [n, b]; float32 or wider."""
+        """The mean of the workers' vectors for each type, from their bytes [n, b]; float32 or wider."""
         return [jnp.sum(widen(x), axis=0) / len(data) for x in self.unpack(data)]
 
     def repack(self, means: list[jax.Array]) -> jax.Array:
-        """The bytes of a shard's means."""
+        """The bytes of a shard's means, in the arrays' own types."""
         vectors = [halved(x, dtype) for x, dtype in zip(means, self._types(), strict=True)]
         return pack_arrays(vectors) if vectors else jnp.zeros(0, jnp.uint8)
 
     def sound(self, shards: list[jax.Array]) -> list[jax.Array]:
-        """Whether those that are checked are finite, from vectors [shards, ...] for each type."""
+        """Whether the checked arrays are finite, from vectors [shards, ...] for each type; one flag a type."""
         sizes = [sum(x.size for x in self.arrays[: self.checked] if x.dtype == dtype) for dtype in self._types()]
         return [within(x.reshape(-1)[:size], 1) for x, size in zip(shards, sizes, strict=True) if size]
 
@@ -92,11 +92,11 @@ Collective = Callable[[jax.Array], tuple[jax.Array, Bits]]
 
 
 class Received(NamedTuple):
-    """Messages of all workers, as they arrived.
+    """The messages of all workers, as they arrived.
 
     Attributes:
-      all: of each group, arrays [n, ...].
-      of: a worker's index -> its own, which are unpacked from its bytes alone.
+      all: the messages of each group, arrays [n, ...].
+      of: a worker's index -> that worker's messages; without a shorter form or fronts, from its bytes alone.
     """
 
     all: list[Message]
@@ -107,13 +107,13 @@ Consume = Callable[[Received, jax.Array], Any]
 
 
 class Delivery(NamedTuple):
-    """What became of messages that were sent.
+    """The outcome of sending messages.
 
     Attributes:
-      result: what was made of those that arrived.
-      bits: that this worker sent.
-      inside: that this chip sent to others of its worker.
-      length: the true length of its messages; None where it is not told.
+      result: what `consume` made of the messages that arrived.
+      bits: the bits that this worker sent.
+      inside: the bits that this chip sent to other chips of its worker.
+      length: the true length of this worker's messages, in bits as a pair; None where it is not told.
     """
 
     result: Any
@@ -130,14 +130,14 @@ def send(
     consume: Consume,
     wire: Wire,
 ) -> Delivery:
-    """Sends messages, and bytes of riders, as one buffer.
+    """Sends messages, and the bytes of riders, as one buffer.
 
     Args:
       groups: the groups.
-      messages: of each; for a collective that sends to each worker something else, arrays [n, ...].
-      riding: bytes [b], or [n, b].
-      collective: what sends a buffer.
-      consume: what to make of the messages and riders' bytes [n, b] that arrive.
+      messages: the message of each group; arrays [n, ...] if the collective sends a different message to each worker.
+      riding: the riders' bytes [b]; or [n, b] if the collective sends different bytes to each worker.
+      collective: the function that sends a buffer.
+      consume: the function that gets the messages and the riders' bytes [n, b] that arrive.
       wire: the link.
     """
     lead = riding.ndim - 1
@@ -154,7 +154,7 @@ def send(
 
     if compact is None:
         return Delivery(*plain(), 0, lengths(groups, messages if lead else [row(m, None) for m in messages]))
-    # One after another: a vmap of their loops would select all of what they make in each turn.
+    # One after another: a vmap of these loops would select the whole of their results in each turn.
     pack, unpack = compact.pack, functools.partial(lax.map, compact.unpack)
     payload, fits, length = lax.map(pack, messages[0]) if lead else pack(messages[0])
     agreed_to, asking = wire.all_(jnp.all(fits))
@@ -201,7 +201,7 @@ def _send_fronts(
     consume: Consume,
     wire: Wire,
 ) -> tuple[Any, Bits, int]:
-    """As `send`, of messages of which only a front counts: one buffer, filled from its front."""
+    """Like `send`, for messages whose fronts alone count: one buffer, filled from its front."""
     fronts = [group.coder.fronts(group.shape) or () for group in groups]
     used = [jnp.array(f, jnp.int32)[group.strength] for f, group in zip(fronts, groups, strict=True)]
     beside = riding.shape[-1]
@@ -228,17 +228,17 @@ def coded(
     before: jax.Array | None,
     checked: int,
 ) -> Sent:
-    """The means of numbers that travel as codes; by "gather" and "shuffle" with riders beside them, exactly.
+    """The means of numbers that travel as codes; under "gather" and "shuffle" riders travel exactly beside them.
 
     Args:
-      says: what is said.
-      coder: how it becomes bytes.
+      says: the numbers.
+      coder: the coder that turns them into bytes.
       way: one of `coder.ways`.
-      riders: what travels along.
+      riders: arrays that travel along.
       wire: the link.
-      key: this worker's own random key, of this round.
-      strengths: int32 for each that is said, or None.
-      before: whether all that arrived before in this step was finite; None: nothing did.
+      key: this worker's own random key for this round.
+      strengths: for each `Say`, its strength, int32, or None.
+      before: whether everything that arrived earlier in this step was finite; None: nothing has arrived.
       checked: how many of the first riders must be finite.
     """
     growth = max(say.growth for say in says)
@@ -268,7 +268,7 @@ def _silenced(groups: list[Group], messages: list[Message], ok: jax.Array) -> li
 
 
 def _hushed(group: Group, ys: list[jax.Array], ok: jax.Array) -> list[jax.Array]:
-    """Zeros where not `ok`, of tensors whose messages could not be silenced."""
+    """Tensors, made zero where not `ok` if their coder cannot silence messages."""
     return ys if group.coder.silences else [jnp.where(ok, y, 0) for y in ys]
 
 
@@ -297,7 +297,7 @@ def _gather(ys, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strength
 
 
 def _as_sent(groups: list[Group], messages: list[Message], lead: int) -> list[Message]:
-    """Messages as their bytes have them, where they are packed anyway: what they were made of need not be kept."""
+    """Messages, unpacked from their bytes where they are packed anyway: their sources need not be kept."""
     if groups[0].coder.tells_length or groups[0].coder.fronts(groups[0].shape) is not None:
         return messages
     like = [row(message, 0) for message in messages] if lead else messages
@@ -305,12 +305,12 @@ def _as_sent(groups: list[Group], messages: list[Message], lead: int) -> list[Me
 
 
 def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int) -> list[list[jax.Array]]:
-    """The mean of what the workers' messages of whole tensors decode to; of: worker -> messages."""
+    """The mean over the workers of their decoded messages of whole tensors; of: worker -> messages."""
     if n == 1:
         return [decode_all(g, row(m, None)) for g, m in zip(groups, of(0), strict=True)]
 
-    # One after another: memory holds one decoded copy however many workers there are. By index, as a scan would copy
-    # the payloads.
+    # One after another: memory holds one decoded copy however many workers there are. By index, because a scan would
+    # copy the payloads.
     def added(worker: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
         sums = []
         for group, total, one in zip(groups, totals, of(worker), strict=True):
@@ -321,13 +321,13 @@ def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int
                 sums.append([add(group, total[0], one, jnp.int32(0), 1 / n)])
         return sums
 
-    like = jax.tree.leaves(of(0))[0]  # of the type that what is added has
+    like = jax.tree.leaves(of(0))[0]  # has the type of the added arrays
     zeros = [[vary_as(jnp.zeros(y.shape, y.dtype), like) for y in group.ys] for group in groups]
     return functools.reduce(lambda t, w: added(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, added, zeros)
 
 
 def _voted(group: Group, mean: list[jax.Array]) -> tuple[list[jax.Array], list[jax.Array]]:
-    """What the mean becomes if it is encoded too, and the mean."""
+    """The mean as it is after encoding, if the coder votes; and the mean itself."""
     if not group.coder.votes:
         return mean, mean
     again = dataclasses.replace(group, ys=mean)
@@ -336,7 +336,7 @@ def _voted(group: Group, mean: list[jax.Array]) -> tuple[list[jax.Array], list[j
 
 def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array, strengths, before, growth) -> Sent:
     n, me = wire.workers, wire.index
-    # What the second stage owes is in the tensors n times, as it is one worker's share of a mean.
+    # The tensors contain the second stage's residual n times, because it is one worker's share of a mean.
     firsts = [y if e is None else y - n * e for y, e in zip(ys, seconds, strict=True)]
     groups = grouped(coder, firsts, n, key, strengths)
     owed = [cut(e, n, group.each) for e, group in zip(seconds, groups, strict=False) if e is not None]
@@ -376,30 +376,30 @@ def _shuffle(ys, seconds, coder: Coder, ride: Riders, wire: Wire, key: jax.Array
 
 
 def _begin(group: Group, me: jax.Array, start: int, y: jax.Array) -> jax.Array:
-    """Where this worker's shard begins, seen from one of the group's tensors, whose own place is `start`."""
+    """The place where this worker's shard begins, counted from the start of a group's tensor that begins at `start`."""
     if not group.coder.pooled:
         return me * group.each
-    # In units: an int32 does not count the elements of all tensors. Where the shard has none of y, beside it.
+    # In units, because an int32 cannot count the elements of all tensors. A shard without a part of y begins outside y.
     unit = group.coder.unit
     each = group.each // unit
     return jnp.clip(me * each - start // unit, -each, -(-y.shape[-1] // unit)) * unit
 
 
 def _plus_window(own: Any, window: jax.Array, start: jax.Array) -> Any:
-    """`own`, a tensor or a `Sparse` one, plus `window` from place `start` of its last axis on."""
+    """`own`, a tensor or `Sparse`, plus `window`, which begins at place `start` of the last axis."""
     if isinstance(own, Sparse):
         return dataclasses.replace(own, window=(start, window))
     return add_window(own, window, start)
 
 
 def _mean_of_shards(groups: list[Group], received: list[Message], n: int, me: jax.Array) -> list[jax.Array]:
-    """The means of this worker's shards, from the messages [n, ...] of all for them."""
+    """The means of this worker's shards, from the messages [n, ...] that all workers sent for them."""
 
     def added(worker: jax.Array, totals: list[jax.Array]) -> list[jax.Array]:
         each = zip(groups, totals, received, strict=True)
         return [add(group, total, row(message, worker), me, 1 / n) for group, total, message in each]
 
-    # Of types that differ as what is added does, which may be a part of a message alone.
+    # Their types vary like the added arrays, which may come from a part of a message alone.
     like = [[me, *jax.tree.leaves(message)] for message in received]
     zeros = [jnp.zeros(group.shape, jnp.float32) for group in groups]
     zeros = [functools.reduce(vary_as, leaves, zero) for leaves, zero in zip(like, zeros, strict=True)]
@@ -425,7 +425,7 @@ def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growt
         return pack_arrays(messages), restore(messages)
 
     def hop(data: jax.Array, part: Any) -> tuple[jax.Array, list[jax.Array]]:
-        """What came in, this worker's shard added, goes on; its own part is the difference."""
+        """Adds this worker's shard to the sum that came in and sends it on; the worker's own part is the difference."""
         received = restore(unpack(data))
         messages = encode(jax.tree.map(jnp.add, received, part[0]), part[1])
         return pack_arrays(messages), jax.tree.map(jnp.subtract, restore(messages), received)
@@ -442,7 +442,7 @@ def _ring(ys, coder: Coder, wire: Wire, key: jax.Array, strengths, before, growt
 
 
 def _pooled(group: Group) -> jax.Array:
-    """The group's tensors one after another, each filled up to whole units."""
+    """The group's tensors, joined along the last axis, each filled up to whole units."""
     starts = group.starts()
     sizes = [end - start for start, end in itertools.pairwise(starts)]
     filled = [cut(y, 1, size)[0] for y, size in zip(group.ys, sizes, strict=True)]
@@ -450,23 +450,23 @@ def _pooled(group: Group) -> jax.Array:
 
 
 def _unpooled(group: Group, shards: jax.Array) -> list[jax.Array]:
-    """The inverse, from shards."""
+    """The inverse of `_pooled`, from shards."""
     starts = group.starts()
     flat = uncut(shards)
     return [flat[..., start : start + y.shape[-1]] for y, start in zip(group.ys, starts, strict=False)]
 
 
 def shared(says: Sequence[Say], coder: Any, way: str, wire: Wire, key: jax.Array, before: jax.Array | None) -> Sent:
-    """The means of numbers that travel as integers of scales that all workers share, and are summed as those.
+    """The means of numbers that travel as integers and are summed as integers, in scales that all workers share.
 
-    The scales are the largest of all workers' for each unit.
+    The scale of a unit is the largest of all workers' scales for it.
     """
     n = wire.workers
     ys = [coder.lay(say.x) for say in says]
     (group,) = grouped(coder, ys, 1, key, [None] * len(ys))
     scales = jnp.concatenate([coder.scale(y) for y in ys])
-    # As integers, whose order is that of floats without their signs: a maximum of floats may drop a NaN, and of
-    # Inf / Inf a processor makes a NaN that has a sign.
+    # As integers, which have the order of floats without their signs. A maximum of floats may drop a NaN, and the NaN
+    # that a processor makes of Inf / Inf may have a sign.
     order, asking = wire.largest(lax.bitcast_convert_type(scales, jnp.int32).reshape(-1) & 0x7FFFFFFF)
     scales = lax.bitcast_convert_type(order, jnp.float32).reshape(scales.shape)
     ok = agreed([within(scales, 2 * n * max(say.growth for say in says))], before)

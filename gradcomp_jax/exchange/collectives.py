@@ -1,10 +1,10 @@
-"""The wire: every collective the library runs, each returning what it cost beside its result.
+"""The wire: every collective that the library runs. Each returns its cost beside its result.
 
 This is the only file that calls `jax.lax`'s collectives. Each method of `Wire` that moves data returns
-`(result, bits)`, where `bits` is what one worker sends for it by the ring laws, computed from the very
-operands handed to the collective, so that nothing can be declared as less than it is:
+`(result, bits)`. `bits` is the number of bits that one worker sends for it under the ring laws. It is computed from
+the very operands of the collective, so that no method can declare less than it sends:
 
-| collective | bits one worker sends, operand of p bits, n workers |
+| collective | bits that one worker sends, operand of p bits, n workers |
 |---|---|
 | `total`, `largest`, `all_`, `from_first` (all-reduce) | 2 (n - 1) / n p |
 | `ring_total` (n - 1 permutes of p / n, an all-gather of p / n) | 2 (n - 1) / n p |
@@ -34,9 +34,9 @@ from gradcomp_jax.views import always, filled, platform
 
 T = TypeVar("T")
 
-# On TPUs vectors lie in tiles of so many, short ones in lanes. A gather of one that fills no whole number of tiles
-# becomes an all-reduce of the gathered one, which sends twice as much, or puts each byte into a word of its own. What
-# is summed between slices the compiler fills up by itself.
+# On TPUs vectors lie in tiles of TILE elements, short ones in lanes of LANES. A gather of a vector that fills no whole
+# number of tiles becomes an all-reduce of the gathered vector, which sends twice as much, or it puts each byte into a
+# word of its own. The compiler itself fills up vectors that are summed between slices.
 TILE, LANES = 1024, 128
 
 _ordering = contextvars.ContextVar("ordering", default=False)
@@ -44,13 +44,13 @@ _ordering = contextvars.ContextVar("ordering", default=False)
 
 @contextlib.contextmanager
 def in_order() -> Iterator[None]:
-    """Here `after` makes collectives wait for one another: where several CPU devices of a process are the workers.
+    """In this context `after` makes collectives wait for one another, for workers that are CPU devices of one process.
 
-    Each of those starts its collectives in the order of the schedule, but a conditional or loop counts as started with
-    its first operation. What comes next may run beside the collectives inside, on another device the other way round,
-    and as all meet under one key, they take each other's messages: the process dies, hangs, or goes on with wrong
-    numbers (jax 0.10 to 0.12). Data alone orders them; no flag of XLA's scheduler does, and `lax.optimization_barrier`
-    is gone before there is a schedule.
+    Each device starts its collectives in the order of the schedule, but a conditional or loop counts as started with
+    its first operation. The next collective may run beside those inside, and on another device before them. All meet
+    under one key, so they take each other's messages: the process dies, hangs, or goes on with wrong numbers (jax 0.10
+    to 0.12). Only data can order them. No flag of XLA's scheduler does, and `lax.optimization_barrier` is gone before
+    there is a schedule.
     """
     token = _ordering.set(True)
     try:
@@ -64,7 +64,7 @@ _sums_only = contextvars.ContextVar("sums_only", default=False)
 
 @contextlib.contextmanager
 def sums_only() -> Iterator[None]:
-    """Here gathers, shuffles and rings are refused: of vmap's the compiler makes what sends more than is counted."""
+    """In this context gathers, shuffles and rings are refused: the compiler makes vmap's send more than is counted."""
     token = _sums_only.set(True)
     try:
         yield
@@ -83,13 +83,14 @@ def _require_free() -> None:
 
 
 def after(tree: T, results: Any) -> T:
-    """`tree`, such that what is sent of it waits for `results`; outside `in_order` nothing waits.
+    """`tree`, so that collectives that send it wait for `results`; outside `in_order` nothing waits.
 
-    For collectives behind a conditional or loop that holds some, or before one, which do not give it what it sends.
+    Use it for collectives after a conditional or loop that contains collectives, and for those before one, if no data
+    leads from one to the other.
 
     Args:
-      tree: arrays, the same on return.
-      results: what the collectives before gave. Leaves that differ between workers are not looked at.
+      tree: arrays; their values do not change.
+      results: the results of the earlier collectives. Leaves that differ between workers are ignored.
     """
     first = [jnp.ravel(x)[0] for x in jax.tree.leaves(results) if x.size and not _varying(x)]
     if not _ordering.get() or not first:
@@ -104,7 +105,7 @@ def axis_names(axis_name: AxisName) -> tuple[str, ...]:
 
 
 def workers(axis_name: AxisName) -> int:
-    """How many workers there are along `axis_name`; raises ValueError where no such axis is bound."""
+    """The number of workers along `axis_name`; raises ValueError if no such axis is bound."""
     try:
         return lax.axis_size(axis_name)
     except NameError as error:
@@ -126,7 +127,7 @@ def _varying(x: Any) -> frozenset[str]:
 
 
 def tracked(axis_name: AxisName) -> bool:
-    """Whether types here tell what differs along `axis_name`: inside `shard_map(check_vma=True)` only."""
+    """Whether types tell which values differ along `axis_name`: only inside `shard_map(check_vma=True)`."""
     return set(axis_names(axis_name)) <= _varying(lax.axis_index(axis_name))
 
 
@@ -169,7 +170,7 @@ def vary(tree: T, axis_name: AxisName) -> T:
 
 
 def vary_as(x: jax.Array, like: Any) -> jax.Array:
-    """`x`, of a type that varies over the mesh as that of `like` does."""
+    """`x`, with a type that varies over the mesh like the type of `like`."""
     missing = tuple(sorted(_varying(like) - _varying(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
 
@@ -177,7 +178,7 @@ def vary_as(x: jax.Array, like: Any) -> jax.Array:
 def require_local(leaves: Sequence[tuple[str, Any]], axis_name: AxisName) -> None:
     """Raises AlreadyReducedError, by name of the leaf, for a gradient that the types show to be reduced already.
 
-    Types are tracked under `shard_map(check_vma=True)` only; elsewhere nothing can be seen here.
+    Types are tracked only under `shard_map(check_vma=True)`; elsewhere this check sees nothing.
     """
     for path, leaf in leaves:
         if known_equal(leaf, axis_name):
@@ -217,11 +218,12 @@ def _all_reduce_bits(tree: Any, n: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Wire:
-    """The link between the workers along an axis. What is sent goes through its methods alone.
+    """The link between the workers along an axis. All data goes through its methods.
 
     Attributes:
       axis: the mesh axis, or axes, of the workers.
-      fast: that of the chips of a worker, a slice or node, each of which sees a shard; None: a worker is one device.
+      fast: the axis of the chips of a worker (a slice or node), where each chip sees a shard; None: a worker is one
+        device.
     """
 
     axis: AxisName
@@ -229,7 +231,7 @@ class Wire:
 
     @property
     def workers(self) -> int:
-        """How many workers there are; raises ValueError where no such axis is bound."""
+        """The number of workers; raises ValueError if no such axis is bound."""
         return workers(self.axis)
 
     @property
@@ -245,7 +247,7 @@ class Wire:
 
     @property
     def shards(self) -> int:
-        """How many chips a worker has."""
+        """The number of chips of a worker."""
         return 1 if self.fast is None else workers(self.fast)
 
     def own_key(self, key: jax.Array) -> jax.Array:
@@ -258,7 +260,7 @@ class Wire:
         return self._all_reduce(self._sum, tree)
 
     def ring_total(self, x: jax.Array) -> tuple[jax.Array, int]:
-        """The sum of a vector, added as it passes in a ring of our own instead of the platform's all-reduce."""
+        """The sum of a vector, added hop by hop in a ring of our own instead of the platform's all-reduce."""
         n = self.workers
         if n == 1 or not x.size:
             return self._sum(x), 0  # for its type
@@ -272,20 +274,20 @@ class Wire:
     ) -> tuple[T, Any, int]:
         """The first half of a ring all-reduce (GradiVeQ's Algorithm 1): each part passes all workers once.
 
-        Worker w begins with part w; then n - 1 times it receives what its neighbour w - 1 made of a part, makes its
-        own of it, and sends that on. So it ends with part w + 1, which has passed all.
+        Worker w begins with part w. Then n - 1 times it receives a message from its neighbour w - 1, applies `hop` to
+        it, and sends the result on. So it ends with part w + 1, which has passed all workers.
 
         Args:
-          parts: arrays [n, ...], this worker's own part of each kind.
+          parts: arrays [n, ...], this worker's own n parts.
           first: this worker's part -> (message, output).
           hop: (message received, this worker's part) -> (message, output).
 
         Returns:
-          The message of part w + 1, see `of_ring`; the outputs of all parts, [n, ...]; the bits this worker sent.
+          The message of part w + 1, see `of_ring`; the outputs of all parts, [n, ...]; the bits that this worker sent.
         """
         _require_free()
         n = self.workers
-        # Part (w - i) mod n is the i-th here; the map is its own inverse.
+        # Part (w - i) mod n is the i-th in this order; the map is its own inverse.
         order = (self.index - jnp.arange(n, dtype=jnp.int32)) % n
         ordered = jax.tree.map(lambda x: x[order], parts)
         message, output = first(jax.tree.map(lambda x: x[0], ordered))
@@ -304,13 +306,13 @@ class Wire:
         return self._all_gather(sent)[:, : x.size], (self.workers - 1) * _size_bits(sent)
 
     def scatter(self, x: jax.Array) -> tuple[jax.Array, int]:
-        """Sends row j of `x` [n, ...] to worker j: gives what all sent to this one, [n, ...] by sender."""
+        """Sends row j of `x` [n, ...] to worker j: gives the rows that all sent to this worker, [n, ...] by sender."""
         _require_free()
         n = self.workers
         return self._all_to_all(x), (n - 1) * _size_bits(x) // n
 
     def largest(self, tree: T) -> tuple[T, int]:
-        """The elementwise maximum of every leaf, the same on all, by an all-reduce."""
+        """The elementwise maximum of every leaf over the workers, the same on all; an all-reduce."""
         return self._all_reduce(self._max, tree)
 
     def _all_reduce(self, reduce: Callable[[T], T], tree: T) -> tuple[T, int]:
@@ -320,18 +322,18 @@ class Wire:
 
     @property
     def _fills(self) -> bool:
-        """Whether what is summed is filled up by the compiler: between the slices of TPUs."""
+        """Whether the compiler fills up the operands of sums: between the slices of TPUs."""
         return self.fast is not None and platform() == "tpu"
 
     def _as_sent(self, x: jax.Array) -> jax.Array:
-        """A vector that is to be summed, filled up as it would be, so that it counts as what it is."""
+        """A vector to be summed, filled up like the compiler does it, so that it counts as the bits that travel."""
         if not self._fills or x.ndim != 1:
             return x
         unit = TILE if x.size > LANES else LANES
         return filled(x, -(-x.size // unit) * unit)
 
     def _tiled(self, x: jax.Array) -> Any:
-        """What is to be summed, in the shape to which it will be filled up."""
+        """An array to be summed, in the shape to which the compiler will fill it up."""
         if not self._fills or x.ndim < 2:
             return x
         *lead, r, c = x.shape
@@ -339,25 +341,25 @@ class Wire:
         return jax.ShapeDtypeStruct((*lead, -(-r // rows) * rows, -(-c // LANES) * LANES), x.dtype)
 
     def all_(self, flag: jax.Array) -> tuple[jax.Array, int]:
-        """Whether `flag`, a truth value, holds on all workers; by an all-reduce of an int32."""
+        """Whether `flag`, a truth value, holds on all workers; an all-reduce of an int32."""
         fails, bits = self.largest(1 - flag.astype(jnp.int32))
         return fails == 0, bits
 
     def widest(self, number: jax.Array) -> tuple[jax.Array, int]:
-        """The largest of a worker's chips, so that all choose the same branch; and the bits that a chip sent inside."""
+        """The largest number of a worker's chips, so that all choose one branch; and the bits a chip sent inside."""
         return (number, 0) if self.fast is None else self.inside.largest(number)
 
     def sum_shards(self, x: jax.Array, axis: int = 0) -> tuple[jax.Array, int]:
-        """This worker's part along an axis of the sum of `x`, by a reduce-scatter."""
+        """This worker's part, along an axis, of the sum of `x`; a reduce-scatter."""
         n = self.workers
         return self._sum_scatter(x, axis), (n - 1) * _size_bits(x) // n
 
     def join_shards(self, x: jax.Array, axis: int = 0) -> tuple[jax.Array, int]:
-        """The inverse, but for the sum: all workers' parts side by side along an axis, the same on all."""
+        """The inverse of `sum_shards`, without a sum: all workers' parts joined along an axis, the same on all."""
         return self._join(x, axis), (self.workers - 1) * _size_bits(x)
 
     def from_first(self, x: jax.Array) -> tuple[jax.Array, int]:
-        """The first worker's array, on all; by an all-reduce."""
+        """The first worker's array, on all workers; an all-reduce."""
         return self.total(jnp.where(self.index == 0, x, jnp.zeros_like(x)))
 
     def front(
@@ -369,17 +371,17 @@ class Wire:
     ) -> tuple[jax.Array, jax.Array, int]:
         """Sends the first `length` elements of `buffer`'s last axis through a collective, and little more than those.
 
-        Shapes are static, so one of some fixed sizes is sent, the smallest that holds them.
+        Shapes are static, so the collective sends one of a few fixed sizes: the smallest that holds the elements.
 
         Args:
-          collective: what sends: an array to an array of the same last axis, and its bits.
-          buffer: an array of at least as many elements along its last axis as the largest size.
+          collective: the function that sends: an array -> (an array with the same last axis, bits).
+          buffer: an array whose last axis is at least as long as the largest size.
           length: int32, the same on all workers, at most the largest size.
-          sizes: rising, each at least 1.
+          sizes: the fixed sizes, rising, each at least 1.
 
         Returns:
-          What the collective gave, its last axis as long as the buffer's, zero beyond what was sent; the bits this
-          worker sent, as a pair; and those that a chip of it sent inside.
+          The collective's result, its last axis as long as the buffer's and zero beyond the sent size; the bits that
+          this worker sent, as a pair; and the bits that a chip of it sent inside.
         """
 
         def send(size: int):
@@ -391,14 +393,14 @@ class Wire:
         smallest = jnp.sum(jnp.array(sizes, jnp.int32) < longest, dtype=jnp.int32)
         return *self.switch(smallest, [functools.partial(send, size) for size in sizes]), inside
 
-    # What follows is jax's own, in one place each: a recorder takes these over.
+    # Each method below calls one function of jax, and no other method calls it: a recorder overrides these.
 
     def switch(self, index: jax.Array, branches: Sequence[Callable[[], T]]) -> T:
-        """One of some branches that talk, by an index that is the same on all workers."""
+        """Runs one of several branches with collectives; the index is the same on all workers."""
         return lax.switch(index, branches)
 
     def scan(self, turn: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        """A loop whose turns talk."""
+        """A loop whose turns run collectives."""
         return lax.scan(turn, carry, xs)
 
     def _sum(self, tree: T) -> T:
@@ -408,7 +410,7 @@ class Wire:
         return lax.pmax(tree, self.axis)
 
     def _all_gather(self, x: jax.Array) -> jax.Array:
-        # vmap knows no `to`; what it gathers is the same everywhere by itself.
+        # vmap knows no `to`; its gathered arrays are the same everywhere by themselves.
         return lax.all_gather(x, self.axis, to="invarying" if tracked(self.axis) else "varying")
 
     def _sum_scatter(self, x: jax.Array, axis: int) -> jax.Array:
@@ -428,5 +430,5 @@ class Wire:
 
 
 def of_ring(gathered: jax.Array) -> jax.Array:
-    """What the workers held after `around_ring`, [n, ...] by worker, by part."""
+    """The workers' messages after `around_ring`, gathered [n, ...] by worker, put in the order of parts."""
     return jnp.roll(gathered, 1, axis=0)

@@ -1,8 +1,8 @@
-"""The way inside a slice or node: its chips sum tensors into shards, and join what became of these.
+"""The way inside a slice or node: its chips sum tensors into shards, and join the means of these shards.
 
     gradients of each chip -- sum_into_shards --> shards -- an exchange between slices --> means -- join --> whole means
 
-Each chip then has a part of the work, and sends a part of the payload over the slow link.
+So each chip does a part of the work, and sends a part of the payload over the slow link.
 """
 
 import math
@@ -22,12 +22,12 @@ from gradcomp_jax.views import always, filled, platform, split
 def sum_into_shards(xs: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) -> tuple[list[jax.Array], int]:
     """This chip's shards of the sums of some tensors over the chips of a slice.
 
-    Large ones are messages of their own, which need no copy; the others share one for each type.
+    A large tensor is a message of its own, which needs no copy. The others share one message for each type.
 
     Args:
       xs: the tensors.
-      cuts: how each is cut.
-      wire: the link between slices, which knows that inside.
+      cuts: how each tensor is cut.
+      wire: the link between slices; it knows the link inside.
 
     Returns:
       The shards, and the bits that this chip sent.
@@ -53,19 +53,19 @@ def sum_into_shards(xs: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire) ->
 
 
 def _is_large(size: int) -> bool:
-    """Whether a copy of so many bytes, to be a part of one message with others, costs more than a message."""
+    """Whether it costs more to copy so many bytes into a shared message than to send a message of their own."""
     return size > (APART // 32 if platform() == "tpu" else APART)
 
 
 def _is_apart(x: jax.Array, axis: int, n: int) -> bool:
-    """Whether what is laid for n shards along an axis is a message of its own, as it lies."""
+    """Whether a tensor that is laid for n shards along an axis is a message of its own, as it lies."""
     large = _is_large(x.size * x.dtype.itemsize)
     if platform() != "tpu":
         return large
     if not large or x.ndim == 1:
         return False
-    # XLA leaves most reduce-scatters ones if shards are tiles of 8 x 128, even in number, cut along their edges. Of the
-    # others it makes all-reduces, which send twice as much (jax 0.10.2); certify tells which.
+    # XLA keeps most reduce-scatters if shards are an even number of tiles of 8 x 128, cut along their edges. It turns
+    # the others into all-reduces, which send twice as much (jax 0.10.2); certify tells which.
     *lead, r, c = (1, *(length // n if i == axis else length for i, length in enumerate(x.shape)))
     tiles = math.prod(lead) * -(-r // 8) * -(-c // 128)
     at_edges = r >= 8 and c % 128 == 0 if axis == x.ndim - 1 else c >= 128 and (r % 8 == 0 or axis < x.ndim - 2)
@@ -77,7 +77,7 @@ def _sum_rows(x: jax.Array, inside: Wire) -> tuple[jax.Array, int]:
     k = x.shape[1]
     if platform() != "tpu":
         row, bits = inside.sum_shards(x)
-    elif k < 2 * TILE:  # filled up it would be more
+    elif k < 2 * TILE:  # a filled-up array would be larger
         total, bits = inside.total(x)
         row = jax.lax.dynamic_index_in_dim(total, inside.index)
     else:
@@ -89,13 +89,13 @@ def _sum_rows(x: jax.Array, inside: Wire) -> tuple[jax.Array, int]:
 def join(
     shards: Sequence[jax.Array], cuts: Sequence[Cut], wire: Wire, before: Sequence[jax.Array] = ()
 ) -> tuple[list[jax.Array], int]:
-    """The inverse, but for the sum: the tensors of which all chips have a shard, in the shapes in which they were cut.
+    """The inverse of `sum_into_shards`, without a sum: joins the chips' shards to tensors, in the shapes of `cuts`.
 
     Args:
-      shards: this chip's.
+      shards: this chip's shards.
       cuts: how each tensor was cut.
-      wire: the link between slices, which knows that inside.
-      before: what was joined before.
+      wire: the link between slices; it knows the link inside.
+      before: the tensors that were joined before.
 
     Returns:
       The tensors, the same on all chips, and the bits that this chip sent.
@@ -120,13 +120,13 @@ def join(
 
 
 def _in_turn(x: jax.Array, before: Sequence[jax.Array]) -> jax.Array:
-    """`x`; on TPUs it waits for what was joined before, lest all tensors be whole before the first is used."""
+    """`x`; on TPUs it waits for the tensors joined before. Otherwise all could be whole before the first is used."""
     first = [y[(0,) * y.ndim] for y in before if y.size]
     return jnp.where(always(first), x, jnp.zeros_like(x)) if platform() == "tpu" and first else x
 
 
 def _grouped(is_apart: Sequence[bool], xs: Sequence[jax.Array]) -> list[list[int]]:
-    """The places of those that share a message: one for each type, of what is not apart."""
+    """The places that share a message: each place that is apart has one, the others share one for each type."""
     groups: dict[Any, list[int]] = {}
     for place, (alone, x) in enumerate(zip(is_apart, xs, strict=True)):
         groups.setdefault(place if alone else str(x.dtype), []).append(place)
@@ -151,12 +151,12 @@ def over_shards(asked: dict[Any, OverShards], wire: Wire) -> tuple[dict[Any, jax
 
 
 def _last(x: jax.Array) -> Cut:
-    """The cut of what is partial: along the last axis, so that what leads in each row still does."""
+    """The cut of a partial sum: along the last axis, so that the front of the rows stays the front."""
     return Cut(x.shape, x.ndim - 1)
 
 
 def in_parts(says: dict[Any, Say], wire: Wire, before: Any) -> tuple[dict[Any, Say], int]:
-    """What is said, where of partial sums this chip says its part of the sum."""
+    """The asks, in which this chip says only its part of each partial sum; and the bits that it sent inside."""
     partial = {key: say for key, say in says.items() if say.partial and wire.fast is not None}
     if not partial:
         return says, 0
@@ -172,19 +172,19 @@ def in_parts(says: dict[Any, Say], wire: Wire, before: Any) -> tuple[dict[Any, S
 
 
 def of_parts(heard: dict[Any, Heard], says: dict[Any, Say], wire: Wire, want_own: bool) -> tuple[dict[Any, Heard], int]:
-    """What is heard, of partial sums whole: `in_parts` taken back.
+    """The inverse of `in_parts`: the answers, with partial sums whole again; and the bits that this chip sent inside.
 
     Args:
       heard: the answers.
-      says: what was said, as it was before `in_parts`.
+      says: the asks, as they were before `in_parts`.
       wire: the link.
-      want_own: whether `Heard.own` is of use; else it has no meaning, and is not sent.
+      want_own: whether `Heard.own` is used. If not, it has no meaning, and is not sent.
     """
     partial = [key for key, say in says.items() if say.partial and wire.fast is not None]
     if not partial:
         return heard, 0
     cuts = [_last(says[key].x) for key in partial]
-    # Apart, as in one buffer the types would take means to differ between workers too.
+    # Apart, because in one buffer the types would say that the means differ between workers too.
     means, bits = join([heard[key].mean for key in partial], cuts, wire)
     owns, more = (means, 0) if not want_own else join(after([heard[key].own for key in partial], means), cuts, wire)
     pairs = zip(means, owns, strict=True)
@@ -194,11 +194,13 @@ def of_parts(heard: dict[Any, Heard], says: dict[Any, Say], wire: Wire, want_own
 def from_first_shard(
     asked: dict[Any, First], from_first: Callable[[Any], tuple[Any, Any]], wire: Wire
 ) -> tuple[dict[Any, Any], Any, int]:
-    """The first worker's arrays, of those for which it is asked the first shard's, which go in parts between slices.
+    """The first worker's arrays; with `First.of_first_shard`, those of its first shard.
+
+    Arrays of a first shard travel in parts between slices.
 
     Args:
-      asked: what is asked.
-      from_first: what gets the first worker's trees.
+      asked: the asks.
+      from_first: the function that fetches the first worker's trees.
       wire: the link.
 
     Returns:

@@ -1,7 +1,7 @@
-"""What leaves a tree of gradients for the exchange, bucket by bucket, and how what comes back becomes a tree again.
+"""How a tree of gradients becomes parcels for the exchange, bucket by bucket, and how the means become a tree again.
 
-Without a fast axis these are the leaves themselves. With one they are shards: of leaves that each chip has whole, of
-their sum over a worker's chips; of leaves that come in shards, these.
+Without a fast axis the parcels are the leaves themselves. With a fast axis they are shards. If each chip has a leaf
+whole, they are shards of its sum over a worker's chips. If a leaf comes in shards, they are those shards.
 """
 
 from collections.abc import Sequence
@@ -20,13 +20,14 @@ Tensors = dict[str, jax.Array]
 
 
 class Parcels(NamedTuple):
-    """What is to be exchanged.
+    """The arrays of an exchange.
 
     Attributes:
       terms: the gradients that are compressed, by path, float32 or wider.
-      riders: of each bucket, what is not compressed, and with the last one what travels beside.
-      checked: of each bucket, how many of the first riders must be finite.
-      bits: that this chip sent inside a slice.
+      riders: for each bucket, the leaves that are not compressed. The last bucket also has the arrays beside the
+        gradients.
+      checked: for each bucket, how many of the first riders must be finite.
+      bits: the bits that this chip sent inside a slice.
     """
 
     terms: Tensors
@@ -38,15 +39,15 @@ class Parcels(NamedTuple):
 def pack(
     the: Plan, leaves: dict[str, Any], beside: Sequence[Any], wire: Wire, summed: bool, narrower: Any = None
 ) -> Parcels:
-    """A tree of gradients as what is to be exchanged.
+    """Turns a tree of gradients into parcels.
 
     Args:
       the: the plan.
       leaves: the gradients by path.
-      beside: arrays of which the means are wanted too.
+      beside: further arrays, whose means are wanted too.
       wire: the link.
-      summed: whether the gradients of a worker's chips add up to the worker's; else it has their mean.
-      narrower: a type of 16 bits, in which what is not compressed travels.
+      summed: whether a worker's gradient is the sum of its chips' gradients; else it is their mean.
+      narrower: a type of 16 bits, for the leaves that are not compressed; None: float32 or wider.
     """
     terms: Tensors = {}
     riders: list[list[jax.Array]] = []
@@ -74,22 +75,22 @@ def unpack(
     ok: jax.Array,
     wire: Wire,
 ) -> tuple[Tensors, list[jax.Array], int]:
-    """The inverse of `pack`, of means.
+    """The inverse of `pack`, for means.
 
     Args:
       the: the plan.
       leaves: the gradients by path.
-      beside: what was given beside them.
-      mean: what the exchange made of `Parcels.terms`.
-      rode: and of `Parcels.riders`.
-      ok: whether all is finite.
+      beside: the arrays that `pack` was given beside them.
+      mean: the means of `Parcels.terms`.
+      rode: the means of `Parcels.riders`.
+      ok: whether everything is finite.
       wire: the link.
 
     Returns:
-      The means by path, of the leaves' shapes, zeros where not ok; those of what was beside; the bits that this chip
-      sent inside a slice.
+      The means by path, in the leaves' shapes, zeros if not ok; the means of the arrays beside them; the bits that this
+      chip sent inside a slice.
     """
-    selected = wire.fast is None and len(the.buckets) == 1  # then what the exchange made is zeros where not ok
+    selected = wire.fast is None and len(the.buckets) == 1  # then the exchange's means are zeros if not ok
     means: Tensors = {}
     more: list[jax.Array] = []
     sent = 0
@@ -97,7 +98,7 @@ def unpack(
         dense = [path for path in paths if path not in the.compressed]
         got = {path: mean[path] for path in paths if path in mean} | dict(zip(dense, rode[place], strict=False))
         more = rode[place][len(dense) :]
-        # Of shards before they are joined: what is joined before all is known to be finite would have to be kept.
+        # Shards are selected before they are joined: otherwise whole tensors would wait in memory for the flag.
         got = {path: x if selected and path in mean else jnp.where(ok, x, 0) for path, x in got.items()}
         if wire.fast is not None:
             got, more, bits = _joined(the, got, more, _beside(the, beside, place), wire, list(means.values()))
@@ -107,7 +108,7 @@ def unpack(
 
 
 def _turned(the: Plan, path: str, x: jax.Array, back: bool = False) -> jax.Array:
-    """What came in shards with its axes as the codec has them; back: as the leaf has them."""
+    """A leaf that came in shards, with its axes in the codec's order; with `back`, in the leaf's order."""
     if path not in the.shards:
         return x
     axis, to = the.shards[path]
@@ -115,14 +116,14 @@ def _turned(the: Plan, path: str, x: jax.Array, back: bool = False) -> jax.Array
 
 
 def _beside(the: Plan, beside: Sequence[Any], place: int) -> list[jax.Array]:
-    """What travels beside a bucket."""
+    """The arrays that travel beside a bucket: all with the last one, none with the others."""
     return [widen(x) for x in beside] if place == len(the.buckets) - 1 else []
 
 
 def _in_shards(
     the: Plan, leaves: Tensors, beside: list[jax.Array], wire: Wire, summed: bool
 ) -> tuple[Tensors, list[jax.Array], int]:
-    """Shards of the sum or mean over a worker's chips; of what types show to be the same on them, of itself."""
+    """Shards of the sum or mean over a worker's chips; arrays that types show to be equal on all chips are only cut."""
     paths = [path for path in leaves if path not in the.shards]
     xs = [*(leaves[path] for path in paths), *beside]
     cuts = [*(the.cuts[path] for path in paths), *map(rows, beside)]
@@ -146,7 +147,7 @@ def _joined(
     wire: Wire,
     before: list[jax.Array],
 ) -> tuple[Tensors, list[jax.Array], int]:
-    """The inverse, but for the sum."""
+    """The inverse of `_in_shards`, without a sum."""
     paths = [path for path in shards if path not in the.shards]
     cuts: list[Cut] = [*(the.cuts[path] for path in paths), *map(rows, like)]
     whole, bits = inside.join([*(shards[path] for path in paths), *beside], cuts, wire, before)

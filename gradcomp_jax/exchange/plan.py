@@ -1,4 +1,4 @@
-"""What is decided from shapes alone: which leaves are compressed, by which way codes travel, what rides with them."""
+"""Decisions from shapes alone: which leaves are compressed, how codes travel, and whether riders join them."""
 
 import collections
 import itertools
@@ -23,9 +23,9 @@ from gradcomp_jax.exchange.shards import Group, grouped
 from gradcomp_jax.notes import logger, note, summary
 from gradcomp_jax.views import HALVES, dtype_of, on_cpus, wide
 
-# By how much riders may lengthen a gather; else they take an all-reduce of their own.
+# The share by which riders may lengthen a gather; if they would add more, they take an all-reduce of their own.
 RIDE = 0.01
-# Bytes of gradients in a bucket, and how many buckets there are, where collectives overlap with computations.
+# The bytes of gradients in a bucket, and the most buckets, where collectives overlap with computations.
 BUCKET, MOST_BUCKETS = 2**24, 4
 
 
@@ -35,16 +35,16 @@ class Settings(NamedTuple):
     Attributes:
       axis_name: the workers' axis.
       error_feedback: a `feedback.Feedback`.
-      min_size: leaves of fewer elements travel dense.
+      min_size: leaves with fewer elements travel dense.
       compress: which leaves to compress, or None.
-      allow_dense: whether none may be.
-      aggregate: the way codes, or numbers, travel; None leaves it to the plan.
-      dense_dtype: the type of 16 bits in which what is not compressed travels; None: float32 or wider.
-      buckets: how many, or the bucket of a path; None leaves it to the plan.
-      fast: of `across`, the axis of the chips of a worker; None: a worker is one device.
-      inside: of `across`, whether gradients come whole from each chip, and are summed into shards; or which do; or by
-        path the axis along which each is cut, None of those that come whole.
-      measured: of `measured`, whether the state has the norms of what is lost.
+      allow_dense: whether a tree may have no compressed leaf.
+      aggregate: the way that codes, or numbers, travel; None: the plan decides.
+      dense_dtype: the type of 16 bits for numbers that are not compressed; None: float32 or wider.
+      buckets: the number of buckets, or a function from a path to its bucket; None: the plan decides.
+      fast: for `across`, the axis of the chips of a worker; None: a worker is one device.
+      inside: for `across`, whether gradients come whole from each chip and are summed into shards. A predicate answers
+        this for each leaf. A dict has, by path, the axis along which the leaf is cut, or None if it comes whole.
+      measured: whether the state keeps the norms of `measured`.
     """
 
     axis_name: AxisName
@@ -61,11 +61,11 @@ class Settings(NamedTuple):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """All axes along which gradients differ."""
+        """All mesh axes along which gradients differ."""
         return (*axis_names(self.axis_name), *(axis_names(self.fast) if self.fast else ()))
 
     def cut_along(self, path: str, leaf: Any, codec: Codec) -> int | None:
-        """The axis along which a leaf's gradients come in shards; None where they come whole from each chip."""
+        """The axis along which a leaf's gradients come in shards; None if they come whole from each chip."""
         if self.fast is None:
             return None
         if isinstance(self.inside, dict):
@@ -74,17 +74,18 @@ class Settings(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The leaves of a tree.
+    """The plan for the leaves of a tree.
 
     Attributes:
-      treedef: its structure.
-      leaves: their paths, in order.
-      compressed: those that the codec compresses, by path: as it sees them, whole or a shard.
-      kept: the same of those of which there is a state, which are these, and those of which only shards do not shrink.
-      why: by path, why the others are not.
-      cuts: of `across`, how each leaf is cut.
-      shards: of those that come in shards, the axis along which they are cut, and where the codec has it.
-      buckets: the paths of each bucket, in the order in which these are sent.
+      treedef: the structure of the tree.
+      leaves: the leaves' paths, in order.
+      compressed: the leaves that the codec compresses, by path: as it sees them, whole or a shard.
+      kept: the leaves that have a state, in the same form: the compressed ones, and those that shrink whole but not as
+        shards.
+      why: by path, the reason why a leaf is not compressed.
+      cuts: for `across`, how each leaf is cut.
+      shards: for leaves that come in shards, the axis along which they are cut, and the codec's axis for it.
+      buckets: the paths of each bucket; the buckets are in the order in which they are sent.
     """
 
     treedef: Any
@@ -98,7 +99,7 @@ class Plan(NamedTuple):
 
     @property
     def dense(self) -> tuple[str, ...]:
-        """Paths of those that travel as they are."""
+        """The paths of the leaves that travel as they are."""
         return tuple(path for path in self.leaves if path not in self.compressed)
 
 
@@ -110,17 +111,17 @@ def comes_whole(inside: bool | Predicate | dict[str, int | None], path: str, lea
 
 
 def axis_of(axes: dict[str, int | None], path: str) -> int | None:
-    """The axis along which a leaf is cut, by `axes_of`."""
+    """The axis along which a leaf is cut, from the result of `axes_of`."""
     if path not in axes:
         raise ValueError(f"inside= has no PartitionSpec for gradient leaf {path!r}: give a tree like the parameters'")
     return axes[path]
 
 
 def axes_of(specs: Any, slow: AxisName, fast: AxisName) -> dict[str, int | None]:
-    """By path, the axis along which a parameter is cut over `fast` by its PartitionSpec; None: it is not.
+    """By path, the axis along which a parameter's PartitionSpec cuts it over `fast`; None: the parameter is not cut.
 
     Raises:
-      ValueError: a leaf is no PartitionSpec, or one that `across` has no use for.
+      ValueError: a leaf is not a PartitionSpec, or `across` cannot use it.
     """
     axes = {}
     for path, spec in flatten(specs)[0].items():
@@ -160,19 +161,19 @@ def flatten(tree: Any) -> tuple[dict[str, Any], Any]:
 
 
 def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
-    """Which leaves of a tree are compressed.
+    """Decides which leaves of a tree are compressed.
 
-    Whether a leaf is to be compressed is asked of the whole leaf, and whether it shrinks, of a shard too.
+    The choice looks at the whole leaf. A shard of it must shrink too.
 
     Args:
       codec: the codec.
       settings: its settings.
       tree: gradients, or their shapes.
-      shards: how many chips a worker has.
+      shards: the number of chips of a worker.
 
     Raises:
       TypeError: a leaf is not of real floating type.
-      ValueError: none would be compressed, and that is not allowed; or what the codec refuses.
+      ValueError: no leaf would be compressed, and that is not allowed; or the codec refuses the tree.
     """
     leaves, treedef = flatten(tree)
     codec.require_leaves(tuple(leaves))
@@ -210,7 +211,7 @@ def plan(codec: Codec, settings: Settings, tree: Any, shards: int = 1) -> Plan:
 
 
 def _arriving(codec: Codec, path: str, leaf: Any, axis: int, shards: int) -> tuple[Shard, tuple[int, int]]:
-    """A leaf that comes in shards as the codec sees it, and from which axis to which that which is cut is moved."""
+    """A leaf that comes in shards, as the codec sees it; and from which axis to which one the cut axis moves."""
     if axis >= leaf.ndim:
         raise ValueError(
             f"gradient leaf {path!r} of shape {leaf.shape} has no axis {axis} along which it is a shard: say with "
@@ -230,24 +231,24 @@ def _arriving(codec: Codec, path: str, leaf: Any, axis: int, shards: int) -> tup
 
 
 def _moved(shape: Sequence[int], axis: int, to: int) -> tuple[int, ...]:
-    """A shape of which one axis is moved."""
+    """A shape with one axis moved."""
     rest = [size for i, size in enumerate(shape) if i != axis]
     return (*rest[:to], shape[axis], *rest[to:])
 
 
 def default_buckets(leaves: dict[str, Any]) -> int:
-    """In how many buckets leaves go if it is not said."""
+    """The default number of buckets for these leaves."""
     return 1 if on_cpus() else max(1, min(MOST_BUCKETS, sum(_size(x) for x in leaves.values()) // BUCKET))
 
 
 def in_buckets(sizes: dict[str, int], buckets: Bucketing) -> tuple[tuple[str, ...], ...]:
-    """Paths in buckets, in the order in which these are sent.
+    """The paths in buckets; the buckets are in the order in which they are sent.
 
     Args:
-      sizes: of the leaves, by path.
-      buckets: how many, of about one size, in the order in which a backward pass finishes them, which is taken to be
-        the reverse of the paths' natural order ("layer_10" after "layer_9"); or the bucket of a path, of which lower
-        ones are sent first.
+      sizes: the leaves' sizes, by path.
+      buckets: the number of buckets, or a function from a path to its bucket. Buckets with lower numbers are sent
+        first. Buckets by number have about the same size. They follow the order in which a backward pass finishes the
+        leaves, taken to be the reverse of the paths' natural order ("layer_10" after "layer_9").
     """
     if callable(buckets):
         number = {path: buckets(path) for path in sizes}
@@ -261,10 +262,10 @@ def in_buckets(sizes: dict[str, int], buckets: Bucketing) -> tuple[tuple[str, ..
 
 
 def _even(sizes: dict[str, int], buckets: int) -> dict[str, int]:
-    """Runs of about one size of the paths in the reverse of their natural order."""
+    """The bucket of each path: runs of about the same size, in the reverse of the paths' natural order."""
 
     def natural(path: str) -> list[Any]:
-        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path)]  # of which each second is digits
+        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path)]  # every second piece is digits
 
     number: dict[str, int] = {}
     total, before = max(1, sum(sizes.values())), 0.0
@@ -275,7 +276,7 @@ def _even(sizes: dict[str, int], buckets: int) -> dict[str, int]:
 
 
 def _why_dense(codec: Codec, settings: Settings, path: str, leaf: Any) -> str:
-    """Why a leaf travels as it is; nothing if it is compressed."""
+    """The reason why a leaf travels as it is; empty if it is compressed."""
     chosen = (settings.compress or codec.default)(path, leaf)
     if isinstance(chosen, str | np.ndarray | jax.Array):
         raise ValueError(f"compress= returned {shown(chosen)} for leaf {path!r}, it must return True or False")
@@ -291,12 +292,12 @@ def _size(leaf: Any) -> int:
 
 
 def _bytes(settings: Settings, shape: tuple[int, ...], dtype: Any) -> int:
-    """What an array of this shape takes uncompressed."""
+    """The bytes of an uncompressed array of this shape."""
     return math.prod(shape) * (settings.dense_dtype or wide(dtype)).itemsize
 
 
 def tell(codec: Codec, the: Plan, leaves: dict[str, Any]) -> None:
-    """Logs which of the leaves are compressed, and as what, and why the others are not; at level INFO, once."""
+    """Logs the compressed leaves with the codec's view, and the others with the reason; at level INFO, once."""
     if leaves and logger.isEnabledFor(logging.INFO) and not isinstance(codec, Uncompressed):
         compressed = [(path, leaves[path], _taken_for(codec, path, whole(x))) for path, x in the.compressed.items()]
         dense = [(path, leaves[path], reason) for path, reason in the.why.items()]
@@ -304,7 +305,7 @@ def tell(codec: Codec, the: Plan, leaves: dict[str, Any]) -> None:
 
 
 def _taken_for(codec: Codec, path: str, leaf: Any) -> str:
-    """What a leaf is taken for, and what that gains."""
+    """The codec's view of a leaf, and the gain from it, in words."""
     view, gain = codec.view(path, leaf), codec.gain(path, leaf)
     if gain is None:
         return view
@@ -326,7 +327,7 @@ def half(dtype: Any) -> Any:
     """The type that a factory's `dense_dtype` stands for; None: float32 or wider.
 
     Raises:
-      ValueError: it is neither bfloat16 nor float16.
+      ValueError: the type is neither bfloat16 nor float16.
     """
     if dtype is None or (found := dtype_of(dtype)) in HALVES:
         return dtype if dtype is None else found
@@ -337,7 +338,7 @@ def half(dtype: Any) -> Any:
 
 
 def salt(path: str) -> int:
-    """A number that is a leaf's own, whatever other leaves there are."""
+    """A number that is a leaf's own; it depends on the path alone."""
     return zlib.crc32(path.encode()) & 0x7FFFFFFF
 
 
@@ -346,8 +347,8 @@ class Route(NamedTuple):
 
     Attributes:
       way: "gather", "shuffle" or "ring".
-      ride: whether riders travel in the codes' messages; else they are one all-reduce beside them.
-      why: why this way.
+      ride: whether riders travel in the codes' messages; else an all-reduce beside them takes the riders.
+      why: the reason for this way.
     """
 
     way: str
@@ -363,21 +364,21 @@ def route(
     aggregate: str | None,
     workers: int,
 ) -> Route:
-    """How codes of some tensors travel, beside so many bytes of riders; by default in whichever way sends less.
+    """How the codes of some tensors travel, beside so many bytes of riders; by default in the way that sends less.
 
-    That is "gather" for two workers, which encodes once and where both send the same, but for rounding. What is chosen
-    among more is logged, at level INFO.
+    For two workers that is "gather": both ways send the same, up to rounding, and gather encodes once. For more workers
+    the choice is logged, at level INFO.
 
     Args:
       coder: the coder.
-      xs: the tensors with their names, of which only shapes count.
-      strengths: of each, as in its `Context`.
-      riding: bytes that ride.
+      xs: the tensors with their names; only the shapes count.
+      strengths: the strength of each, as in its `Context`.
+      riding: the bytes of riders.
       aggregate: the way, or None.
-      workers: how many there are.
+      workers: the number of workers.
 
     Raises:
-      ValueError: tensors of two strengths that share a buffer which an int32 cannot count.
+      ValueError: tensors of two strengths share a buffer that is too large for an int32 to count.
     """
     chosen = _choose(coder, [x for _, x in xs], strengths, riding, aggregate, workers)
     shards = 1 if chosen.way == "gather" else workers
@@ -409,7 +410,7 @@ def _choose(
 
 
 def _payload_bytes(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> int:
-    """The bytes of one shard's payload, of some tensors cut into so many; in a shorter form if there is one."""
+    """The bytes of one shard's payload, for tensors cut into so many shards; in the shorter form if there is one."""
     groups = _groups(coder, xs, strengths, shards)
     compact = coder.compact(groups[0].each // coder.unit)
     return sum(group.coder.size(group.shape) for group in groups) if compact is None else compact.size
@@ -418,14 +419,14 @@ def _payload_bytes(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], sh
 def payloads(
     coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int, places: Sequence[int]
 ) -> list[float]:
-    """What of a shard's payload is each tensor's; of a pooled coder without what fills up the last shards.
+    """Each tensor's bytes in a shard's payload; for a pooled coder without the zeros that fill up the last shards.
 
     Args:
       coder: the coder.
       xs: the tensors.
-      strengths: of each, the place of a strength that never changes, else None.
-      shards: into how many they are cut.
-      places: of each, the place of its strength in the step.
+      strengths: for each tensor, the index of its strength if that never changes, else None.
+      shards: the number of shards into which each is cut.
+      places: for each tensor, the index of its strength in the step.
     """
     groups = _groups(coder, xs, strengths, shards)
     if not coder.pooled:
@@ -439,7 +440,7 @@ def payloads(
 
 
 def shortens(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> bool:
-    """Whether a shard's payload has a shorter form, for which workers agree whether codes fit it."""
+    """Whether a shard's payload has a shorter form; then the workers must agree whether their codes fit it."""
     return coder.compact(_groups(coder, xs, strengths, shards)[0].each // coder.unit) is not None
 
 
@@ -452,7 +453,7 @@ def _groups(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: i
 def _require_countable(
     coder: Coder, xs: Sequence[tuple[str, Any]], strengths: Sequence[Any], shards: int, riding: int
 ) -> None:
-    """Raises ValueError, by name, for tensors of two strengths whose buffer an int32 cannot count."""
+    """Raises ValueError, by name, for tensors of two strengths whose shared buffer an int32 cannot count."""
     groups = _groups(coder, [x for _, x in xs], strengths, shards) if isinstance(coder, Switched) else []
     if not any(isinstance(group.coder, Switched) for group in groups):
         return
@@ -466,17 +467,17 @@ def _require_countable(
 
 
 def legal_ways(coder: Coder | None) -> tuple[str, ...]:
-    """The ways in which what a codec says can travel; coder: its, or None."""
+    """The ways on which a codec's numbers can travel; coder: the codec's coder, or None."""
     return ("psum", "ring") if coder is None or coder.shares_scale else coder.ways
 
 
 def require_aggregate(codec: str, coder: Coder | None, aggregate: str | None) -> None:
-    """Raises ValueError for a way to aggregate that a codec cannot use; None, which stands for a choice, is legal.
+    """Raises ValueError for a way of aggregation that a codec cannot use.
 
     Args:
-      codec: its name.
-      coder: its coder, or None.
-      aggregate: the way.
+      codec: the codec's name.
+      coder: the codec's coder, or None.
+      aggregate: the way; None, which leaves the choice to the plan, is legal.
     """
     legal = legal_ways(coder)
     if aggregate is None or aggregate in legal:

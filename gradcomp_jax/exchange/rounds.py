@@ -1,9 +1,9 @@
-"""The engine: it listens to what the codecs of all leaves say, and sends it, one message a round.
+"""The engine: it collects what the codecs of all leaves say, and sends it, one message a round.
 
     tree -- plan --> leaves -- feedback.owe --> terms -- rounds --> results -- feedback.settle --> leaves and memory
 
-A codec's talks are started side by side; in each round what all of them say goes out together, with what rides along,
-and the answers are handed back. All of that happens while jax traces: generators leave nothing in the program.
+A codec's talks are started side by side. In each round the numbers that they say go out together, with the riders, and
+each talk gets its answer. All of that happens while jax traces: generators leave nothing in the program.
 """
 
 import functools
@@ -40,14 +40,14 @@ Terms = dict[str, tuple[jax.Array, ...]]
 
 
 class Bucket(NamedTuple):
-    """What is exchanged together.
+    """Leaves that are exchanged together.
 
     Attributes:
-      terms: by path, what is to be averaged: the sum of these.
+      terms: by path, the terms whose sum is to be averaged.
       riders: arrays that travel along.
       checked: how many of the first riders must be finite.
-      whole: by path, the shapes of the leaves, of which the terms may be shards.
-      dense: the paths of the leaves among the riders, which are the first.
+      whole: by path, the shapes of the whole leaves; the terms may be shards of them.
+      dense: the paths of the first riders, which are leaves that travel as they are.
     """
 
     terms: Terms
@@ -58,23 +58,23 @@ class Bucket(NamedTuple):
 
     @classmethod
     def of(cls, terms: Terms, riders: Sequence[jax.Array] = (), checked: int | None = None) -> "Bucket":
-        """Of whole leaves, all of whose riders must be finite unless it is said how many."""
+        """A bucket of whole leaves; all riders must be finite, unless `checked` says how many."""
         checked = len(riders) if checked is None else checked
         return cls(terms, riders, checked, {path: d[0].shape for path, d in terms.items()})
 
 
 class Exchanged(NamedTuple):
-    """What an exchange gave.
+    """The results of an exchange.
 
     Attributes:
-      mean: by path, what every worker will apply, identical on all; zeros if not `ok`, where there is one bucket and
-        no fast axis.
-      own: by path, what this worker added to the mean, times the number of workers; arrays or `Sparse`.
-      state: the codec's next state; as it was if not `ok`.
-      rode: the means of the riders of each bucket; of no meaning if not `ok`.
-      ok: bool, whether all that arrived was finite, the same on all workers and their chips.
-      bits: that this worker sent; the same number on all workers.
-      inside: that this chip sent to others of its worker.
+      mean: by path, the update that every worker will apply, identical on all. With one bucket and no fast axis it is
+        zero if not `ok`.
+      own: by path, this worker's share of the mean, times the number of workers; arrays or `Sparse`.
+      state: the codec's next state; the old state if not `ok`.
+      rode: the means of the riders of each bucket; without meaning if not `ok`.
+      ok: bool, whether everything that arrived was finite, the same on all workers and their chips.
+      bits: the bits that this worker sent; the same number on all workers.
+      inside: the bits that this chip sent to other chips of its worker.
     """
 
     mean: dict[str, jax.Array]
@@ -87,13 +87,13 @@ class Exchanged(NamedTuple):
 
 
 class _Tally(NamedTuple):
-    """What adds up from round to round.
+    """Values that go from round to round.
 
     Attributes:
-      rounds: how many there were.
-      ok: bool, whether all that arrived was finite; None before anything did.
-      bits: sent by this worker.
-      inside: sent by this chip to others of its worker.
+      rounds: the number of rounds so far.
+      ok: bool, whether everything that arrived was finite; None before anything arrived.
+      bits: the bits that this worker sent.
+      inside: the bits that this chip sent to other chips of its worker.
       coder: the coder's state.
     """
 
@@ -104,13 +104,16 @@ class _Tally(NamedTuple):
     coder: Any
 
     def after(self, sent: ways.Sent) -> "_Tally":
-        """With what was sent at once."""
+        """The tally after one more message."""
         bits, inside = sum_bits(self.bits, sent.bits), sum_bits(self.inside, sent.inside)
         return self._replace(ok=sent.ok, bits=bits, inside=inside)
 
 
 class _Done(NamedTuple):
-    """What the talks of one kind of step gave; small but for `mean` and `own`, as it may pass through a conditional."""
+    """The results of the talks of one kind of step.
+
+    They may pass through a conditional, so all except `mean` and `own` are small.
+    """
 
     mean: dict[str, jax.Array]
     own: dict[str, Any]
@@ -123,16 +126,16 @@ class _Done(NamedTuple):
 
 
 class Exchange(NamedTuple):
-    """An exchange to be: who talks, over which wire.
+    """The settings of an exchange: the codec and the wire.
 
     Attributes:
       codec: the codec.
       aggregate: the way its numbers travel, or None.
       wire: the link.
-      feedback: whether what is left out comes back.
-      want_own: whether to tell `own`.
-      fresh: as `Context.fresh`.
-      dense: a type of 16 bits, in which whole gradients that are not compressed travel; None: as they are.
+      feedback: whether the part that is left out comes back in a later step.
+      want_own: whether to return `own`.
+      fresh: the value of `Context.fresh`.
+      dense: a type of 16 bits for whole gradients that are not compressed; None: they travel as they are.
     """
 
     codec: Codec
@@ -144,12 +147,12 @@ class Exchange(NamedTuple):
     dense: Any = None
 
     def __call__(self, buckets: Sequence[Bucket], state: Any, learning_rate: Any = None) -> Exchanged:
-        """Averages tensors by the codec, and riders exactly.
+        """Averages tensors with the codec, and riders exactly.
 
         Args:
-          buckets: what is to be averaged, of which each bucket has its own messages.
+          buckets: the tensors and riders; each bucket has its own messages.
           state: the codec's state.
-          learning_rate: for codecs that ask.
+          learning_rate: the learning rate, for codecs that ask for it.
         """
         codec, wire = self.codec, self.wire
         terms = {path: d for bucket in buckets for path, d in bucket.terms.items()}
@@ -170,21 +173,21 @@ class Exchange(NamedTuple):
         }
         after = codec.merge(codec.merge(codec.with_coder_state(state, done.coder), done.news), absorbed)
         renewed, bits, sent = self._refresh(state, after, done, contexts)
-        # Known only once it has read the old ones, so that these can be overwritten where they lie.
+        # `ok` waits until `_refresh` has read the old arrays, so that these can be overwritten where they lie.
         ok = done.ok & always(bits)
         adopted = {path: codec.adopt(codec.leaf(state, path), done.mean[path], ok) for path in terms}
         after = codec.tick(state, codec.merge(after, renewed), told)
         after = jax.tree.map(lambda new, old: jnp.where(done.ok, new, old), after, state)
-        after = codec.merge(codec.merge(after, absorbed), adopted)  # which are selected already
+        after = codec.merge(codec.merge(after, absorbed), adopted)  # these two are selected already
         bits, sent = sum_bits(done.bits, bits), sum_bits(done.inside, sent)
         return Exchanged(done.mean, done.own, after, done.rode, done.ok, bits, sent)
 
     def _all(self, buckets: Sequence[Bucket], state: Any, contexts: dict[str, Context]) -> _Done:
-        """All buckets, each as soon as its gradients are there; and one flag for all of them."""
+        """Exchanges all buckets, each as soon as its gradients are there; one flag covers all of them."""
         codec, coder = self.codec, self.codec.coder_state(state)
         dones: list[_Done] = []
         for bucket in buckets:
-            # Of the coder's state each bucket draws from where the one before stopped.
+            # Each bucket begins with the coder's state that the bucket before it left, and draws from there.
             state = codec.with_coder_state(state, _without_length(coder) if len(buckets) > 1 else coder)
             if dones:
                 terms, riders = after((bucket.terms, bucket.riders), dones[-1].ok)
@@ -215,7 +218,7 @@ class Exchange(NamedTuple):
         )
 
     def _run(self, bucket: Bucket, state: Any, contexts: dict[str, Context], phase: int) -> _Done:
-        """The talks of all leaves of a bucket in one kind of step, from the first round to the last."""
+        """Runs the talks of all leaves of a bucket in one kind of step, from the first round to the last."""
         codec, (terms, riders, checked, _, dense) = self.codec, bucket
         remark(lambda: Began(phase, dense))
         talks = {path: codec.talk(phase, d, codec.leaf(state, path), contexts[path]) for path, d in terms.items()}
@@ -242,7 +245,7 @@ class Exchange(NamedTuple):
     def _round(
         self, asked: dict[str, Any], riders: list[jax.Array], checked: int, contexts: dict[str, Context], tally: _Tally
     ) -> tuple[dict[str, Any], list[jax.Array], _Tally]:
-        """Answers what the leaves ask, in one message."""
+        """Answers the leaves' asks of one round, in one message."""
         answers: dict[tuple[str, int], Any] = {}
         together = {key: ask for key, ask in _each(asked) if isinstance(ask, Together)}
         for function in dict.fromkeys(ask.function for ask in together.values()):
@@ -275,7 +278,10 @@ class Exchange(NamedTuple):
         contexts: dict[str, Context],
         tally: _Tally,
     ) -> tuple[dict[Any, Heard], list[jax.Array], _Tally]:
-        """The means of all that is said: exact numbers and codes, each kind in one message if they cannot share one."""
+        """The means of all numbers that are said.
+
+        Exact numbers and codes share one message, or each kind has a message of its own.
+        """
         coder = self.codec.coder
         coded = {key: say for key, say in says.items() if coder is not None and not say.exact}
         exact = {key: self._narrowed(say) for key, say in says.items() if key not in coded}
@@ -313,7 +319,7 @@ class Exchange(NamedTuple):
         return heard, riders, tally._replace(rounds=tally.rounds + 1)
 
     def _narrowed(self, say: Say) -> Say:
-        """What is said, a whole gradient in the type in which those travel."""
+        """An ask; a whole gradient becomes the type in which whole gradients travel."""
         if self.dense is None or not say.apart or say.x.dtype in HALVES:
             return say
         return say._replace(x=halved(say.x, self.dense))
@@ -327,7 +333,7 @@ class Exchange(NamedTuple):
         tally: _Tally,
         checked: int,
     ) -> ways.Sent:
-        """What became of codes, and of riders with them."""
+        """Sends codes, with riders beside them."""
         coder = self.codec.coder.under(self.feedback)
         key = random.step_key(0, 0)
         if coder.draws:
@@ -339,7 +345,7 @@ class Exchange(NamedTuple):
     def _refresh(
         self, state: Any, after: Any, done: _Done, contexts: dict[str, Context]
     ) -> tuple[dict[str, dict[str, Any]], Bits, Bits]:
-        """What `Codec.refresh` renews of each leaf, where it is due; what it sent, to other workers and inside."""
+        """Runs `Codec.refresh` if it is due: gives each leaf's fields, and bits sent to other workers and inside."""
         codec, due = self.codec, self.codec.due(state)
         if due is None:
             return {}, 0, 0
@@ -355,7 +361,7 @@ class Exchange(NamedTuple):
                 got, bits, passed = inside.from_first_shard(dict(_each(asked)), get, self.wire)
                 sent = [bit_pair(sum_bits(x, y)) for x, y in zip(sent, (bits, passed), strict=True)]
                 asked = _advance(talks, _gathered(asked, got), news)
-            # What is the first shard's is the same on all chips, and what it renews may differ.
+            # The first shard's arrays are the same on all chips, but the fields that they renew may differ by type.
             fields = {path: jax.tree.map(vary_as, news[path], kept) for path, kept in old().items()}
             return fields, sent[0], sent[1]
 
@@ -366,7 +372,7 @@ class Exchange(NamedTuple):
 
 
 def _of_all(states: list[Any]) -> Any:
-    """A coder's state after several buckets, of each of which this is the state after it: lengths add up."""
+    """A coder's state after several buckets, from the state after each: the last one, with the sum of all lengths."""
     if len(states) == 1 or not _tells_length(states[-1]):
         return states[-1]
     length = total_bits(jnp.stack([bare(state.length).last for state in states]))
@@ -374,7 +380,7 @@ def _of_all(states: list[Any]) -> Any:
 
 
 def _without_length(state: Any) -> Any:
-    """A coder's state before one of several buckets, which may have nothing to encode."""
+    """A coder's state before one of several buckets: the length is zero, for a bucket without anything to encode."""
     if not _tells_length(state):
         return state
     return state._replace(length=Mine(CodeLength(0 * bare(state.length).last)))  # of the same type
@@ -387,7 +393,7 @@ def _tells_length(state: Any) -> bool:
 def _advance(
     talks: Mapping[str, Generator[Any, Any, Any]], answers: dict[str, Any], results: dict[str, Any]
 ) -> dict[str, Any]:
-    """Hands each talk its answer: gives what they ask next, and puts what those that end return into `results`."""
+    """Hands each talk its answer: gives their next asks, and puts the results of talks that end into `results`."""
     asked = {}
     for path, answer in answers.items():
         try:
@@ -398,13 +404,13 @@ def _advance(
 
 
 def _each(asked: dict[str, Any]) -> list[tuple[tuple[str, int], Any]]:
-    """Every single ask, by leaf and place."""
+    """Every single ask, with its leaf's path and its place."""
     one = lambda ask: isinstance(ask, Ask)  # noqa: E731
     return [((path, i), x) for path, ask in asked.items() for i, x in enumerate([ask] if one(ask) else ask)]
 
 
 def _gathered(asked: dict[str, Any], answers: dict[tuple[str, int], Any]) -> dict[str, Any]:
-    """The answers by leaf, in the form of what each asked: one, or several."""
+    """The answers by leaf: one answer, or a tuple if the leaf asked a tuple."""
     by_leaf: dict[str, Any] = {}
     for path, ask in asked.items():
         by_leaf[path] = answers[path, 0] if isinstance(ask, Ask) else tuple(answers[path, i] for i in range(len(ask)))
@@ -412,7 +418,7 @@ def _gathered(asked: dict[str, Any], answers: dict[tuple[str, int], Any]) -> dic
 
 
 def _from_first(asked: Any, wire: Wire) -> tuple[Any, Bits]:
-    """The first worker's tree, on all; one buffer a type."""
+    """The first worker's tree, on all workers; one buffer a type."""
     leaves, treedef = jax.tree.flatten(asked)
     got, sent = list(leaves), 0
     for dtype in dict.fromkeys(x.dtype for x in leaves):

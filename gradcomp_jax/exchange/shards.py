@@ -1,4 +1,4 @@
-"""Tensors in shards: how they are cut, encoded and decoded, whoever is sent which."""
+"""Tensors in shards: how they are cut, encoded and decoded, whichever worker gets which shard."""
 
 import dataclasses
 import functools
@@ -23,16 +23,16 @@ from gradcomp_jax.views import always, platform, split
 )
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Tensors that are cut into shards together: one, or of a pooled coder all.
+    """Tensors that are cut into shards together: one tensor, or with a pooled coder all.
 
-    What is done with each is jitted, where it has many operations, so that groups of one shape are traced once.
+    Functions of a group with many operations are jitted, so that groups of one shape are traced once.
 
     Attributes:
-      coder: theirs.
-      ys: as the coder lays them out.
-      each: places of the last axis in a shard.
-      shards: how many shards there are.
-      keys: data of each tensor's random keys, one for each shard and one more; empty of a coder that draws nothing.
+      coder: the tensors' coder.
+      ys: the tensors, as the coder lays them out.
+      each: the number of places of the last axis in a shard.
+      shards: the number of shards.
+      keys: the data of each tensor's random keys, one for each shard and one more; empty if the coder draws nothing.
       strength: int32, or None.
     """
 
@@ -49,20 +49,20 @@ class Group:
         return (*self.ys[0].shape[:-1], self.each)
 
     def part(self, index: Any, key: jax.Array | None = None) -> Part:
-        """What the coder is told of the shard at `index`; with a key, if it is to encode it."""
+        """The coder's description of the shard at `index`; to encode it the coder needs a key."""
         length = self.each * self.shards if self.coder.pooled else self.ys[0].shape[-1]
         return Part(index, self.shards, length, key, self.strength)
 
     def key(self, place: int, index: Any) -> jax.Array | None:
-        """The key of a tensor's shard; at `shards`, of what is encoded again."""
+        """The key of a tensor's shard; index `shards` has the key of the second encoding."""
         return key_of(self.keys[place][index]) if len(self.keys) else None
 
     def restore(self, message: Message, index: Any = 0) -> jax.Array:
-        """What the message of one shard stands for."""
+        """The tensor that the message of one shard stands for."""
         return self.coder.restore(message, self.shape, self.part(index))
 
     def starts(self) -> list[int]:
-        """Where each tensor begins among the places of all, tensors being whole units."""
+        """The place where each tensor begins, and the end, if all tensors lie one after another in whole units."""
         starts, unit = [0], self.coder.unit
         for y in self.ys:
             starts.append(starts[-1] + -(-y.shape[-1] // unit) * unit)
@@ -72,14 +72,14 @@ class Group:
 def grouped(
     coder: Coder, ys: Sequence[Any], shards: int, key: Any, strengths: Sequence[Any], draws: bool = True
 ) -> list[Group]:
-    """Tensors in groups, to be cut into so many shards."""
+    """The groups of some tensors that are to be cut into so many shards."""
     groups = []
     keys: Any = ()
     if coder.draws and draws:  # all at once: to draw one by one compiles for long
         fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
         of_each = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(ys), dtype=jnp.int32))
         keys = fold(of_each, jnp.arange(shards + 1, dtype=jnp.int32))
-        # As data, of which any part can be taken: jax's check for keys that are used twice takes it for all of them.
+        # As data, which can be split: jax's check for reused keys takes a part of a key array for the whole array.
         keys = [x[0] for x in split(jax.random.key_data(keys), [1] * len(ys), axis=0)]
     for places in [list(range(len(ys)))] if coder.pooled else [[place] for place in range(len(ys))]:
         mine, strength = [ys[i] for i in places], strengths[places[0]]
@@ -118,7 +118,7 @@ def encode_each(groups: list[Group]) -> list[Message]:
     messages: list[Message] = []
     for group in groups:
         if messages and group.coder.branches(group.shape):
-            # One after another, so that memory holds the workings of one: a compiler would begin with all of them.
+            # One after another, so that memory holds the work of one: the compiler would begin with all of them.
             done = always(jax.tree.leaves(messages[-1])[0])
             group = dataclasses.replace(group, ys=[jnp.where(done, y, 0) for y in group.ys])
         messages.append(encode_all(group))
@@ -127,14 +127,14 @@ def encode_each(groups: list[Group]) -> list[Message]:
 
 @functools.partial(jax.jit, inline=True)
 def encode_mean(group: Group, mean: jax.Array, index: jax.Array) -> tuple[Message, jax.Array]:
-    """The message of a shard's mean, at `index`, and what it changes."""
+    """The message of a shard's mean, for the shard at `index`, and the change that encoding makes."""
     message = group.coder.encode(mean, group.part(index, group.key(0, group.shards)))
     return message, group.restore(message, index) - mean
 
 
 @functools.partial(jax.jit, static_argnames="share", inline=True)
 def add(group: Group, to: jax.Array, message: Message, index: jax.Array, share: float) -> jax.Array:
-    """`to` plus `share` times what the message of the shard at `index` stands for."""
+    """`to` plus `share` times the tensor that the message of the shard at `index` stands for."""
     return group.coder.add(to, message, group.part(index), share)
 
 
@@ -156,7 +156,7 @@ def decode_all(group: Group, messages: Message) -> list[jax.Array]:
         return [sparse.dense()]
     if group.shards == 1:
         return [group.restore(row(messages, 0))]
-    # On TPUs, which lay few columns in tiles of 128, memory holds the workings of one shard where those are large.
+    # TPUs lay few columns in tiles of 128: where the work of a shard is large, memory holds that of one at a time.
     in_turn = platform() == "tpu" and coder.branches(group.shape)
     shards = lax.map(group.restore, messages) if in_turn else jax.vmap(group.restore)(messages)
     return [uncut(shards)[..., : group.ys[0].shape[-1]]]
@@ -164,7 +164,7 @@ def decode_all(group: Group, messages: Message) -> list[jax.Array]:
 
 @functools.partial(jax.jit, inline=True)
 def owns(group: Group, messages: Message) -> list[Any]:
-    """What the group's tensors became, from the messages [shards, ...] of all their shards."""
+    """The group's tensors as decoded from the messages [shards, ...] of all their shards; perhaps `Sparse`."""
     coder = group.coder
     if coder.rowwise and not coder.pooled:
         whole = jax.tree.map(lambda x: uncut(x, coder.unit_axis), messages)
@@ -176,7 +176,7 @@ def owns(group: Group, messages: Message) -> list[Any]:
 
 
 def sparse_of(group: Group, messages: Message) -> Sparse | None:
-    """The group's tensor, of a coder that keeps few elements of each shard."""
+    """The group's tensor as `Sparse`, if the coder keeps few elements of each shard; else None."""
     parts = jax.vmap(lambda message: group.coder.sparse(message, (group.each,)))(messages)
     if parts is None:
         return None
@@ -185,7 +185,7 @@ def sparse_of(group: Group, messages: Message) -> Sparse | None:
 
 
 def cut(y: jax.Array, shards: int, each: int, axis: int = -1) -> jax.Array:
-    """An axis in shards of `each`, filled up with zeros: [shards, ..., each, ...]."""
+    """Cuts an axis into shards of `each`, filled up with zeros: [shards, ..., each, ...]."""
     axis %= y.ndim
     missing = shards * each - y.shape[axis]
     if missing:
@@ -194,14 +194,14 @@ def cut(y: jax.Array, shards: int, each: int, axis: int = -1) -> jax.Array:
 
 
 def uncut(shards: jax.Array, axis: int = -1) -> jax.Array:
-    """The inverse of `cut`, with what it was filled up with."""
+    """The inverse of `cut`; the zeros that filled up the axis stay."""
     axis %= shards.ndim - 1
     y = jnp.moveaxis(shards, 0, axis)
     return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
 
 
 def row(tree: Any, index: Any) -> Any:
-    """Row `index` of each array; of None, a row of its own."""
+    """Row `index` of each array; with None, each array as a row of its own."""
     if index is None:
         return jax.tree.map(lambda x: x[None], tree)
     cut = functools.partial(lax.dynamic_index_in_dim, index=index, keepdims=False, allow_negative_indices=False)
@@ -209,7 +209,7 @@ def row(tree: Any, index: Any) -> Any:
 
 
 def sound(groups: list[Group], messages: list[Message], growth: float) -> jax.Array:
-    """Whether all that messages [n, ...] stand for is finite, and stays so when it grows so many times, and twice."""
+    """Whether everything in messages [n, ...] is finite, and stays finite if it grows by twice the factor `growth`."""
     bounds = []
     for group, message in zip(groups, messages, strict=True):
         bounds.append(jax.vmap(lambda one, g=group: g.coder.bounds(one, g.shape, g.part(0)))(message).reshape(-1))

@@ -1,4 +1,4 @@
-"""What each leaf sends of what is said in a step, by the ring laws: for those who ask beforehand, from shapes alone."""
+"""The bytes that each leaf sends in a step, by the ring laws: a forecast from shapes alone."""
 
 import collections
 import math
@@ -9,16 +9,16 @@ from gradcomp_jax.contract import Context, Say
 from gradcomp_jax.exchange import plan, ways
 from gradcomp_jax.wire.packing import terms_a_word
 
-# A worker tells by an int32 whether its codes fit.
+# The bytes of the int32 in which a worker tells whether its codes fit.
 FLAG = 4
 
 
 class Began(NamedTuple):
-    """Remarked where the talks of a bucket begin.
+    """A remark that the talks of a bucket begin.
 
     Attributes:
       phase: the kind of the step.
-      dense: the paths of the leaves that travel as they are, which are the first riders.
+      dense: the paths of the leaves that travel as they are; these are the first riders.
     """
 
     phase: int
@@ -26,15 +26,15 @@ class Began(NamedTuple):
 
 
 class Word(NamedTuple):
-    """Numbers of one leaf, as they are said.
+    """The numbers that one leaf says.
 
     Attributes:
-      path: the leaf's; empty of a rider.
-      shape: theirs.
-      dtype: theirs.
+      path: the leaf's path; empty for a rider.
+      shape: the numbers' shape.
+      dtype: the numbers' type.
       summed: the type in which they would be summed.
-      fronts: as those of `Say`.
-      strength: the place of a strength that never changes; else None.
+      fronts: the `fronts` of their `Say`.
+      strength: the index of the leaf's strength if it never changes; else None.
     """
 
     path: str
@@ -46,7 +46,7 @@ class Word(NamedTuple):
 
     @classmethod
     def of(cls, path: str, x: Any, *more: Any) -> "Word":
-        """Of an array, while it is traced: types hang on the platform."""
+        """The word of an array, while it is traced, because the types depend on the platform."""
         return cls(path, x.shape, x.dtype, ways.carried_in(x.dtype), *more)
 
     def count(self, strengths: Mapping[str, int]) -> int:
@@ -55,14 +55,14 @@ class Word(NamedTuple):
 
 
 class Round(NamedTuple):
-    """Remarked in each round: what goes out in it.
+    """A remark in each round: the numbers that go out in it.
 
     Attributes:
-      exact: numbers that travel as they are.
-      coded: numbers that travel as codes.
-      riders: what rides along.
-      coder: of the codes, or None.
-      route: how codes travel; None where there are none, and of those of a shared scale.
+      exact: the numbers that travel as they are.
+      coded: the numbers that travel as codes.
+      riders: the arrays that ride along.
+      coder: the coder of the codes, or None.
+      route: how the codes travel; None if there are none, or if they share a scale.
     """
 
     exact: Sequence[Word]
@@ -81,7 +81,7 @@ class Round(NamedTuple):
         route: plan.Route | None,
         contexts: Mapping[str, Context],
     ) -> "Round":
-        """Of what leaves say, by path and place, and what each is told."""
+        """The round of the leaves' asks, which are by path and place, with the leaves' contexts."""
 
         def word(path: str, say: Say) -> Word:
             strength = contexts[path].strength
@@ -92,11 +92,11 @@ class Round(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """What a worker sends in a step.
+    """The bytes that a worker sends in a step.
 
     Attributes:
-      leaves: bytes by path.
-      flags: bytes by which the workers agree whether codes fit their buffer.
+      leaves: the bytes of each leaf, by path.
+      flags: the bytes of the flags with which the workers agree whether codes fit their buffer.
     """
 
     leaves: dict[str, float]
@@ -104,14 +104,14 @@ class Shares(NamedTuple):
 
 
 def shares(rounds: Sequence[tuple[Began, Round]], workers: int, strengths: Mapping[str, int]) -> Shares:
-    """What each leaf sends in the rounds of a step; what no leaf alone sends, such as padding, is left out.
+    """The bytes that each leaf sends in the rounds of a step.
 
-    Codes that have a shorter form are taken to fit it.
+    Bytes that belong to no single leaf, such as padding, are left out. Codes with a shorter form are taken to fit it.
 
     Args:
-      rounds: what was remarked, each with how its bucket began.
-      workers: how many there are.
-      strengths: the place of each leaf's strength, of a codec of several.
+      rounds: the remarks of the rounds, each with the remark at the beginning of its bucket.
+      workers: the number of workers.
+      strengths: the index of each leaf's strength, for a codec of several.
     """
     leaves: dict[str, float] = collections.defaultdict(float)
     flags = 0.0
@@ -120,7 +120,7 @@ def shares(rounds: Sequence[tuple[Began, Round]], workers: int, strengths: Mappi
         law = _law(said.route.way if riding and said.route else "psum", workers)
         named = [x._replace(path=path) for path, x in zip(began.dense, said.riders, strict=False)]
         for word in (*said.exact, *named):
-            # What rides with codes does so in its own type.
+            # Riders of codes travel in their own type.
             leaves[word.path] += law * word.count(strengths) * (word.dtype if riding else word.summed).itemsize
         if said.coded:
             sent, asked = _coded(said, workers, strengths)
@@ -131,12 +131,12 @@ def shares(rounds: Sequence[tuple[Began, Round]], workers: int, strengths: Mappi
 
 
 def _law(way: str, workers: int) -> float:
-    """Bytes that a worker sends for a byte that is said."""
+    """The bytes that a worker sends for each byte that is said."""
     return workers - 1 if way == "gather" else 2 * (workers - 1) / workers
 
 
 def _coded(said: Round, workers: int, strengths: Mapping[str, int]) -> tuple[list[float], float]:
-    """Bytes that each word sends as codes, and those of flags."""
+    """The bytes that each word sends as codes, and the bytes of flags."""
     coder, route = said.coder, said.route
     reduce = _law("psum", workers)
     if route is None:

@@ -1,16 +1,16 @@
-"""The ways from what each worker says to the mean over all: one message a round, whatever is in it.
+"""The ways from the workers' numbers to their mean: one message a round, whatever is in it.
 
-| what is sent | aggregate | a worker of n sends, for a payload p |
+| numbers or codes | aggregate | a worker of n sends, for a payload p |
 |---|---|---|
 | numbers as they are | "psum": an all-reduce | 2 (n - 1) / n p |
 | numbers as they are | "ring": added as they pass, hop by hop (GradiVeQ's Algorithm 1) | 2 (n - 1) / n p |
 | codes | "gather": all-gather; each worker decodes all | (n - 1) p |
 | codes | "shuffle": each worker decodes, averages and encodes again its shard of all tensors | 2 (n - 1) / n p |
 | codes | "ring": decoded, added and encoded again at each hop | 2 (n - 1) / n p |
-| integers of a scale that all share | "psum", "ring": the largest scale, then the sum of integers | 2 (n - 1) / n p |
+| integers in a scale that all share | "psum", "ring": the largest scale, then the sum of integers | 2 (n - 1) / n p |
 
-What a second encoding loses is the loss of the worker who encoded: it is part of its `own`, so one residual serves
-every way. *Riders* are what travels beside codes and is to arrive exactly, as dense leaves do.
+The loss of a second encoding belongs to the worker that encoded: it is part of that worker's `own`, so one residual
+serves every way. *Riders* are arrays that travel beside codes and must arrive exactly, like dense leaves.
 """
 
 import functools
@@ -27,22 +27,22 @@ from gradcomp_jax.exchange.bits import Bits, sum_bits
 from gradcomp_jax.exchange.collectives import Wire, after
 from gradcomp_jax.views import HALVES, on_cpus, others_are_automatic, pack_front, split, unpack_front, widen
 
-# What the sizes of fronts round up by at most: 17 from 1/32 to 1, each with a collective to compile.
+# The sizes of fronts grow by at most this factor: 17 sizes from 1/32 to 1, each with a collective to compile.
 FRONT_STEP = 1.25
-# A whole gradient of more bytes is a message of its own: it needs no copy, and can overlap with others.
+# A whole gradient with more bytes than this is a message of its own: it needs no copy, and can overlap with others.
 APART = 2**20
 
 
 class Sent(NamedTuple):
-    """What became of a round.
+    """The outcome of a round.
 
     Attributes:
       heard: the answer to each `Say`, in their order.
       rode: the means of the riders.
-      ok: bool, whether all that arrived was finite, the same on all workers.
-      bits: that this worker sent.
-      length: the true length of what this worker encoded, in bits as a pair; None where it is not told.
-      inside: bits that this chip sent to others of its worker, for all to choose the same branch.
+      ok: bool, whether everything that arrived was finite, the same on all workers.
+      bits: the bits that this worker sent.
+      length: the true length of this worker's codes, in bits as a pair; None where it is not told.
+      inside: the bits that this chip sent to other chips of its worker, so that all choose the same branch.
     """
 
     heard: list[Heard]
@@ -54,17 +54,17 @@ class Sent(NamedTuple):
 
 
 def agreed(flags: Sequence[jax.Array], before: jax.Array | None = None) -> jax.Array:
-    """Whether all of some truth values hold, and the one before them if there is one."""
+    """Whether all flags are true, and also `before`, if it is given."""
     flags = [*flags, *([] if before is None else [before])]
     if not flags:
         return jnp.array(True)
-    # Not an "and" of them: XLA's CPU backend would copy it, with all its operands, into every fusion that selects by
-    # it, and programs would grow with the square of the leaves. A sort does not fuse.
+    # Not an "and": XLA's CPU backend would copy it, with all its operands, into every fusion that selects by the
+    # result, and programs would grow with the square of the number of leaves. A sort does not fuse.
     return lax.sort(jnp.stack(flags).astype(jnp.int32))[0] == 1
 
 
 def within(x: jax.Array, growth: float) -> jax.Array:
-    """Whether all of `x` is finite and stays so when it grows so many times in magnitude."""
+    """Whether all of `x` is finite, and stays finite if its magnitude grows by the factor `growth`."""
     return jnp.all(jnp.abs(x) <= float(jnp.finfo(x.dtype).max) / growth)
 
 
@@ -78,19 +78,19 @@ def exact(
     before: jax.Array | None,
     checked: int | None = None,
 ) -> Sent:
-    """The means of numbers that travel as they are, one buffer a type; large ones of a whole gradient apart.
+    """The means of numbers that travel as they are: one buffer a type, and large whole gradients apart.
 
-    Arrays of 16 bits are summed in 16 bits, where the backend does that; means are float32 or wider. Where the compiler
-    shards arrays over a further axis of the mesh nothing is put into a buffer, for which it would have to move them
-    over that axis.
+    Arrays of 16 bits are summed in 16 bits, if the backend does that. Means are float32 or wider. If the compiler
+    shards arrays over a further mesh axis, each array travels by itself: to fill a buffer they would have to move over
+    that axis.
 
     Args:
-      says: what is said.
-      riders: what travels along.
+      says: the numbers.
+      riders: arrays that travel along.
       wire: the link.
-      strengths: int32 for each that is said, or None.
-      ring: hop by hop, instead of by the platform's all-reduce.
-      before: whether all that arrived before in this step was finite; None: nothing did.
+      strengths: for each `Say`, its strength, int32, or None.
+      ring: whether to sum hop by hop, instead of with the platform's all-reduce.
+      before: whether everything that arrived earlier in this step was finite; None: nothing has arrived.
       checked: how many of the first riders must be finite; None: all.
     """
     last = len(says) + (len(riders) if checked is None else checked)
@@ -124,25 +124,25 @@ def exact(
 
 
 def carried(x: jax.Array) -> jax.Array:
-    """`x` in the type in which it is summed: bfloat16 on CPUs in float32.
+    """`x` in the type in which it is summed: on CPUs bfloat16 becomes float32.
 
-    XLA widens it there on the wire; so what is counted is what is sent, and the sum is not rounded.
+    XLA itself widens bfloat16 on the wire there. So the count is true, and the sum is not rounded.
     """
     return x.astype(carried_in(x.dtype))
 
 
 def carried_in(dtype: Any) -> Any:
-    """The type in which numbers of another are summed."""
+    """The type in which numbers of type `dtype` are summed."""
     return jnp.dtype(jnp.float32) if dtype == jnp.bfloat16 and on_cpus() else dtype
 
 
 def _share(x: jax.Array, workers: int) -> jax.Array:
-    """`x`, or of float16 a share of it by a power of two, so that no sum leaves the range."""
+    """`x`; float16 is divided by a power of two, so that no sum leaves the range."""
     return x * jnp.float16(_part(x.dtype, workers)) if x.dtype == jnp.float16 else x
 
 
 def _of_share(share: jax.Array, workers: int) -> jax.Array:
-    """What a share stands for, float32 or wider."""
+    """The inverse of `_share`, float32 or wider."""
     return widen(share) / _part(share.dtype, workers) if share.dtype == jnp.float16 else widen(share)
 
 
@@ -174,9 +174,9 @@ def _fronts(
     before: jax.Array | None,
     checked: int,
 ) -> Sent:
-    """As `exact`, where of some only a front counts: all of it in one buffer, filled from the front.
+    """Like `exact`, if of some arrays only a front counts: all go in one buffer, filled from the front.
 
-    Riders of a type that would widen it, or be widened to twice their size, are messages before it.
+    Riders whose type would widen the buffer, and riders of 16 bits, which it would widen, go in messages before it.
     """
     wide = np.result_type(*(say.x.dtype for say in says))
     apart = [x.dtype in HALVES or np.result_type(x.dtype, wide) != wide for x in riders]
@@ -188,11 +188,11 @@ def _fronts(
         says = [say._replace(x=x) for say, x in zip(says, waiting, strict=True)]
         then = _fronts(says, same, wire, strengths, ring, first.ok, checked - first_checked)
         came = iter(then.rode), iter(first.rode)
-        # Of the first no front is sent, and nothing inside.
+        # The first message has no fronts, so it sent nothing inside.
         return then._replace(rode=[next(came[it]) for it in apart], bits=sum_bits(first.bits, then.bits))
     fronts = [say.fronts or (say.x.size,) * 2 for say in says]
     used = [jnp.array(f, jnp.int32)[0 if s is None else s] for f, s in zip(fronts, strengths, strict=True)]
-    riders = [*riders[checked:], *riders[:checked]]  # those that are not checked come first
+    riders = [*riders[checked:], *riders[:checked]]  # unchecked riders come first
     beside = jnp.concatenate([jnp.zeros(0, wide), *(x.reshape(-1).astype(wide) for x in riders)])
     unchecked = sum(x.size for x in riders[: len(riders) - checked])
     buffer = jnp.concatenate([beside, pack_front([say.x.reshape(-1).astype(wide) for say in says], used)])
@@ -215,15 +215,16 @@ def _fronts(
 
 
 def sizes_of(fronts: Sequence[tuple[int, ...]], strengths: Sequence[Any], beside: int) -> list[int]:
-    """The sizes in which a buffer travels that is filled from its front, rising.
+    """The sizes, rising, in which a buffer travels that is filled from its front.
 
-    Where all are of one strength, as the same tracer says, these are known; else each is at most `FRONT_STEP` times the
-    one before.
+    If all fronts that vary have one strength (the same tracer), these sizes are exact. Otherwise each is at most
+    `FRONT_STEP` times the one before.
 
     Args:
-      fronts: how much of each counts at each strength; of what all counts, at any number of them.
-      strengths: int32 for each, or None.
-      beside: what leads, and counts always.
+      fronts: how many elements of each array count at each strength. If all always count, any number of strengths will
+        do.
+      strengths: int32 for each array, or None.
+      beside: the number of elements that come first and always count.
     """
     varying = [(f, s) for f, s in zip(fronts, strengths, strict=True) if min(f) < max(f)]
     least, most = (beside + sum(end(f) for f in fronts) for end in (min, max))
@@ -242,7 +243,7 @@ def _flat(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def parts_of(flat: jax.Array, like: Sequence[jax.Array]) -> list[jax.Array]:
-    """The inverse of `_flat`; what follows in the vector is left out."""
+    """The inverse of `_flat`; further elements of the vector are left out."""
     if len(like) == 1 and flat.shape == like[0].shape:
         return [flat]
     return [part.reshape(x.shape) for part, x in zip(split(flat, [x.size for x in like]), like, strict=True)]

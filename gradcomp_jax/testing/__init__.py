@@ -1,12 +1,12 @@
-"""The laws for a codec that lives elsewhere: `check`, and what it is made of.
+"""The laws for a codec that lives elsewhere: `check`, and its parts.
 
 >>> import gradcomp_jax as gcj
 >>> report = gcj.testing.check(lambda: gcj.none(), tree={"w": (8, 4)}, steps=4)
 >>> report.codec
 'none'
 
-`laws.py` says what must hold, `contexts.py` runs a codec under vmap, pmap and shard_map, `exchanges.py` runs its
-exchange alone, over the wire of `recorder.py`, and `trees.py` makes gradients.
+`laws.py` states the laws. `contexts.py` runs a codec under vmap, pmap and shard_map. `exchanges.py` runs its exchange
+alone, over the wire of `recorder.py`. `trees.py` makes gradients.
 """
 
 from gradcomp_jax.testing.checking import Report, check

@@ -1,4 +1,4 @@
-"""`check`: holds a codec, wherever it lives, to all laws."""
+"""`check`: checks that a codec, wherever it lives, obeys all laws."""
 
 import contextlib
 import functools
@@ -31,22 +31,22 @@ from gradcomp_jax.testing.recorder import Branches, sent
 
 Decode = Callable[[list[np.ndarray], Any, dict[str, tuple[int, ...]]], dict[str, np.ndarray]]
 
-# Emulated where there is one device, and at most where there are more.
+# The number of workers with one device, and the largest number with several devices.
 ALONE, MOST = 4, 8
 LARGE = (1e20, 1e30, 1.6e38, 3e38)
 POWERS = (2.0**-104, 2.0**90)
 
 
 class Report(NamedTuple):
-    """What `check` has found to hold; `str` of it reads well.
+    """The laws that `check` has found to hold; `str` of a report reads well.
 
     Attributes:
-      codec: its name.
-      ways: of aggregation.
+      codec: the codec's name.
+      ways: the ways of aggregation that were checked.
       laws: the numbers of the laws that hold.
-      contexts: in which contexts, and among how many workers.
-      left_out: what was not checked, and why.
-      seconds: how long it took.
+      contexts: the contexts in which they were checked, with the numbers of workers.
+      left_out: the laws that were not checked, each with the reason.
+      seconds: the seconds that the check took.
     """
 
     codec: str
@@ -69,15 +69,15 @@ class Report(NamedTuple):
 
 
 class _Case(NamedTuple):
-    """What is checked: a codec with one way of aggregation.
+    """One case to check: a codec with one way of aggregation.
 
     Attributes:
       tx: the codec.
-      make: makes another of it.
-      shapes: of the gradients, a tree.
-      steps: of each run.
-      workers: as many as there are devices, or `ALONE`.
-      devices: whether there are several.
+      make: a function that makes the same codec again.
+      shapes: the shapes of the gradients, a tree.
+      steps: the number of steps of each run.
+      workers: the number of workers: one for each device, or `ALONE`.
+      devices: whether there are several devices.
     """
 
     tx: Compressor
@@ -98,7 +98,7 @@ class _Case(NamedTuple):
         return trees.noise(self.shapes, seed, (self.steps, workers or self.workers), dtype)
 
     def vmap(self, grads: Any) -> Run:
-        """What the codec makes of gradients under vmap."""
+        """Runs the codec over gradients under vmap."""
         return contexts.run(self.tx, grads, "vmap")
 
 
@@ -110,34 +110,35 @@ def check(
     linear: bool = False,
     decode: Decode | None = None,
 ) -> Report:
-    """Checks that a codec obeys the laws that `gradcomp_jax` stands on.
+    """Checks that a codec obeys the laws of `gradcomp_jax`.
 
     WORKSPACE.md states the laws, and docs/extending.md tells what a failure of each means. Under vmap one device stands
-    for 1, 3 and up to 8 workers. pmap and `shard_map`, checked and unchecked, run on 2, 4 or 8 of the devices. With one
-    device, check leaves out laws 4 and 5, which compare these and their compiled programs; the report says so.
-    `jax.config.update("jax_num_cpu_devices", 8)`, before jax is first used, emulates eight devices.
+    for 1, 3 and up to 8 workers. pmap and `shard_map`, checked and unchecked, run on 2, 4 or 8 of the devices. Laws 4
+    and 5 compare these runs and their compiled programs. With one device check leaves them out, and the report says so.
+    Call `jax.config.update("jax_num_cpu_devices", 8)` before jax is first used to emulate eight devices.
 
     Args:
       factory: a function that returns a `Compressor`, such as `lambda: my_codec(0.1)`. If it has a keyword `aggregate`,
         each way that goes with the codec is checked.
-      tree: the shapes of the gradients, a tree such as {"kernel": (64, 32), "bias": (32,)}. The codec must compress one
-        leaf at least. By default a matrix, a convolution, a vector and a scalar, of up to 1152 elements.
-      steps: how many steps each run takes, at least 4. It must be long enough for every kind of step of the codec.
-      linear: check law 3 too: many workers equal one that is given their mean gradient.
-      decode: reads what travels, in numpy, for law 9: (arrays that the workers handed to the collectives of a step, in
-        order, each [workers, ...]; the codec's state before the step; shapes of the compressed leaves by path) -> the
-        mean by path. With or without it each step is done again with other gradients, its collectives are given what
-        they were given before, and the mean must be the same.
+      tree: the shapes of the gradients, a tree such as {"kernel": (64, 32), "bias": (32,)}. The codec must compress at
+        least one leaf. The default is a matrix, a convolution, a vector and a scalar, with up to 1152 elements.
+      steps: the number of steps of each run, at least 4. Give enough for every kind of step of the codec.
+      linear: whether to check law 3 too: many workers equal one worker with their mean gradient.
+      decode: a function that reads the messages in numpy, for law 9: (arrays that the workers handed to the collectives
+        of a step, in order, each [workers, ...]; the codec's state before the step; shapes of the compressed leaves by
+        path) -> the mean by path. With or without `decode`, check also does each step again with other gradients and
+        with the old operands of all collectives; the mean must be the same.
 
     Returns:
       A `Report`.
 
     Raises:
       LawError: an AssertionError that names the law, the leaf, the numbers and the likely cause.
-      ValueError: an argument out of range, or a codec that compresses no leaf of the tree.
+      ValueError: an argument is out of range, or the codec compresses no leaf of the tree.
 
-    >>> from gradcomp_jax import cast
-    >>> report = check(lambda: cast("bfloat16", aggregate="gather"), tree={"w": (16, 8)}, steps=4)
+    >>> import gradcomp_jax as gcj
+    >>> codec = lambda: gcj.cast("bfloat16", aggregate="gather")
+    >>> report = gcj.testing.check(codec, tree={"w": (16, 8)}, steps=4)
     >>> report.laws
     (1, 2, 4, 5, 6, 7, 9)
     """
@@ -183,7 +184,7 @@ def _require_arguments(shapes: Any, steps: Any) -> None:
 
 
 def _ways(factory: Any) -> dict[str, Callable[[], Compressor]]:
-    """What makes the codec, for each way of aggregation."""
+    """For each way of aggregation, a function that makes the codec."""
     if not callable(factory):
         raise ValueError(
             f"factory={shown(factory)} must be a function that makes a codec, such as lambda: powersgd(rank=2)"
@@ -215,7 +216,7 @@ def _require_checkable(case: _Case) -> None:
 
 @contextlib.contextmanager
 def _at(place: str) -> Iterator[None]:
-    """Tells a `LawError` where it happened, outermost first."""
+    """Adds a place to each `LawError` that leaves this context, outermost first."""
     try:
         yield
     except LawError as error:
@@ -224,7 +225,7 @@ def _at(place: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """Without what the library tells of itself, such as that one worker sends nothing."""
+    """Silences the library's own log lines, such as that one worker sends nothing."""
     before = logger.level
     logger.setLevel(logging.ERROR)
     try:
@@ -273,7 +274,7 @@ def _place(context: str, devices: int) -> str:
 
 
 def _alike(grads: Any) -> Any:
-    """Gradients [steps, workers, ...], where all workers have the first one's."""
+    """Gradients [steps, workers, ...], with the first worker's on all workers."""
     return jax.tree.map(lambda x: np.broadcast_to(x[:, :1], x.shape), grads)
 
 
@@ -306,7 +307,10 @@ def _traced(tx: Compressor, params: Any, workers: int) -> tuple[Any, Any]:
 
 
 def _types_agree(case: _Case) -> UnheardError | None:
-    """Law 2, where types tell what differs between workers; what they refuse of the mean is for law 9."""
+    """Law 2, as far as types tell it: they show which state differs between workers.
+
+    An error of the types about the mean is returned, for law 9.
+    """
     found: list[str] = []
 
     def update(grads: Any, state: Any, params: Any) -> None:
@@ -333,14 +337,14 @@ def _types_agree(case: _Case) -> UnheardError | None:
 
 
 def _conserved(case: _Case, grads: Any, got: Run) -> None:
-    """Law 1, to the rounding of the largest number there is."""
+    """Law 1, up to the rounding of the largest number."""
     if laws.conserves(case.tx):
         magnitude = max(float(np.abs(x).max(initial=1)) for x in jax.tree.leaves((grads, got.states.residual)))
         laws.require_conserved(case.tx, grads, got, 2e-5 * case.steps * magnitude)
 
 
 def _exchange_alone(case: _Case) -> tuple[dict[str, np.ndarray], list[exchanges.Step]]:
-    """Tensors, which are alike in the last two steps, and what an exchange makes of them."""
+    """Tensors, equal in the last two steps, and the steps of an exchange on them."""
     tensors = trees.noise(case.compressed, 2, (case.steps, case.workers))
     for x in tensors.values():
         x[-1] = x[-2]
@@ -348,7 +352,7 @@ def _exchange_alone(case: _Case) -> tuple[dict[str, np.ndarray], list[exchanges.
 
 
 def _draws(case: _Case, tensors: dict[str, np.ndarray], steps: list[exchanges.Step]) -> None:
-    """Law 2 of an unbiased coder: its errors average out, because each worker draws other numbers in each step."""
+    """Law 2 for an unbiased coder: its errors average out, because each worker draws other numbers in each step."""
     coder = case.tx.codec.coder
     if coder is None or not coder.under(case.tx.settings.error_feedback is not None).unbiased:
         return
@@ -364,7 +368,7 @@ def _draws(case: _Case, tensors: dict[str, np.ndarray], steps: list[exchanges.St
 
 
 def _among(case: _Case, workers: int) -> None:
-    """What holds among any number of workers."""
+    """The laws that hold for any number of workers."""
     grads = case.noise(3, workers)
     got = case.vmap(grads)
     laws.require_agreement(got, lambda: case.vmap(_alike(grads)))
@@ -383,7 +387,7 @@ def _linear(case: _Case) -> None:
 
 
 def _in_context(case: _Case, context: str, grads: Any, reference: Run) -> None:
-    """Laws 2 and 4 on devices; where types are checked, law 5 too."""
+    """Laws 2 and 4 on devices; also law 5 where types are checked."""
     with collectives.in_order():
         got = contexts.run(case.tx, grads, context)
         laws.require_agreement(got, lambda: contexts.run(case.tx, _alike(grads), context))
@@ -394,7 +398,10 @@ def _in_context(case: _Case, context: str, grads: Any, reference: Run) -> None:
 
 
 def _spoiled(grads: Any, step: int, turn: int = 0) -> tuple[Any, str]:
-    """Gradients with one element that is not finite, and what it is; each turn has another, on one worker or on all."""
+    """Gradients with one element that is not finite, on one worker or on all, and its description.
+
+    Each turn spoils another element.
+    """
     bad = jax.tree.map(np.copy, grads)
     path, leaf = list(flatten(bad)[0].items())[turn % len(jax.tree.leaves(bad))]
     value = (np.nan, np.inf, -np.inf)[turn % 3]
@@ -490,7 +497,7 @@ def _bytes(operands: Any) -> int:
 
 
 def _replayed(case: _Case, tensors: dict[str, np.ndarray], steps: list[exchanges.Step]) -> None:
-    """That other gradients make no other mean, where the collectives are given what they were given before."""
+    """Checks that other gradients give the same mean if the collectives get their old operands."""
     axes = contexts.worker_axes(steps[0].state)
     again = jax.jit(jax.vmap(exchanges.replayed(case.tx), (0, 0, axes), axis_name="data"))
     others = trees.noise(case.compressed, 6, (case.steps, case.workers))

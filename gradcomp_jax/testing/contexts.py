@@ -1,9 +1,9 @@
-"""One compiled step per codec, context, number of workers and tree, which returns all that the laws need.
+"""One compiled step per codec, context, number of workers and tree, which returns all numbers that the laws need.
 
-Compiling is what these tests cost, so whoever needs numbers of a codec asks `run` for them, with a tree and a number
-of workers that others use too; how many steps it takes does not matter. A step runs a compressor over gradients
-[workers, ...] and hands back, for every worker, the updates and the state: replicated leaves too, so that a test can
-see whether they are.
+Compiling is the cost of these tests. So every test gets a codec's numbers from `run`, with a tree and a number of
+workers that other tests use too; the number of steps does not matter. A step runs a compressor over gradients
+[workers, ...] and returns the updates and the state of every worker. It returns replicated leaves for every worker too,
+so that a test can see whether they are equal.
 """
 
 import functools
@@ -27,11 +27,11 @@ CONTEXTS = ("vmap", "pmap", "checked", "unchecked")
 
 
 class Run(NamedTuple):
-    """What a run returns, as numpy arrays.
+    """The results of a run, as numpy arrays.
 
     Attributes:
       updates: [steps, workers, ...].
-      states: CompressorState of [steps, workers, ...], after each step.
+      states: a CompressorState of arrays [steps, workers, ...], after each step.
     """
 
     updates: Any
@@ -39,7 +39,7 @@ class Run(NamedTuple):
 
 
 def run(tx: Compressor, grads: Any, context: str, state: Any = None) -> Run:
-    """Runs `tx` over grads [steps, workers, ...] in a context; `state` is a global one to start from."""
+    """Runs `tx` over grads [steps, workers, ...] in a context; `state` is a global state to start from."""
     step, state = program(tx, grads, context, state)
     if context == "unchecked":
         return Run(*jax.tree.map(lambda x: np.asarray(x).swapaxes(0, 1), step(grads, state)))
@@ -51,7 +51,7 @@ def run(tx: Compressor, grads: Any, context: str, state: Any = None) -> Run:
 
 
 def program(tx: Compressor, grads: Any, context: str, state: Any = None) -> tuple[jax.stages.Compiled, Any]:
-    """The compiled step of `run`, where the context is "unchecked" a scan of all steps, and its first state."""
+    """The compiled step of `run`, and its first state; in the context "unchecked" a scan of all steps."""
     if state is None:
         state = first_state(tx, jax.tree.map(lambda x: x[0], grads))
     if context == "pmap":
@@ -69,10 +69,10 @@ def first_state(tx: Compressor, grads: Any) -> Any:
 
 
 def sharded(tx: Compressor, grads: Any, state: Any, check_vma: bool, scan: bool = False) -> tuple[Any, Any, Any]:
-    """A step under shard_map, the mesh and how its arguments lie on it.
+    """A step under shard_map, its mesh, and the PartitionSpecs of its arguments.
 
-    Of gradients [workers, ...], or in a scan [steps, workers, ...], and the state; returns the updates and the state
-    of each worker and, but for a scan, the state to go on with.
+    The step takes gradients [workers, ...], in a scan [steps, workers, ...], and the state. It returns the updates and
+    the state of each worker. Outside a scan it also returns the state for the next step.
     """
     mesh = make_mesh(jax.tree.leaves(grads)[0].shape[1 if scan else 0])
     specs = P(None, "data") if scan else P("data"), map_state(lambda _: P("data"), lambda _: P(), state)
@@ -99,7 +99,7 @@ def _steps(tx: Compressor, grads: Any, state: Any) -> tuple[Any, Any]:
         updates, after = tx.update(g, state)
         return after, (updates, state)
 
-    # What each step began with: a state that is told beside the one to go on with may be computed for itself, with
+    # The scan gives the state before each step: XLA may compute a second copy of the state after it separately, with
     # other last bits.
     local = local_state(state)
     last, (updates, before) = lax.scan(body, local, jax.tree.map(lambda x: x[:, 0], grads))
@@ -108,19 +108,19 @@ def _steps(tx: Compressor, grads: Any, state: Any) -> tuple[Any, Any]:
 
 
 def map_state(per_worker: Callable, other: Callable, *states: Any) -> Any:
-    """A state of `per_worker` of what differs between the workers, and of `other` of what does not."""
+    """A state, mapped with `per_worker` where it differs between the workers, and with `other` where it does not."""
     f = lambda *x: jax.tree.map(per_worker, *x) if is_per_worker(x[0]) else other(*x)  # noqa: E731
     return jax.tree.map(f, *states, is_leaf=is_per_worker)
 
 
 def worker_axes(state: Any) -> Any:
-    """For vmap over the workers: 0 for what differs between them, None for what does not."""
+    """The axes for vmap over the workers: 0 where a state differs between them, None where it does not."""
     return map_state(lambda _: 0, lambda _: None, state)
 
 
 @functools.cache
 def _state_of_one(tx: Compressor, shapes: Shapes) -> Any:
-    # Zeros of numpy's: what each shape of jax's would cost to compile adds up.
+    # Zeros of numpy: jax would compile a program for each shape, and that adds up.
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes.tree())
     return jax.device_get(init(tx, params, 1))
 
@@ -136,20 +136,20 @@ def _program(tx: Compressor, of_grads: Shapes, of_state: Shapes, context: str, x
         return updates, state, state
 
     if context == "vmap":
-        # out_axes=None says that what is replicated is.
+        # out_axes=None asserts that the replicated part is the same on all workers.
         axes = worker_axes(state)
         step = jax.jit(jax.vmap(worker, in_axes=(0, axes), out_axes=(0, 0, axes), axis_name="data"))
     elif context == "pmap":
         step = jax.pmap(worker, axis_name="data", devices=jax.devices()[: jax.tree.leaves(grads)[0].shape[0]])
     else:
         step, mesh, specs = sharded(tx, grads, state, check_vma=context == "checked", scan=context == "unchecked")
-        # What comes out lies as what goes in, so that it may go in again.
+        # Results lie like the arguments, so that they can be arguments again.
         step = jax.jit(step, in_shardings=jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec))
     return step.lower(grads, state).compile()
 
 
 def forget() -> None:
-    """Lets go of the compiled steps."""
+    """Drops the compiled steps."""
     _program.cache_clear()
     _state_of_one.cache_clear()
 

@@ -1,4 +1,4 @@
-"""A codec's exchange by itself: on values, by vmap, and on shapes, of which only the bits are of interest."""
+"""A codec's exchange by itself: on values, under vmap; and on shapes, for its bits alone."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -22,12 +22,12 @@ from gradcomp_jax.wire.packing import pack_arrays
 
 
 class Got(NamedTuple):
-    """What an exchange gave, as numpy arrays by path.
+    """The results of an exchange, as numpy arrays by path.
 
     Attributes:
-      mean: of the first worker.
-      own: [workers, ...].
-      state: of each worker.
+      mean: the first worker's mean.
+      own: the workers' `own`, [workers, ...].
+      state: each worker's state.
     """
 
     mean: dict[str, np.ndarray]
@@ -39,13 +39,13 @@ class Step(NamedTuple):
     """One step of an exchange by itself, as numpy arrays.
 
     Attributes:
-      state: the global state before it.
-      after: the global state after it.
-      mean: by path, of each worker.
-      own: by path, of each worker.
-      rode: the mean of what rode along, of each worker; None where nothing did.
-      bits: declared, a (high, low) pair of each worker.
-      given: what each worker handed to the collectives, as a `Recorder` keeps it.
+      state: the global state before the step.
+      after: the global state after the step.
+      mean: each worker's mean, by path.
+      own: each worker's `own`, by path.
+      rode: the mean of the riders on each worker; None without riders.
+      bits: the declared bits, a (high, low) pair for each worker.
+      given: the operands that each worker handed to the collectives, as a `Recorder` keeps them.
     """
 
     state: Any
@@ -58,12 +58,12 @@ class Step(NamedTuple):
 
 
 def first_state(tx: Compressor, tensors: dict[str, Any]) -> Any:
-    """The codec's first state for tensors by path, all of which it compresses, as an exchange has it."""
+    """The codec's first state for tensors by path, in the form for an exchange; the codec compresses all of them."""
     return tx.codec.start({path: tx.codec.init(path, x, salt(path)) for path, x in tensors.items()})
 
 
 def marked(tx: Compressor, state: Any) -> Any:
-    """The state of an exchange, where what differs between workers is marked."""
+    """The state of an exchange, with marks on the parts that differ between workers."""
     return _marked(tx.codec, state, tx.settings, None)
 
 
@@ -79,7 +79,7 @@ def exchanged(
     feedback: bool = False,
     learning_rate: Any = None,
 ) -> Got:
-    """The exchange of tensors [workers, ...] by path; without a residual."""
+    """Exchanges tensors [workers, ...] by path, without a residual."""
     exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"), feedback)
 
     def worker(tensors):
@@ -92,7 +92,7 @@ def exchanged(
 
 
 def means(tx: Compressor, x: np.ndarray, states: Any) -> np.ndarray:
-    """The mean of x [workers, ...] by each of some states [draws, ...]; without feedback."""
+    """The mean of x [workers, ...] from each of some states [draws, ...]; without feedback."""
     exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"))
 
     def step(state):
@@ -103,7 +103,7 @@ def means(tx: Compressor, x: np.ndarray, states: Any) -> np.ndarray:
 
 
 def declared(tx: Compressor, shapes: Any, workers: int) -> int:
-    """The bits that a worker sends for a tree of shapes, dense leaves included; gradients are not computed."""
+    """The bits that a worker sends for a tree of shapes, with dense leaves; gradients are not computed."""
     params = jax.tree.map(lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32), shapes, is_leaf=trees.is_shape)
     leaves, the = flatten(params)[0], plan(tx.codec, tx.settings, params)
     exchange = Exchange(tx.codec, tx.settings.aggregate, Wire("data"), tx.settings.error_feedback is not None)
@@ -126,7 +126,7 @@ def declared(tx: Compressor, shapes: Any, workers: int) -> int:
 
 
 def recorded(tx: Compressor) -> Callable[..., Any]:
-    """An exchange that tells what it gave to the collectives: (tensors by path, riders, state) -> `Step`."""
+    """An exchange that returns the operands of its collectives: (tensors by path, riders, state) -> `Step`."""
 
     def worker(tensors: Any, riders: Any, state: Any) -> Step:
         wire = Recorder("data")
@@ -139,7 +139,7 @@ def recorded(tx: Compressor) -> Callable[..., Any]:
 
 
 def replayed(tx: Compressor) -> Callable[..., Any]:
-    """An exchange whose collectives are given what another's were: (given, tensors by path, state) -> mean, state."""
+    """An exchange that replays another's operands: (given, tensors by path, state) -> mean, state."""
 
     def worker(given: list, tensors: Any, state: Any) -> Any:
         wire = Replay("data", given=list(given))
@@ -155,12 +155,12 @@ def _exchange(tx: Compressor, wire: Wire) -> Exchange:
 
 
 class Size(NamedTuple):
-    """What a coder says that one message takes, and what it takes.
+    """The declared and the real size of one message.
 
     Attributes:
-      shape: of what is encoded.
-      said: bytes, of `Coder.size`.
-      packed: bytes of the message.
+      shape: the shape of the encoded part.
+      said: the bytes that `Coder.size` declares.
+      packed: the bytes of the message.
     """
 
     shape: tuple[int, ...]
@@ -169,7 +169,7 @@ class Size(NamedTuple):
 
 
 def sizes_of(tx: Compressor, shapes: dict[str, tuple[int, ...]], workers: int) -> list[Size]:
-    """The messages of one step's codes, of tensors by path; none where messages have fronts of several sizes."""
+    """The sizes of the messages of one step's codes; none where messages have fronts of several sizes."""
     found: list[Size] = []
 
     class Listening(Exchange):
@@ -198,7 +198,7 @@ def _sizes(coder: Coder, says: list[Say], shards: int) -> Iterator[Size]:
 
 
 def steps_of(tx: Compressor, tensors: dict[str, np.ndarray], riders: np.ndarray | None = None) -> list[Step]:
-    """Some steps of a codec alone, on tensors [steps, workers, ...] by path; riders: [steps, workers, ...], or none."""
+    """The steps of a codec alone, on tensors [steps, workers, ...] by path; riders: [steps, workers, ...], or None."""
     steps, workers = next(iter(tensors.values())).shape[:2]
     zeros = {path: np.zeros(x.shape[2:], x.dtype) for path, x in tensors.items()}
     state = jax.device_get(jax.jit(lambda x: marked(tx, first_state(tx, x)))(zeros))

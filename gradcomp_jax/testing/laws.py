@@ -1,7 +1,7 @@
-"""The laws as functions of what a codec gave: each returns, or raises a `LawError` that says what is wrong, and where.
+"""The laws as functions of a codec's results: each returns, or raises a `LawError` that says what is wrong and where.
 
-What they look at is a `contexts.Run`, numbers of every worker after every step. Nothing here computes with jax but
-`contexts.run`, which whoever calls them has compiled already.
+Most look at a `contexts.Run`: numbers of every worker after every step. Only `contexts.run` computes with jax here, and
+its program is compiled already.
 """
 
 import collections
@@ -33,15 +33,15 @@ LAWS = {
     9: "only the wire speaks",
 }
 
-# Law 8 looks at windows of steps. The first has so many, and each further one as many as all before.
+# Law 8 looks at windows of steps. The first has WINDOW steps, and each further one as many as all before it together.
 WINDOW, WINDOWS = 64, 7
-# A residual that has stopped growing may differ by this factor between windows; a sum of noise grows by 1.41.
+# Between windows a residual that has stopped growing may change by this factor; a sum of noise grows by 1.41.
 GROWTH = 1.15
-# A residual of so many times the gradients is not waited for.
+# The check stops at a residual that is so many times as large as the gradients.
 BLOWN = 1e8
 
 
-# Why a NaN goes unseen.
+# The likely cause of a NaN that nothing sees.
 DROPS = (
     "`jnp.max`, `nan_to_num` and comparisons drop a NaN: add 0 * sum(x) to a scale, and name in `Coder.scales` the "
     "arrays of a message that bound what it stands for"
@@ -49,13 +49,13 @@ DROPS = (
 
 
 class LawError(AssertionError):
-    """A law that a codec breaks.
+    """A codec breaks a law.
 
     Attributes:
-      law: its number, of `LAWS`.
+      law: the law's number, a key of `LAWS`.
       what: what is wrong, with the numbers.
-      cause: what is likely to be the reason; "" where nothing is likely.
-      leaf: the path of the leaf; "" where it is none's.
+      cause: the likely cause; "" if none is likely.
+      leaf: the path of the leaf; "" if no single leaf is wrong.
       place: the way of aggregation and the context.
     """
 
@@ -64,7 +64,7 @@ class LawError(AssertionError):
         self.law, self.what, self.cause, self.leaf, self.place = law, what, cause, leaf, place
 
     def at(self, place: str) -> "LawError":
-        """The same, found at a place."""
+        """The same error, with another place."""
         return LawError(self.law, self.what, self.cause, self.leaf, place)
 
     def __str__(self) -> str:
@@ -75,12 +75,12 @@ class LawError(AssertionError):
 
 
 class _Apart(NamedTuple):
-    """Where two arrays differ most.
+    """The place where two arrays differ most.
 
     Attributes:
       place: the index.
-      got: the number there.
-      want: the other's.
+      got: the first array's number there.
+      want: the other array's number there.
     """
 
     place: tuple[int, ...]
@@ -92,7 +92,7 @@ class _Apart(NamedTuple):
 
 
 def apart(got: Any, want: Any, atol: float = 0.0, rtol: float = 0.0) -> _Apart | None:
-    """Where two arrays differ most beyond |got - want| <= atol + rtol |want|; None where nowhere."""
+    """The place where two arrays differ most beyond |got - want| <= atol + rtol |want|; None if nowhere."""
     x, y = np.broadcast_arrays(np.asarray(got, np.float64), np.asarray(want, np.float64))
     with np.errstate(invalid="ignore", over="ignore"):
         distance = np.where(x == y, 0, np.abs(x - y))
@@ -105,7 +105,7 @@ def apart(got: Any, want: Any, atol: float = 0.0, rtol: float = 0.0) -> _Apart |
 
 
 def named(tree: Any) -> dict[str, Any]:
-    """The leaves of a state, or of any tree, by path."""
+    """The leaves of a tree, such as a state, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
@@ -116,24 +116,24 @@ def at(tree: T, index: Any) -> T:
 
 
 def _share(x: np.ndarray, y: np.ndarray) -> float:
-    """Which multiple of y is nearest to x."""
+    """The factor for which factor * y is nearest to x."""
     square = float(np.vdot(y, y))
     return float(np.vdot(x, y)) / square if square else 0.0
 
 
 def conserves(tx: Compressor) -> bool:
-    """Whether law 1 holds over steps: under error feedback, and of what loses nothing."""
+    """Whether law 1 holds over several steps: under error feedback, and without compression."""
     return tx.settings.error_feedback is not None or tx.codec.name == "none"
 
 
 def require_conserved(tx: Compressor, grads: Any, got: Run, tolerance: float) -> None:
-    """Law 1 over steps that were not skipped: what was applied, and is owed, are the gradients' means.
+    """Law 1 over steps that were not skipped: the applied updates and the residual add up to the mean gradients.
 
     Args:
       tx: the codec.
-      grads: [steps, workers, ...].
-      got: what it made of them.
-      tolerance: absolute.
+      grads: the gradients, [steps, workers, ...].
+      got: the codec's run on them.
+      tolerance: the absolute tolerance.
     """
     feedback = tx.settings.error_feedback
     if feedback is not None and not feedback.owes:
@@ -142,7 +142,7 @@ def require_conserved(tx: Compressor, grads: Any, got: Run, tolerance: float) ->
     given, residual = flatten(grads)[0], got.states.residual.value
     for path, update in flatten(got.updates)[0].items():
         applied = update.astype(np.float64).sum(0)[0]
-        # After each step the mean of what is owed; of dense leaves nothing is.
+        # The mean residual after each step; dense leaves owe nothing.
         owed = residual[path].astype(np.float64).mean(1) if path in residual else np.zeros((len(update),))
         kept = applied + owed[-1] + (1 - decay) * owed[:-1].sum(0)
         want = given[path].astype(np.float64).mean(1).sum(0)
@@ -158,7 +158,7 @@ def require_conserved(tx: Compressor, grads: Any, got: Run, tolerance: float) ->
 
 
 def _why_lost(applied: np.ndarray, owed: np.ndarray, want: np.ndarray, workers: int) -> str:
-    """Why what was applied is not what was given."""
+    """The likely cause of updates that do not add up to the gradients."""
     share = _share(applied, want)
     if not owed.any():
         for times, words in ((1 / workers, "averaged twice"), (workers, "a sum, not a mean")):
@@ -172,7 +172,7 @@ def _why_lost(applied: np.ndarray, owed: np.ndarray, want: np.ndarray, workers: 
 
 
 def _require_estimated(grads: Any, got: Run, tolerance: float) -> None:
-    """Law 1 of EF21: in every step the mean of the estimates is applied; of dense leaves that of the gradients."""
+    """Law 1 for EF21: each step applies the mean of the estimates, and for dense leaves the mean of the gradients."""
     estimates, mean = got.states.residual.value, got.states.codec.mean
     given, _ = flatten(grads)
     for path, x in flatten(got.updates)[0].items():
@@ -186,11 +186,11 @@ def _require_estimated(grads: Any, got: Run, tolerance: float) -> None:
 
 
 def require_own(tensors: dict[str, np.ndarray], steps: Iterable[Any]) -> None:
-    """Law 1 of each step of an exchange alone: the workers' `own` average to the mean.
+    """Law 1 for each step of an exchange alone: the mean of the workers' `own` is the mean.
 
     Args:
-      tensors: what was averaged, by path [steps, workers, ...].
-      steps: `exchanges.Step` of each.
+      tensors: the tensors that were averaged, by path, [steps, workers, ...].
+      steps: an `exchanges.Step` for each step.
     """
     for t, step in enumerate(steps):
         for path, mean in step.mean.items():
@@ -223,8 +223,8 @@ def require_agreement(got: Run, again: Callable[[], Run]) -> None:
     """Law 2: updates, and state that is not marked as each worker's own, are bit-identical on all workers.
 
     Args:
-      got: what was seen.
-      again: what is seen where all workers have the same gradients, to tell the cause.
+      got: the run.
+      again: makes a run in which all workers have the same gradients, to find the cause.
     """
     replicated = contexts.map_state(lambda _: None, lambda x: x, got.states)
     for path, x in flatten(got.updates)[0].items():
@@ -249,7 +249,7 @@ def require_agreement(got: Run, again: Callable[[], Run]) -> None:
 
 
 def _why_differing(path: str, again: Callable[[], Run]) -> str:
-    """Whether the numbers that differ are drawn, or are the gradient's."""
+    """The cause of a difference between workers: random numbers, or the workers' gradients."""
     same = flatten(again().updates)[0][path]
     if (same != same[:, :1]).any():
         return "random numbers that must agree are drawn with the worker's index"
@@ -257,14 +257,14 @@ def _why_differing(path: str, again: Callable[[], Run]) -> str:
 
 
 def require_draws(coder: str, one: Any, other: Any, before: Any, after: Any) -> None:
-    """Law 2 of a coder that is unbiased: other keys make other messages, and each step has another key.
+    """Law 2 for an unbiased coder: other keys make other messages, and each step has another key.
 
     Args:
-      coder: its name.
-      one: what it makes of some numbers by a key.
-      other: what it makes of them by another.
-      before: what became of some numbers in a step.
-      after: what became of them in the next.
+      coder: the coder's name.
+      one: the coder's message of some numbers with one key.
+      other: its message of the same numbers with another key.
+      before: the workers' `own` in one step.
+      after: the workers' `own` in the next step, from the same numbers.
     """
     for x, y, whose in ((one, other, "the keys of two workers"), (before, after, "two steps")):
         if _equal(x, y):
@@ -278,7 +278,7 @@ def require_draws(coder: str, one: Any, other: Any, before: Any, after: Any) -> 
 
 
 def require_linear(many: Run, one: Run) -> None:
-    """Law 3, in float64: many workers equal one that is given the mean gradient."""
+    """Law 3, in float64: many workers equal one worker with the mean gradient."""
     want = flatten(one.updates)[0]
     for path, x in flatten(many.updates)[0].items():
         most = 1e-12 * max(1, np.abs(want[path]).max(initial=0))
@@ -292,10 +292,10 @@ def require_linear(many: Run, one: Run) -> None:
 
 
 def require_same(tx: Compressor, grads: Any, context: str, got: Run, reference: Run) -> None:
-    """Law 4: a context gives the numbers of the reference, which is of vmap.
+    """Law 4: a context gives the numbers of the reference, a run under vmap.
 
-    Where a code was rounded the other way, as the last bits of a sum differ, what follows is another run: then each
-    step is done again from the reference's state, and one of them may differ by less than a twentieth.
+    The last bits of a sum may differ and round a code the other way, and later steps then differ. So each step is done
+    again from the reference's state. At most one step may differ, by less than a twentieth.
     """
     first = _first_apart(got, reference, scaled=True)
     if first is None:
@@ -314,15 +314,15 @@ def require_same(tx: Compressor, grads: Any, context: str, got: Run, reference: 
 
 
 def step_differs(tx: Compressor, grads: Any, context: str, reference: Run, t: int, *, scaled: bool = False) -> float:
-    """By which share of its norm a leaf differs after a step from the state in which the reference's began; else 0.
+    """Does one step again from the reference's state: the largest difference of a leaf, over its norm; else 0.
 
     Args:
       tx: the codec.
-      grads: [steps, workers, ...].
-      context: where the step is done again.
-      reference: a run of these gradients.
-      t: which step.
-      scaled: whether what differs by rounding is told by the leaf's largest magnitude, not by 1.
+      grads: the gradients, [steps, workers, ...].
+      context: the context in which the step is done again.
+      reference: a run on these gradients.
+      t: the index of the step.
+      scaled: whether the tolerance for rounding follows the leaf's largest magnitude, if that is above 1.
     """
     state = at(reference.states, t - 1) if t else None
     state = state and contexts.map_state(lambda x: x, lambda x: x[0], state)
@@ -344,7 +344,10 @@ def _first_apart(got: Any, reference: Any, scaled: bool) -> tuple[str, _Apart] |
 
 
 def possible(collectives: list[Collective], what: Callable[[Collective], Any], nothing: Any, prefix: Any = ()) -> set:
-    """Sums of `what` over the collectives that run, by each choice in each conditional below `prefix`, (name, ...)."""
+    """Sums of `what` over the collectives that run, one sum for each choice of branches.
+
+    Only conditionals below `prefix`, (name, index, ...), are counted.
+    """
     here = nothing
     below: dict[str, set[str]] = {}
     for c in collectives:
@@ -355,7 +358,7 @@ def possible(collectives: list[Collective], what: Callable[[Collective], Any], n
             below.setdefault(branch[len(prefix)], set()).add(branch[len(prefix) + 1])
     totals = {here}
     for name, branches in below.items():
-        choices = set() if len(branches) > 1 else {nothing}  # a single one that sends is there to be left out
+        choices = set() if len(branches) > 1 else {nothing}  # if one branch alone sends, another may be taken
         for index in branches:
             choices |= possible(collectives, what, nothing, (*prefix, name, index))
         totals = {total + choice for total in totals for choice in choices}
@@ -363,11 +366,11 @@ def possible(collectives: list[Collective], what: Callable[[Collective], Any], n
 
 
 def require_true_bits(collectives: list[Collective], states: CompressorState) -> None:
-    """Law 5: what each step declares is what the collectives of some branches of the compiled program send.
+    """Law 5: the bits that each step declares are those of the compiled program's collectives, for some branches.
 
     Args:
-      collectives: of the compiled step.
-      states: [steps, workers, ...].
+      collectives: the collectives of the compiled step.
+      states: the states, [steps, workers, ...].
     """
     sent = {8 * sent for sent in possible(collectives, lambda c: c.ring_bytes, 0)}
     declared = [wire_bits(at(states.wire, t)) for t in range(len(states.skipped))]
@@ -386,11 +389,11 @@ def require_true_bits(collectives: list[Collective], states: CompressorState) ->
 
 
 def require_kept(before: Any, after: Any) -> None:
-    """Law 6: the state has the types, shapes and structure that it had.
+    """Law 6: the state keeps its types, shapes and structure.
 
     Args:
-      before: a state, or shapes and types.
-      after: that of a later step.
+      before: a state, or its shapes and types.
+      after: the state, or its shapes and types, after a step.
     """
     old, new = named(before), named(after)
     for name in [*old, *(name for name in new if name not in old)]:
@@ -408,12 +411,12 @@ def require_kept(before: Any, after: Any) -> None:
 
 
 def require_skipped(bad: Run, step: int, what: str, without: Run | None = None) -> None:
-    """Law 7: a step with a gradient that is not finite gives zeros, and all that follows is as if it were not there.
+    """Law 7: a step with a gradient that is not finite gives zeros, and later steps are as if it had not been there.
 
     Args:
       bad: a run in which some worker's gradient is not finite in one step.
-      step: which it is.
-      what: what the gradient has.
+      step: the index of that step.
+      what: the description of the gradient.
       without: the run without that step.
     """
     when = f"{what} in step {step}"
@@ -445,7 +448,7 @@ def _require_equal(got: dict[str, Any], want: dict[str, Any], what: str) -> None
 
 
 def require_finite(got: Run, what: str, when: str) -> None:
-    """Law 7: all that a run gave is finite; what, when: what it was given, for the message."""
+    """Law 7: all results of a run are finite; what, when: the run's gradients, for the message."""
     for name, x in named(got).items():
         if not np.isfinite(x).all():
             t = int(np.argmin(np.isfinite(x).reshape(len(x), -1).all(1)))
@@ -458,7 +461,7 @@ def require_finite(got: Run, what: str, when: str) -> None:
 
 
 def require_zeros(got: Run, steps: int) -> None:
-    """Law 7: zero gradients in the first steps give zero means, are not skipped, and what follows happens."""
+    """Law 7: zero gradients in the first steps give zero means and are not skipped, and later means are not zero."""
     require_finite(got, "zero gradients", f"in steps 0 to {steps - 1}")
     for path, x in flatten(got.updates)[0].items():
         if x[:steps].any():
@@ -470,15 +473,15 @@ def require_zeros(got: Run, steps: int) -> None:
 
 
 def require_skipped_or_right(tx: Compressor, grads: Any, got: Run, step: int) -> None:
-    """Law 7: what a step makes of large finite gradients is as exact as the codec is, or skipped; nothing is lost.
+    """Law 7: a step with large finite gradients is as exact as the codec is, or it is skipped; nothing is lost.
 
-    Those that follow happen, however large the gradient was.
+    Later steps are not skipped, however large the gradient was.
 
     Args:
       tx: the codec.
-      grads: [steps, workers, ...].
-      got: what it made of them.
-      step: in which step they are large.
+      grads: the gradients, [steps, workers, ...].
+      got: the codec's run on them.
+      step: the index of the step with large gradients.
     """
     largest = max(float(np.abs(x[step].astype(np.float64)).max(initial=0)) for x in jax.tree.leaves(grads))
     what = f"finite gradients of up to {largest:.2g}"
@@ -509,14 +512,14 @@ def _equal(one: Any, other: Any) -> bool:
 
 
 def require_scaled(got: Run, reference: Run, power: float, paths: Iterable[str], votes: bool) -> None:
-    """Law 7: gradients that are a power of two times as large are answered by means as many times as large.
+    """Law 7: gradients that are a power of two times as large give means that are as many times as large.
 
     Args:
-      got: of the scaled gradients.
-      reference: of the others.
-      power: the power.
-      paths: the leaves that are compressed.
-      votes: whether means have no magnitude.
+      got: the run on the scaled gradients.
+      reference: the run on the others.
+      power: the power of two.
+      paths: the paths of the compressed leaves.
+      votes: whether the means have no magnitude, so that they stay the same.
     """
     new, old = flatten(got.updates)[0], flatten(reference.updates)[0]
     for path in paths:
@@ -533,12 +536,12 @@ def require_scaled(got: Run, reference: Run, power: float, paths: Iterable[str],
 
 
 class Growth(NamedTuple):
-    """How a residual went on.
+    """The growth of a residual.
 
     Attributes:
-      steps: done.
-      means: by leaf, the mean over each window of steps of the residual's largest magnitude.
-      blown: the leaf that left all bounds, or None.
+      steps: the number of steps done.
+      means: for each window of steps, by leaf, the mean of the residual's largest magnitude.
+      blown: the leaf whose residual left all bounds, or None.
     """
 
     steps: int
@@ -555,7 +558,7 @@ class Growth(NamedTuple):
 
 
 def grown(steps: Iterator[dict[str, float]]) -> Growth:
-    """Looks at a residual's largest magnitudes, by leaf, step by step, until no leaf's grows any more."""
+    """Follows a residual's largest magnitude by leaf, step by step, until no leaf's residual grows any more."""
     seen = Growth(0, [], None)
     for window in range(WINDOWS):
         count = WINDOW * 2 ** max(0, window - 1)
@@ -573,11 +576,11 @@ def grown(steps: Iterator[dict[str, float]]) -> Growth:
 
 
 def require_bounded(seen: Growth, answers: Callable[[str], bool]) -> None:
-    """Law 8: what error feedback owes of unit noise stops growing.
+    """Law 8: on unit noise the residual of error feedback stops growing.
 
     Args:
-      seen: how it went on.
-      answers: (path) -> whether a residual makes a mean by itself, where gradients are zero.
+      seen: the growth of the residual.
+      answers: (path) -> whether a residual alone gives a mean, with zero gradients.
     """
     if not seen.grows:
         return
@@ -602,13 +605,13 @@ def require_bounded(seen: Growth, answers: Callable[[str], bool]) -> None:
 
 
 def require_rebuilt(mean: Any, want: Any, what: str, cause: str) -> None:
-    """Law 9: means that were made again equal those of a step.
+    """Law 9: means that were computed again equal those of a step.
 
     Args:
-      mean: by path.
-      want: by path, those of the step.
-      what: how they were made again.
-      cause: what it tells if they are not.
+      mean: the means computed again, by path.
+      want: the means of the step, by path.
+      what: how they were computed again.
+      cause: the likely cause of a difference.
     """
     for path, x in want.items():
         if path not in mean:

@@ -1,4 +1,4 @@
-"""A wire that keeps what it is given, and one that gives that again, to be handed to an exchange."""
+"""Two wires for an exchange: one keeps the operands of its collectives, the other replays them."""
 
 import dataclasses
 import functools
@@ -15,10 +15,10 @@ from gradcomp_jax.exchange.collectives import Wire
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["operands"], meta_fields=["kind"])
 @dataclasses.dataclass
 class Message:
-    """What one collective was given.
+    """The operands of one collective.
 
     Attributes:
-      kind: as `gradcomp_jax.Collective` names it.
+      kind: the kind of collective, as in `gradcomp_jax.Collective`.
       operands: an array, or a tree of several.
     """
 
@@ -29,12 +29,12 @@ class Message:
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["index", "messages"], meta_fields=["sizes"])
 @dataclasses.dataclass
 class Branches:
-    """What the collectives of a conditional were given.
+    """The operands of the collectives in a conditional.
 
     Attributes:
-      index: of the branch taken.
-      messages: a list of `Message` and `Branches` for each branch; all empty where no branch sends.
-      sizes: whether the branches differ in how much of one buffer they send, as those of `Wire.front` do.
+      index: the index of the branch taken.
+      messages: a list of `Message` and `Branches` for each branch; all are empty if no branch sends.
+      sizes: whether the branches send different lengths of one buffer, like those of `Wire.front`.
     """
 
     index: Any
@@ -44,11 +44,11 @@ class Branches:
 
 @dataclasses.dataclass(frozen=True)
 class Recorder(Wire):
-    """Keeps what its collectives are given.
+    """A wire that keeps the operands of its collectives.
 
-    Of a conditional it has all branches run, one beside the other, and the result of one taken: so that all they are
-    given can leave the program, and one program shows every phase. What is given to a collective in a scan is kept
-    with an axis for the turns, [workers, turns, ...].
+    It runs all branches of a conditional, and takes the result of one. So the operands of all branches can leave the
+    program, and one program shows every phase. The operands of a collective in a scan are kept with an axis for the
+    turns, [workers, turns, ...].
     """
 
     given: list = dataclasses.field(default_factory=list)
@@ -94,7 +94,7 @@ class Recorder(Wire):
         return operands
 
     def _apart(self, function: Callable[[], Any]) -> tuple[Any, list]:
-        """What a function returns, and what the collectives in it are given."""
+        """The return value of a function, and the operands of the collectives in it."""
         outside = self.given[:]
         self.given.clear()
         try:
@@ -106,11 +106,11 @@ class Recorder(Wire):
 
 @dataclasses.dataclass(frozen=True)
 class Replay(Wire):
-    """Gives its collectives what a `Recorder` kept, whatever they are given now.
+    """A wire that gives its collectives the operands that a `Recorder` kept, whatever they get now.
 
     Attributes:
-      given: what is left of it.
-      turns: the turns of the scans in which what is asked for now stands.
+      given: the operands that are left.
+      turns: the turn of each scan around the collective that comes next.
     """
 
     given: list = dataclasses.field(default_factory=list)
@@ -136,7 +136,7 @@ class Replay(Wire):
 
         def replayed(carry, x):
             i, x = x
-            self.given[:] = before  # each time that jax traces this
+            self.given[:] = before  # each time that jax traces this function
             self.turns.append(i)
             try:
                 return turn(carry, x)
@@ -166,12 +166,12 @@ class Replay(Wire):
 
 
 def _taken(index: Any, outs: Sequence[Any]) -> Any:
-    """What the branch taken gave, of all."""
+    """The result of the branch taken, from the results of all."""
     return jax.tree.map(lambda *cases: lax.select_n(index, *map(jnp.asarray, cases)), *outs)
 
 
 def sent(given: list, choose: Callable[[Branches], int]) -> Iterator[Message]:
-    """The messages of the branches that `choose` chooses; of conditionals that send nothing it is not asked."""
+    """The messages of the branches that `choose` chooses; it is not called for conditionals that send nothing."""
     for x in given:
         if not isinstance(x, Branches):
             yield x

@@ -1,7 +1,7 @@
-"""Sparse columns: which entries of a matrix are sent, and for each column the two values that they stand for.
+"""Sparse columns: the entries of a matrix that are sent, and for each column the two values that they stand for.
 
-The format of adaptive quantisation (Dryden, Moon, Jacobs, Van Essen, MLHPC 2016; its word format as in the
-authors' LBANN library), for n rows and m columns, little-endian:
+This is the format of adaptive quantisation (Dryden, Moon, Jacobs, Van Essen, MLHPC 2016), with the word format of the
+authors' LBANN library. For n rows and m columns, little-endian:
 
     3 m words of 32 bits    for each column: where its entries start, recon+, recon-
     1 word of 32 bits       where the last column's entries end: the length of all
@@ -10,8 +10,8 @@ authors' LBANN library), for n rows and m columns, little-endian:
 Entries are words of 16 bits up to 32767 rows, else of 32 bits. Starts and length are counted in words of an
 entry's size, from the first byte of the header.
 
-Arrays inside jit have a fixed size, so the buffer has room for `capacity` entries; those that are not used
-are zero and no column claims them.
+Arrays inside jit have a fixed size, so the buffer has room for `capacity` entries. Unused entries are zero, and no
+column claims them.
 """
 
 import jax
@@ -23,12 +23,12 @@ from gradcomp_jax.wire.packing import from_bytes, to_bytes
 
 
 def encoded_bytes(shape: tuple[int, int], capacity: int) -> int:
-    """The size of what `encode` returns for a matrix of this shape."""
+    """The size in bytes of the result of `encode` for a matrix of this shape."""
     return 4 * (3 * shape[1] + 1) + capacity * _entry_bytes(shape)
 
 
 def sent_bits(data: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """The length of the format itself, without unused room, from the header of bytes of `encode`: bits, as a pair."""
+    """The length of the format without unused room, in bits as a pair, from the header of `encode`'s bytes."""
     end = 4 * (3 * shape[1] + 1)
     total = from_bytes(data[end - 4 : end], (), jnp.uint32)
     shift = {2: 4, 4: 5}[_entry_bytes(shape)]
@@ -36,20 +36,20 @@ def sent_bits(data: jax.Array, shape: tuple[int, int]) -> jax.Array:
 
 
 def values(data: jax.Array, columns: int) -> jax.Array:
-    """Recon+ and recon- of each column, float32 [m, 2], from bytes of `encode`."""
+    """The values recon+ and recon- of each column, float32 [m, 2], from `encode`'s bytes."""
     header = from_bytes(data[: 12 * columns], (columns, 3), jnp.uint32)
     return lax.bitcast_convert_type(header[:, 1:], jnp.float32)
 
 
 def keep_first(selected: jax.Array, capacity: int) -> jax.Array:
-    """What of a selection `encode` sends: its first `capacity` entries, column by column.
+    """The part of a selection that `encode` sends: its first `capacity` entries, column by column.
 
     Args:
       selected: bool [n, m].
-      capacity: entries, at least 0.
+      capacity: the number of entries, at least 0.
 
     Returns:
-      bool [n, m]. What is selected and not kept belongs in the residual.
+      bool [n, m]. Entries that are selected and not kept belong in the residual.
     """
     n, m = selected.shape
     words = _column_words(selected)
@@ -67,9 +67,9 @@ def encode(selected: jax.Array, positive: jax.Array, plus: jax.Array, minus: jax
         `keep_first`.
       positive: bool [n, m], whether an entry stands for recon+ of its column; read where selected.
       plus: recon+, float32 [m].
-      minus: recon-, float32 [m]. If a value that the entries were taken from is not finite, one of these
-        must not be either: `decode` then tells every worker.
-      capacity: how many entries there is room for.
+      minus: recon-, float32 [m]. If the matrix has a value that is not finite, one of these must not be finite either:
+        `decode` then shows it to every worker.
+      capacity: the number of entries that the buffer has room for.
 
     Returns:
       uint8 [encoded_bytes((n, m), capacity)].
@@ -96,17 +96,16 @@ def encode(selected: jax.Array, positive: jax.Array, plus: jax.Array, minus: jax
 def decode(data: jax.Array, shape: tuple[int, int], capacity: int) -> jax.Array:
     """The matrix that bytes of `encode` stand for.
 
-    Any bytes give some matrix: entries that no column claims, or of rows that there are not, are left out.
+    Any bytes give some matrix: entries that no column claims, and entries of rows that do not exist, are left out.
 
     Args:
       data: uint8 [encoded_bytes(shape, capacity)].
       shape: n, m.
-      capacity: as encoded.
+      capacity: the capacity given to `encode`.
 
     Returns:
-      float32 [n, m]: recon+ or recon- at the entries, zero elsewhere; all NaN if one of the values sent is
-      not finite. An entry that is NaN passes no threshold, every comparison being false, and would not be
-      heard of.
+      float32 [n, m]: recon+ or recon- at the entries, zero elsewhere; all NaN if one of the sent values is not finite.
+      An entry that is NaN passes no threshold, because every comparison is false, and would go unseen.
 
     Raises:
       ValueError: 2^31 elements or more.
@@ -119,8 +118,8 @@ def decode(data: jax.Array, shape: tuple[int, int], capacity: int) -> jax.Array:
     recon = lax.bitcast_convert_type(header[:-1].reshape(m, 3)[:, 1:], jnp.float32)
     entries = from_bytes(data[end:], (capacity,), dtype).astype(jnp.uint32)
 
-    # The column of an entry: how many starts are not beyond it, less one. Starts before the header's end
-    # wrap round to beyond the buffer, and are dropped with those that are there.
+    # The column of an entry: the number of starts that are not beyond it, minus one. Starts before the header's end
+    # wrap round to places beyond the buffer. These are dropped, like all starts beyond the buffer.
     begun = jnp.zeros(capacity, jnp.int32).at[starts - head].add(1, mode="drop")
     column = jnp.cumsum(begun, dtype=jnp.int32) - 1
     claimed = (column >= 0) & (lax.iota(jnp.uint32, capacity) + head < total)
@@ -128,7 +127,7 @@ def decode(data: jax.Array, shape: tuple[int, int], capacity: int) -> jax.Array:
     row = (entries >> 1).astype(jnp.int32)
     value = recon.reshape(-1).at[2 * column + 1 - (entries & 1).astype(jnp.int32)].get(mode="fill", fill_value=0)
     poison = jnp.sum(0 * recon)
-    # In a vector: of a matrix's places TPUs make arrays of whole tiles, and columns they lay as rows.
+    # In a vector: on TPUs a matrix's places would become arrays of whole tiles, with columns laid as rows.
     place = jnp.where(claimed & (row < n), row * m + column, n * m)
     return jnp.full(n * m, poison).at[place].set(value + poison, mode="drop").reshape(n, m)
 
@@ -155,5 +154,5 @@ def _column_counts(words: jax.Array) -> jax.Array:
 
 
 def _split(index: jax.Array, bit: jax.Array, words: int) -> tuple[jax.Array, jax.Array]:
-    """Column and row of a bit, of columns of so many words; the column is m for a bit that is not there."""
+    """The column and row of a bit, in columns of so many words; the column is m for a bit that does not exist."""
     return lax.div(index, jnp.int32(words)), lax.rem(index, jnp.int32(words)) * 32 + bit

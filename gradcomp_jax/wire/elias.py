@@ -1,25 +1,26 @@
 """Elias' recursive code of whole numbers, and QSGD's two codes of buckets of signed levels, inside jit.
 
 Elias, "Universal codeword sets and representations of the integers", IEEE Trans. Inf. Theory 1975: omega(k) of
-k >= 1 starts as "0"; while k > 1, bin(k) is put before it, and k becomes the length of bin(k) minus one. Small
+k >= 1 starts as "0". While k > 1, bin(k) is put before it, and k becomes the length of bin(k) minus one. Small
 numbers take few bits: 1 takes 1, 2 and 3 take 3, 4 to 7 take 6, 8 to 15 take 7.
 
-Alistarh et al., "QSGD", NeurIPS 2017, section 3.2, code a bucket of d levels in two ways, as we read it (the
-appendix that defines them was not at hand):
+Alistarh et al., "QSGD", NeurIPS 2017, section 3.2, code a bucket of d levels in two ways. We read them so (the appendix
+that defines them was not at hand):
 
-- "sparse", Code_s: of each nonzero, omega(its distance from the one before), a sign bit, omega(|level|). The first
+- "sparse", Code_s: for each nonzero, omega(its distance from the one before), a sign bit, omega(|level|). The first
   distance counts from just before the bucket, so it is the position, from 1.
-- "dense", Code'_s: of each level, omega(|level| + 1), then a sign bit. The sign of a zero says nothing and is left
-  out here, unless `sign_for_zeros`, which we take for the paper's form; there it is 0.
+- "dense", Code'_s: for each level, omega(|level| + 1), then a sign bit. The sign of a zero has no meaning and is left
+  out here. With `sign_for_zeros`, which we take for the paper's form, it is there, and is 0.
 
-A sign bit of 1 is a minus. Codes of many buckets follow each other without a gap in one buffer of bytes, first bit
-highest; beside it travels the length of each, in bits. The lengths tell where each bucket begins, so that all are
-decoded at once, and where it ends, so that the sparse code, of which the paper does not say how it ends, needs no
-count of nonzeros: a count would take as many bits, and one would have to decode a bucket to find the next.
+A sign bit of 1 is a minus. The codes of many buckets follow each other without a gap in one buffer of bytes, with the
+first bit highest. The length of each bucket's code, in bits, travels beside the buffer. The lengths tell where each
+bucket begins, so that all buckets are decoded at once. They also tell where it ends, so that the sparse code needs no
+count of nonzeros (the paper does not say how this code ends). A count would take as many bits, and a decoder would have
+to decode each bucket to find the next.
 
-Buckets are worked on side by side, each from nonzero to nonzero; on a CPU, where a scatter of all codes at their
-prefix sums contends for words, this takes a fourth to a half of its time. The number of steps is that of the
-nonzeros in the fullest bucket, so many short buckets are fast and a single long one is slow.
+Buckets are coded side by side, each from nonzero to nonzero. A scatter of all codes at their prefix sums contends for
+words on a CPU; this way takes a fourth to a half of its time. The number of steps is the number of nonzeros in the
+fullest bucket, so many short buckets are fast and a single long one is slow.
 """
 
 import functools
@@ -33,9 +34,9 @@ import numpy as np
 from jax import lax
 
 FORMS = ("sparse", "dense")
-LARGEST = 2**20 - 1  # of which omega takes 31 bits, so that two of them and a sign fit two words
-MOST_BYTES = 2**28 - 1  # of a buffer, whose bits an int32 counts
-BLOCK = 32  # coordinates whose being zero or not fills a word
+LARGEST = 2**20 - 1  # its omega takes 31 bits, so that two such codes and a sign fit two words
+MOST_BYTES = 2**28 - 1  # the bytes of the largest buffer whose bits an int32 can count
+BLOCK = 32  # coordinates; one bit for each, zero or not, fills a word
 
 
 def omega(k: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -68,7 +69,7 @@ def read_omega(window: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def lengths(levels: jax.Array, form: str, *, sign_for_zeros: bool = False) -> jax.Array:
-    """Bits that the code of each bucket takes.
+    """The bits that the code of each bucket takes.
 
     Args:
       levels: integers [rows, d], of magnitude at most LARGEST, in the dense form LARGEST - 1; d at most LARGEST.
@@ -79,7 +80,7 @@ def lengths(levels: jax.Array, form: str, *, sign_for_zeros: bool = False) -> ja
       int32 [rows].
 
     Raises:
-      ValueError: of a form that is not one, or of too large a d.
+      ValueError: there is no such form, or d is too large.
     """
     zero_bits = _zero_bits(form, sign_for_zeros)
     _require_dimension(levels.shape[1])
@@ -92,7 +93,7 @@ def lengths(levels: jax.Array, form: str, *, sign_for_zeros: bool = False) -> ja
         _, bits, skipped = _code(zeros, level, zero_bits)
         return total + jnp.where(found, skipped + bits, 0)
 
-    # Not jnp.zeros: the loop's carry must have the type of what is added to it, under shard_map that of the levels.
+    # Not jnp.zeros: the loop's carry must have the type of the sum, which under shard_map varies like the levels.
     none = jnp.sum(levels.astype(jnp.int32) * 0, axis=1, dtype=jnp.int32)
     return _walk(levels, none, add, none)
 
@@ -100,20 +101,20 @@ def lengths(levels: jax.Array, form: str, *, sign_for_zeros: bool = False) -> ja
 def encode(levels: jax.Array, capacity: int, form: str, *, sign_for_zeros: bool = False) -> tuple[jax.Array, jax.Array]:
     """The codes of all buckets, one after another.
 
-    All fit if sum(lengths) <= 8 * capacity. If not, the first bucket that does not fit and all after it are left
-    out; their lengths are not, by which the receiver sees it.
+    All fit if sum(lengths) <= 8 * capacity. If not, the first bucket that does not fit and all after it are left out.
+    Their lengths are not left out, so that the receiver sees it.
 
     Args:
-      levels: as in `lengths`.
-      capacity: bytes of the buffer, 1 to 2^28 - 1.
+      levels: the levels, like in `lengths`.
+      capacity: the bytes of the buffer, 1 to 2^28 - 1.
       form: "sparse" or "dense".
-      sign_for_zeros: as in `lengths`.
+      sign_for_zeros: like in `lengths`.
 
     Returns:
       (uint8 [capacity], zeros after the last code; `lengths`, int32 [rows]).
 
     Raises:
-      ValueError: as in `lengths`; of a capacity out of range.
+      ValueError: in the cases of `lengths`; or the capacity is out of range.
     """
     zero_bits = _zero_bits(form, sign_for_zeros)
     _require_capacity(capacity)
@@ -127,7 +128,7 @@ def encode(levels: jax.Array, capacity: int, form: str, *, sign_for_zeros: bool 
         code, bits, skipped = _code(zeros, level, zero_bits)
         offset = jnp.where(found, offset + skipped, offset)
         shift = (offset & 31).astype(jnp.uint32)
-        # What a word of the code leaves to the next one of the buffer is at most 31 bits.
+        # A word of the code leaves at most 31 bits to the next word of the buffer.
         shares = [word >> shift for word in code] + [jnp.zeros_like(shift)]
         for i, word in enumerate(code, 1):
             shares[i] = shares[i] | word << 31 - shift << 1
@@ -147,24 +148,24 @@ def decode(
 ) -> tuple[jax.Array, jax.Array]:
     """The inverse of `encode`, for bytes and lengths that may be anything.
 
-    They are accepted if they are what `encode` returns for some levels within -most..most, all of which fit. That
-    is: no length is negative, their sum is at most the bits of `data`, and each bucket's bits are exactly the code
-    of d such levels. (So each codeword ends within its bucket, no number is larger than d or `most` allow, and
-    the sign of a zero, where there is one, is 0.) What follows the last code is of no meaning.
+    They are accepted if they are a result of `encode` for some levels within -most..most that all fit. That is: no
+    length is negative, their sum is at most the bits of `data`, and each bucket's bits are exactly the code of d such
+    levels. (So each codeword ends within its bucket, no number is larger than d or `most` allow, and the sign of a
+    zero, if the form has one, is 0.) Bits after the last code have no meaning.
 
     Args:
       data: uint8 [capacity], at most 2^28 - 1.
-      lengths: bits of each bucket, int32 [rows].
+      lengths: the bits of each bucket, int32 [rows].
       d: the size of a bucket, at most LARGEST.
       most: the largest magnitude of a level, at most LARGEST, in the dense form LARGEST - 1.
       form: "sparse" or "dense".
-      sign_for_zeros: as in `lengths`.
+      sign_for_zeros: like in `lengths`.
 
     Returns:
-      (levels, int32 [rows, d], within -most..most even where not accepted; whether accepted, bool []).
+      (levels, int32 [rows, d], within -most..most even if not accepted; whether accepted, bool []).
 
     Raises:
-      ValueError: of an argument out of range.
+      ValueError: an argument is out of range.
     """
     zero_bits = _zero_bits(form, sign_for_zeros)
     _require_dimension(d)
@@ -182,13 +183,13 @@ def decode(
 
     def step(state: Any) -> Any:
         offset, done, good, levels = state
-        # 64 bits from the offset on. What is read beyond the buffer's end is beyond the bucket's, so it is refused.
+        # 64 bits from the offset on. Bits beyond the buffer's end are beyond the bucket's end, so they are refused.
         shift = (offset & 31).astype(jnp.uint32)
         a, b, c = (words.at[(offset >> 5) + i].get(mode="clip") for i in range(3))
         high, low = a << shift | b >> 1 >> 31 - shift, b << shift | c >> 1 >> 31 - shift
         left = end - offset
         if zero_bits:
-            # A run of zeros at once, which may end with the bucket or with the word.
+            # A whole run of zeros, which may end with the bucket or with the word.
             zeros = jnp.minimum(lax.clz(high).astype(jnp.int32), left) // zero_bits
             skipped = zeros * zero_bits
             some = (skipped < left) & (skipped < 32)
@@ -209,11 +210,11 @@ def decode(
         fine = fine & (~some | (magnitude >= 1) & (magnitude <= most))
         index = jnp.where(active & fine & some, row + at, rows * d)
         levels = levels.at[index].set(jnp.where(sign == 1, -magnitude, magnitude), mode="drop")
-        # Each step takes a bucket at least one coordinate on, or ends it: there are at most d + 1.
+        # Each step moves a bucket on by at least one coordinate, or ends it: there are at most d + 1 steps.
         offset = jnp.where(active & fine, offset + skipped, end)
         return offset, jnp.where(active, done, state[1]), good & (fine | ~active), levels
 
-    none = start * 0  # of the type of what the loop makes of it, as in `lengths`
+    none = start * 0  # has the type that the loop gives it, like in `lengths`
     levels = jnp.zeros(rows * d, jnp.int32) + jnp.sum(none, dtype=jnp.int32)
     state = (start, none, none == 0, levels)
     _, done, good, levels = lax.while_loop(lambda state: jnp.any(state[0] < end), step, state)
@@ -222,7 +223,7 @@ def decode(
 
 
 def _zero_bits(form: str, sign_for_zeros: bool) -> int:
-    """What a zero takes."""
+    """The bits that a zero takes."""
     if form not in FORMS:
         raise ValueError(f"form={form!r} must be one of {', '.join(map(repr, FORMS))}")
     if sign_for_zeros and form == "sparse":
@@ -246,10 +247,10 @@ def _code(zeros: jax.Array, level: jax.Array, zero_bits: int) -> tuple[list[jax.
     Args:
       zeros: int32 [rows].
       level: int32 [rows].
-      zero_bits: what a zero takes; 0 is the sparse form.
+      zero_bits: the bits that a zero takes; 0 is the sparse form.
 
     Returns:
-      (uint32 words [rows] that begin with its highest bit, bits of it, bits that are zero before it).
+      (uint32 words [rows] that begin with the code's highest bit, the code's bits, the zero bits before it).
     """
     magnitude, sign = jnp.abs(level).astype(jnp.uint32), (level < 0).astype(jnp.uint32)
     if zero_bits:
@@ -264,14 +265,14 @@ def _code(zeros: jax.Array, level: jax.Array, zero_bits: int) -> tuple[list[jax.
 
 
 def _walk(levels: jax.Array, first: jax.Array, visit: Callable[..., Any], state: Any) -> Any:
-    """Visits the nonzeros of each bucket in order, those of all buckets side by side.
+    """Visits the nonzeros of each bucket in order, and all buckets side by side.
 
     Args:
       levels: integers [rows, d].
       first: where to begin in each bucket, int32 [rows].
-      visit: (state, found, zeros, level) -> state; zeros stand between this level and the last, int32 [rows].
-        Buckets in which nothing was found in this step are not to be touched.
-      state: the first one.
+      visit: (state, found, zeros, level) -> state; zeros, int32 [rows], is the number of zeros between this level and
+        the last. It must not change buckets without a nonzero in this step, where found is false.
+      state: the first state.
 
     Returns:
       The last state.
@@ -300,22 +301,22 @@ def _walk(levels: jax.Array, first: jax.Array, visit: Callable[..., Any], state:
 
 @functools.cache
 def expected_bits(d: int, s: int, form: str, *, sign_for_zeros: bool = False) -> float:
-    """Bits a coordinate that the code of normal values is expected to take.
+    """The expected bits a coordinate of the code of normal values.
 
-    The values of a bucket are independent and normal, divided by their 2-norm and rounded at random to s levels,
-    as by QSGD with norm="l2". Their common norm aside, coordinates are taken as independent.
+    The values of a bucket are independent and normal, divided by their 2-norm and rounded at random to s levels, like
+    in QSGD with norm="l2". Apart from their common norm, coordinates are taken as independent.
 
     Args:
       d: the size of a bucket, at most LARGEST.
-      s: levels, at least 1.
+      s: the number of levels, at least 1.
       form: "sparse" or "dense".
-      sign_for_zeros: as in `lengths`.
+      sign_for_zeros: like in `lengths`.
 
     Returns:
-      Bits of the code over d; the norm and the length of the code not counted.
+      The bits of the code over d; the norm and the length of the code do not count.
 
     Raises:
-      ValueError: of an argument out of range.
+      ValueError: an argument is out of range.
     """
     zero_bits = _zero_bits(form, sign_for_zeros)
     _require_dimension(d)
@@ -344,12 +345,12 @@ def expected_bits(d: int, s: int, form: str, *, sign_for_zeros: bool = False) ->
 
 
 def shorter_form(d: int, s: int) -> str:
-    """The form of fewer `expected_bits`: sparse while s is below about 3.3 sqrt(d)."""
+    """The form with fewer `expected_bits`: sparse while s is below about 3.3 sqrt(d)."""
     return min(FORMS, key=lambda form: expected_bits(d, s, form))
 
 
 def _omega_bits(k: np.ndarray) -> np.ndarray:
-    """Bits of omega(k), for whole k >= 1."""
+    """The bits of omega(k), for whole k >= 1."""
     length = np.ones(k.shape)
     while (k > 1).any():
         log2 = np.frexp(k)[1] - 1

@@ -1,6 +1,6 @@
 """Codes packed to whole bytes inside jit.
 
-Code j of an axis shares its byte with codes j + c, j + 2c, ..., where c is the number of bytes along it: whole
+Code j of an axis shares its byte with codes j + c, j + 2c, ..., where c is the number of bytes along the axis. So whole
 slices are shifted and joined, and nothing is interleaved. The lowest bits hold the first slice.
 """
 
@@ -18,49 +18,49 @@ from gradcomp_jax.views import split
 
 
 def pack(codes: jax.Array, bits: int, axis: int = -1) -> jax.Array:
-    """uint8 codes, c * 8 / bits of them along `axis`, each below 2^bits, to c bytes; bits is 1, 2, 4 or 8."""
+    """Packs c * 8 / bits uint8 codes along `axis`, each below 2^bits, into c bytes; bits is 1, 2, 4 or 8."""
     axis %= codes.ndim
     shifts = _shifts(bits, axis, codes.ndim)
     slices = codes.reshape(*codes.shape[:axis], 8 // bits, codes.shape[axis] * bits // 8, *codes.shape[axis + 1 :])
-    # A sum of whole numbers without a common bit is their join.
+    # The sum of whole numbers without a common bit joins them.
     return jnp.sum(slices << shifts, axis=axis, dtype=jnp.uint8)
 
 
 def unpack(packed: jax.Array, bits: int, axis: int = -1) -> jax.Array:
     """The inverse of `pack`: c bytes along `axis` to c * 8 / bits uint8 codes."""
     axis %= packed.ndim
-    # One operation that fuses, where a concatenation of slices would first write them all.
+    # One operation that fuses; a concatenation of slices would first write them all.
     shifts = _shifts(bits, axis, packed.ndim)
     codes = jnp.expand_dims(packed, axis) >> shifts & ((1 << bits) - 1)
     return codes.reshape(*packed.shape[:axis], packed.shape[axis] * 8 // bits, *packed.shape[axis + 1 :])
 
 
 def _shifts(bits: int, axis: int, ndim: int) -> jax.Array:
-    """How far each slice of a byte's codes is shifted, along a new axis before `axis` of so many."""
+    """The shift of each slice of a byte's codes, along a new axis before `axis`, for arrays of `ndim` axes."""
     return jnp.expand_dims(jnp.arange(0, 8, bits, dtype=jnp.uint8), [i for i in range(ndim + 1) if i != axis])
 
 
 def fields_bytes(k: int, width: int) -> int:
-    """The bytes of `pack_fields`: ceil(k * width / 8) and at most two more; ValueError as there."""
+    """The bytes of `pack_fields`: ceil(k * width / 8) and at most two more; raises the same ValueError."""
     return sum(-(-k * bits // 8) for _, bits in _parts(width))
 
 
 @functools.partial(jax.jit, static_argnames="width")  # so that leaves of one shape are traced once
 def pack_fields(values: jax.Array, width: int) -> jax.Array:
-    """Whole numbers of any width, such as the ceil(log2 n) bits of an index below n, to bytes.
+    """Packs whole numbers of any width, such as the ceil(log2 n) bits of an index below n, into bytes.
 
-    A width is split into whole bytes and then 4, 2 and 1 bits, lowest bits first: 21 = 8 + 8 + 4 + 1. Each
-    part of all values follows the part before it, packed as by `pack` and filled up to a whole byte.
+    A width is split into whole bytes and then 4, 2 and 1 bits, lowest bits first: 21 = 8 + 8 + 4 + 1. Each part of all
+    values follows the part before it. `pack` packs it, filled up to a whole byte.
 
     Args:
       values: uint32 [..., k], or uint8 for a width of at most 8; bits beyond `width` are left out.
-      width: bits a value, 0 to 32.
+      width: the bits of each value, 0 to 32.
 
     Returns:
       uint8 [..., fields_bytes(k, width)].
 
     Raises:
-      ValueError: `width` out of range.
+      ValueError: `width` is out of range.
     """
     k = values.shape[-1]
     planes = [jnp.zeros((*values.shape[:-1], 0), jnp.uint8)]
@@ -75,7 +75,7 @@ def pack_fields(values: jax.Array, width: int) -> jax.Array:
 def unpack_fields(data: jax.Array, k: int, width: int) -> jax.Array:
     """The inverse of `pack_fields`: uint8 [..., fields_bytes(k, width)] to [..., k], each below 2^width.
 
-    Of type uint8 for a width of at most 8, else uint32.
+    The type is uint8 for a width of at most 8, else uint32.
     """
     dtype = jnp.uint8 if width <= 8 else jnp.uint32
     values = jnp.zeros((*data.shape[:-1], k), dtype)
@@ -100,21 +100,22 @@ def _parts(width: int) -> list[tuple[int, int]]:
 
 
 def terms_a_word(bound: int, terms: int) -> int:
-    """How many numbers within -bound..bound share a word of `pack_terms`: 4, 2 or 1."""
+    """The number of values within -bound..bound that share a word of `pack_terms`: 4, 2 or 1."""
     return next(each for each in (4, 2, 1) if 2 * bound * terms < 2 ** (32 // each))
 
 
 def pack_terms(x: jax.Array, bound: int, terms: int) -> jax.Array:
-    """Whole numbers within -bound..bound in words whose sum over so many terms holds the sum of each.
+    """Packs whole numbers within -bound..bound into words; the sum of `terms` such words holds the sum of each number.
 
-    Each is made positive by `bound`, and has a field of a word that holds the sum, so that none runs over into the
-    next. A sum of narrow integers would not do: compilers for GPUs widen those of 16 bits to 32. Nor would three fields
-    of 10 bits, or five of 6: what fills up their rows makes CPUs take twice as long to quantise.
+    `bound` is added to each number, so that none is negative. Each has a field of a word that can hold the sum, so that
+    no sum runs over into the next field. A sum of narrow integers would not do: compilers for GPUs widen those of 16
+    bits to 32. Nor would three fields of 10 bits, or five of 6: their rows would have to be filled up, and CPUs would
+    take twice as long to quantise.
 
     Args:
       x: integers [..., k], int8 or wider, k a multiple of 4.
-      bound: of their magnitude.
-      terms: how many are added up; bound * terms is below 2^31.
+      bound: the bound of their magnitude.
+      terms: the number of words that are added up; bound * terms is below 2^31.
 
     Returns:
       uint32 [..., k / terms_a_word(bound, terms)].
@@ -132,7 +133,7 @@ def unpack_sum(words: jax.Array, bound: int, terms: int) -> jax.Array:
 
 
 def _fields(each: int, ndim: int) -> jax.Array:
-    """Where so many fields of a word begin, along a new axis before the last of so many."""
+    """The places in a word where its `each` fields begin, along a new axis before the last of `ndim` axes."""
     return (jnp.arange(each, dtype=jnp.uint32) * (32 // each)).reshape(*(1,) * (ndim - 1), each, 1)
 
 
@@ -148,7 +149,7 @@ def from_bytes(data: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax
     return jax.lax.bitcast_convert_type(data.reshape(*shape, *bytes_each), dtype)
 
 
-# Arrays of fewer values are packed with others of their kind.
+# An array with fewer values is packed together with others of its kind.
 LARGE = 2**14
 
 
@@ -158,8 +159,8 @@ class Field:
     """Whole numbers that travel in fewer bits than their type has.
 
     Attributes:
-      values: uint8 if width is at most 8, else uint32; below 2^width.
-      width: bits of each.
+      values: the numbers, below 2^width; uint8 if width is at most 8, else uint32.
+      width: the bits of each number.
     """
 
     values: jax.Array
@@ -170,9 +171,9 @@ class _Packed(NamedTuple):
     """Arrays of one kind that are packed together.
 
     Attributes:
-      places: among the leaves of the tree.
-      dtype: of their values.
-      width: bits of each value of fields; -1 of arrays.
+      places: their places among the leaves of the tree.
+      dtype: the type of their values.
+      width: the bits of each value, for fields; -1 for arrays.
     """
 
     places: list[int]
@@ -180,7 +181,7 @@ class _Packed(NamedTuple):
     width: int
 
     def pack(self, values: jax.Array) -> jax.Array:
-        """The bytes of the values [..., k] of all."""
+        """The bytes of the joined values [..., k]."""
         if self.width >= 0:
             return pack_fields(values, self.width)
         return jax.lax.bitcast_convert_type(values, jnp.uint8).reshape(*values.shape[:-1], -1)
@@ -205,7 +206,7 @@ def _values(x: Any) -> Any:
 
 
 def _together(leaves: list[Any], lead: int = 0) -> list[_Packed]:
-    """A tree's leaves by what is packed together: arrays, and then fields by width."""
+    """A tree's leaves in the groups that are packed together: arrays, and then fields by width."""
     kinds: dict[Any, _Packed] = {}
     for place, x in enumerate(leaves):
         width, dtype = x.width if _is_field(x) else -1, _values(x).dtype
@@ -215,10 +216,10 @@ def _together(leaves: list[Any], lead: int = 0) -> list[_Packed]:
 
 
 def pack_arrays(tree: Any, lead: int = 0) -> jax.Array:
-    """The bytes of a tree's arrays, uint8 [..., p], of which the first `lead` axes are kept.
+    """The bytes of a tree's arrays, uint8 [..., p]; the first `lead` axes of the arrays are kept.
 
-    First those of arrays, then fields by `pack_fields`: large ones each by itself, and small ones of one type or width
-    together, so that a tree of many compiles to little more than one of few.
+    The bytes of arrays come first, then those of fields, from `pack_fields`. A large array or field is packed by
+    itself, and small ones of one type or width together. So a tree of many compiles to little more than a tree of few.
     """
     leaves = jax.tree.leaves(tree, is_leaf=_is_field)
     parts = []
@@ -235,7 +236,7 @@ def _joined(parts: list[jax.Array]) -> jax.Array:
 def unpack_arrays(data: jax.Array, like: Any, split: Callable[..., list[jax.Array]] = split) -> Any:
     """The inverse of `pack_arrays`: uint8 [..., p] to arrays [..., *shape] of the shapes and types of `like`.
 
-    `split` cuts vectors in pieces; `cut_as_written` where there are few, and in a vmap.
+    `split` is the function that cuts vectors in pieces: `cut_as_written` if there are few pieces, and in a vmap.
     """
     leaves, treedef = jax.tree.flatten(like, is_leaf=_is_field)
     lead, parts, groups = data.shape[:-1], [*leaves], _together(leaves)
