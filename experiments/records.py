@@ -11,8 +11,8 @@ Each line has a "kind":
 - end, the last line, only in a run that has reached its end.
 
 A line "train" also has "code_bits" for codecs whose codes vary in length, see `gradcomp_jax.code_bits`. If codecs are
-measured, it has "error", "residual" and "residual_norm", see `gradcomp_jax.metrics`. These figures, and those of "leaves",
-describe the last step.
+measured, it has "error", "residual" and "residual_norm", see `gradcomp_jax.metrics`. These figures, and those of
+"leaves", describe the last step.
 
 All lines but the first have "step", the number of training steps before; "bytes", the bytes that one worker has sent by
 then; and "dense_bytes", the bytes that it would have sent in a dense all-reduce of the gradients in their own type.
