@@ -61,8 +61,7 @@ def _made(equation: Any, given: list[Axes]) -> list[Axes]:
     if name == "while":
         return _of_while(params, given)
     if name == "scan":
-        consts, carried = params["num_consts"], params["num_carry"]
-        return _looped(params["jaxpr"], given, consts, carried)
+        return _of_scan(params, given)
     inner = params.get("jaxpr", params.get("call_jaxpr", params.get("fun_jaxpr")))
     if inner is not None and len(getattr(inner, "jaxpr", inner).invars) == len(given):
         return outputs(inner, given)
@@ -96,13 +95,18 @@ def _of_while(params: dict[str, Any], given: list[Axes]) -> list[Axes]:
         carry = new
 
 
-def _looped(body: Any, given: list[Axes], consts: int, carried: int) -> list[Axes]:
-    carry, rest = given[consts : consts + carried], given[consts + carried :]
+def _of_scan(params: dict[str, Any], given: list[Axes]) -> list[Axes]:
+    if "ft_in" in params:  # from jax 0.12 on
+        consts, carry, rest = map(list, params["ft_in"].update(given).unpack())
+    else:
+        begin = params["num_consts"]
+        end = begin + params["num_carry"]
+        consts, carry, rest = given[:begin], given[begin:end], given[end:]
     while True:
-        made = outputs(body, [*given[:consts], *carry, *rest])
-        new = [a | b for a, b in zip(carry, made[:carried], strict=True)]
+        made = outputs(params["jaxpr"], [*consts, *carry, *rest])
+        new = [a | b for a, b in zip(carry, made, strict=False)]  # the scanned outputs come after the carry
         if new == carry:
-            return [*carry, *made[carried:]]
+            return [*carry, *made[len(carry) :]]
         carry = new
 
 
