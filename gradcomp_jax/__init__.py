@@ -23,7 +23,7 @@ from gradcomp_jax.codecs.scheduled import ScheduledState, scheduled
 from gradcomp_jax.codecs.signnorm import signnorm
 from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.coder import CodeLength
-from gradcomp_jax.compressor import Compressor, CompressorState, skipped
+from gradcomp_jax.compressor import Compressor, CompressorState, MeasuredState, skipped
 from gradcomp_jax.delayed import DelayedState, delayed
 from gradcomp_jax.describe import Description, describe
 from gradcomp_jax.exchange.bits import WireBits, WireCount, code_bits, wire_bits
@@ -77,6 +77,7 @@ __all__ = [
     "GradiVeQState",
     "LeafMetrics",
     "LossScaleState",
+    "MeasuredState",
     "Metrics",
     "OneBitState",
     "PerLayerState",

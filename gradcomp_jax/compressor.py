@@ -51,17 +51,39 @@ class CompressorState(NamedTuple):
       residual: what error feedback still owes, for each compressed leaf by path; empty without error feedback.
       wire: bits sent, see `wire_bits`; under `across` a `Links`.
       skipped: int32, the number of steps in which some worker's gradient was not finite. Such a step yields zeros and
-        leaves `codec`, `residual` and `norms` as they were. `wire` counts the bits that it sent.
-      norms: what `metrics` reads; () unless the codec is `measured`. By path, float32 [3]: three 2-norms of this
-        worker in the last compressed step. They are the norms of the gradient, of the tensor to be sent, and of the
-        part of that tensor that was not sent. They are zeros before the first step.
+        leaves `codec` and `residual` as they were. `wire` counts the bits that it sent.
     """
 
     codec: Any
     residual: PerWorker
     wire: Any
     skipped: jax.Array
-    norms: Any
+
+
+class MeasuredState(NamedTuple):
+    """The state of a codec's transformation under `measured`: a `CompressorState` with one field more.
+
+    It is a type of its own, so that checkpoints of codecs that are not measured have no such field.
+
+    Attributes:
+      codec: as in `CompressorState`.
+      residual: as there.
+      wire: as there.
+      skipped: as there.
+      norms: what `metrics` reads. By path, float32 [3]: three 2-norms of this worker in the last compressed step. They
+        are the norms of the gradient, of the tensor to be sent, and of the part of that tensor that was not sent. They
+        are zeros before the first step.
+    """
+
+    codec: Any
+    residual: PerWorker
+    wire: Any
+    skipped: jax.Array
+    norms: PerWorker
+
+
+AnyState = CompressorState | MeasuredState
+"""The state of a codec's transformation."""
 
 
 class Estimated(NamedTuple):
@@ -102,7 +124,7 @@ class Called(NamedTuple):
     made: Any
     tree: Any
     plan: Plan | None = None
-    state: CompressorState | None = None
+    state: AnyState | None = None
 
 
 class Kind(NamedTuple):
@@ -114,12 +136,12 @@ class Kind(NamedTuple):
       strengths: each leaf's place among the codec's strengths, if it has several.
     """
 
-    state: CompressorState
+    state: AnyState
     phase: int
     strengths: dict[str, int]
 
 
-def kinds(codec: Codec, settings: Settings, the: Plan, state: CompressorState) -> dict[str, Kind]:
+def kinds(codec: Codec, settings: Settings, the: Plan, state: AnyState) -> dict[str, Kind]:
     """The kinds of steps that may send different amounts, by name; the codec's main kind comes first.
 
     Args:
@@ -245,7 +267,7 @@ class _Made:
 
 
 class _Init(_Made):
-    def __call__(self, params: Any) -> CompressorState:
+    def __call__(self, params: Any) -> AnyState:
         if isinstance(params, PLACEHOLDER):
             return _placeholders(self.codec, self.settings, params)
         remark(lambda: Called(self, params))
@@ -301,9 +323,12 @@ def _shards(settings: Settings) -> int | None:
         return None
 
 
-def _init(codec: Codec, settings: Settings, params: Any) -> CompressorState:
+def _init(codec: Codec, settings: Settings, params: Any) -> AnyState:
     if compressor_states(params):
-        raise ValueError("params hold an optimiser's state: the order is step(params, opt_state, batch)")
+        raise ValueError(
+            "params hold an optimiser's state: the order is step(params, opt_state, batch). Of a TrainState give "
+            "state.params"
+        )
     shards = _shards(settings)
     the = plan(codec, settings, params, shards or 1)
     leaves, _ = flatten(params)
@@ -323,16 +348,16 @@ def _widened(leaf: Any) -> Any:
     return jax.ShapeDtypeStruct(leaf.shape, wide(leaf.dtype))
 
 
-def _first_state(
-    state: Any, settings: Settings, zeros: Callable[[], Any], norms: Any, the: Plan | None
-) -> CompressorState:
+def _first_state(state: Any, settings: Settings, zeros: Callable[[], Any], norms: Any, the: Plan | None) -> AnyState:
     feedback = settings.error_feedback
     if feedback is not None and not feedback.owes:
         state = Estimated(state, _of_chip(zeros(), settings, the, "estimate"))
     role = "owed" if feedback is None or feedback.owes else "estimate"
     memory = _of_worker(zeros() if feedback is not None else {}, settings, the, role)
-    kept = _of_worker(norms, settings, the, "norms", cut=False) if settings.measured else ()
-    return CompressorState(state, memory, no_bits(settings.fast is not None), jnp.int32(0), kept)
+    first = CompressorState(state, memory, no_bits(settings.fast is not None), jnp.int32(0))
+    if not settings.measured:
+        return first
+    return MeasuredState(*first, _of_worker(norms, settings, the, "norms", cut=False))
 
 
 def _of_worker(value: Any, settings: Settings, the: Plan | None, role: str, cut: bool = True) -> Any:
@@ -357,7 +382,7 @@ def _of_chip(value: Any, settings: Settings, the: Plan | None, role: str) -> Any
     return PerWorker(value, settings.fast, role, Shards((settings.fast,), tuple(map(the.cuts.get, sorted(value)))))
 
 
-def _placeholders(codec: Codec, settings: Settings, placeholder: Any) -> CompressorState:
+def _placeholders(codec: Codec, settings: Settings, placeholder: Any) -> AnyState:
     """The state as `optax.tree_map_params` asks for it: the placeholder stands for copies of the parameters.
 
     The codec's state by path is one leaf here, because there are no paths.
@@ -420,8 +445,8 @@ def _exchange(
 
 
 def _measured(
-    state: CompressorState, feedback: Any, terms: Terms, done: Exchanged, given: dict[str, jax.Array]
-) -> CompressorState:
+    state: MeasuredState, feedback: Any, terms: Terms, done: Exchanged, given: dict[str, jax.Array]
+) -> MeasuredState:
     """The state with the norms of a step; `given` holds the norms of its terms."""
     norms = dict(state.norms.value)
     for path, norm in given.items():
@@ -554,14 +579,14 @@ def skipped_steps(opt_state: Any) -> jax.Array:
     return jnp.sum(jnp.stack([jnp.int32(0), *(state.skipped for state in compressor_states(opt_state))]))
 
 
-def compressor_states(opt_state: Any) -> list[CompressorState]:
+def compressor_states(opt_state: Any) -> list[AnyState]:
     """The states of all codecs' transformations in an optimiser state."""
     return [x for x in jax.tree.leaves(opt_state, is_leaf=is_compressor_state) if is_compressor_state(x)]
 
 
 def is_compressor_state(x: Any) -> bool:
     """Whether `x` is the state of a codec's transformation."""
-    return isinstance(x, CompressorState)
+    return isinstance(x, AnyState)
 
 
 def _require_local(settings: Settings, leaves: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradcomp_jax.compressor import Compressor, CompressorState, Delivered
+from gradcomp_jax.compressor import AnyState, Compressor, Delivered
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.sharding import PerWorker
@@ -21,7 +21,7 @@ class DelayedState(NamedTuple):
       pending: this worker's gradients of the last step, in the parameters' types; the next step exchanges them.
     """
 
-    codec: CompressorState
+    codec: AnyState
     pending: PerWorker
 
 

@@ -98,12 +98,17 @@ def require_rest(rest: tuple[Any, ...], form: Form) -> None:
         require_key("the step's key", rest[form.has_state + 1])
 
 
+def is_key(x: Any) -> bool:
+    """Whether `x` may be one random key: of the new kind, or uint32 [n] of the old."""
+    if not hasattr(x, "dtype"):
+        return False
+    dtype, shape = x.dtype, np.shape(x)
+    return (jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()) or (dtype == jnp.uint32 and len(shape) == 1)
+
+
 def require_key(what: str, key: Any) -> None:
     """Raises ValueError if `key` is not one random key, of the new kind or the old."""
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
-    if dtype is None or not (
-        (jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ()) or (dtype == jnp.uint32 and len(shape) == 1)
-    ):
+    if not is_key(key):
         raise ValueError(
             f"{what} is {_described(key)}, it must be one random key, such as jax.random.key(0), a new one in each "
             "step: each worker folds its index into it"

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from gradcomp_jax.arguments import factory, shown
-from gradcomp_jax.compressor import Compressor, CompressorState, Estimated, compressor, compressor_states
+from gradcomp_jax.compressor import AnyState, Compressor, Estimated, MeasuredState, compressor, compressor_states
 from gradcomp_jax.exchange.bits import Links
 from gradcomp_jax.norms import norm
 from gradcomp_jax.views import narrow
@@ -91,7 +91,7 @@ def measured(codec: Compressor) -> Compressor:
       codec: a codec, such as `powersgd(2)`, `accordion(...)` or `across(...)`.
 
     Returns:
-      A `Compressor` that takes the codec's place. Its state has `norms`.
+      A `Compressor` that takes the codec's place. Its state is a `MeasuredState`.
 
     Raises:
       ValueError: `codec` is not a codec. A wrapper such as `delayed` goes around `measured`, as in
@@ -178,16 +178,16 @@ def _metrics(states: list[Any]) -> Metrics:
     )
 
 
-def _paths(state: CompressorState) -> list[str]:
+def _paths(state: AnyState) -> list[str]:
     """The paths of the leaves that have figures."""
     residual = {} if isinstance(state.codec, Estimated) else state.residual.value
-    return list(state.norms.value if state.norms else residual)
+    return list(state.norms.value if isinstance(state, MeasuredState) else residual)
 
 
-def _norms(state: CompressorState) -> dict[str, _Norms]:
+def _norms(state: AnyState) -> dict[str, _Norms]:
     estimated = isinstance(state.codec, Estimated)
     residuals = {} if estimated else {path: narrow(norm(x), jnp.float32) for path, x in state.residual.value.items()}
-    if not state.norms:
+    if not isinstance(state, MeasuredState):
         return {path: _Norms(x) for path, x in residuals.items()}
     found = {}
     for path, x in state.norms.value.items():

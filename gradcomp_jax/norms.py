@@ -18,7 +18,7 @@ LEAST = 2.0**-46
 
 
 def no_norms() -> jax.Array:
-    """The norms of a leaf before the first step; see `CompressorState`."""
+    """The norms of a leaf before the first step; see `MeasuredState`."""
     return jnp.zeros(3, jnp.float32)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import varying
 from gradcomp_jax.arguments import shown
-from gradcomp_jax.entry import require_key
+from gradcomp_jax.entry import is_key, require_key
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.jitted import Jitted, emulates
 from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
@@ -58,7 +59,8 @@ def data_parallel(
         a decorator with settings.
       mesh: the workers, by default all devices, taken when the step is first called.
       batch: the names of the arguments whose leaves are split over the workers along their first axis.
-      rng: the names of the arguments that are random keys; each worker folds its index into them.
+      rng: the names of the arguments that are random keys; each worker folds its index into them. A key that is not
+        named draws the same numbers on all workers, with a warning.
       donate: the names of the arguments whose memory is reused; they cannot be read afterwards.
       compiler_options: as in `train_step`.
 
@@ -151,8 +153,15 @@ class Parallel:
         for k, x in enumerate(args):
             if k in self._batches:
                 require_divisible(x, self._mesh.size, f"the mesh's {self._mesh.size} workers")
+            name = list(self._signature.parameters)[k]
             if k in self._keys:
-                require_key(f"the step's argument {list(self._signature.parameters)[k]!r}", x)
+                require_key(f"the step's argument {name!r}", x)
+            elif k not in self._batches and is_key(x):
+                warnings.warn(
+                    f"the step's argument {name!r} is a random key, and all workers draw the same numbers from it: "
+                    f"name it in data_parallel(rng={name!r}), so that each worker folds its index into it",
+                    stacklevel=2,
+                )
             specs.append(P(axes) if k in self._batches else specs_of(x))
         leads = sorted({x.leading for x in marked(args)}, key=str)
         made: list[Returned] = []

@@ -15,6 +15,7 @@ from gradcomp_jax.compressor import PLACEHOLDER, Compressor, compressor
 from gradcomp_jax.contract import Codec, Context, Predicate, Uncompressed
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.exchange.plan import flatten
+from gradcomp_jax.sharding import map_per_worker
 
 
 class PerLayerState(NamedTuple):
@@ -261,7 +262,9 @@ def _one_after_another(
     def update_fn(updates: Any, state: tuple[Any, ...], params: Any = None, **extra_args: Any):
         after: list[Any] = []
         for part, before in zip(parts, state, strict=True):
-            updates, one = part.update(collectives.after(updates, after), before, params, **extra_args)
+            # Each worker's own state would make the next family's updates look like each worker's own.
+            shared = [map_per_worker(lambda _: (), one, lambda x: x) for one in after]
+            updates, one = part.update(collectives.after(updates, shared), before, params, **extra_args)
             after.append(one)
         return updates, tuple(after)
 

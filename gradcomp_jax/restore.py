@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from gradcomp_jax.arguments import shown
 from gradcomp_jax.cuts import Cut
 from gradcomp_jax.mesh import automatic, require_mesh
 from gradcomp_jax.placing import in_global_form, lies_on, place
@@ -47,18 +48,31 @@ def restore(
     Raises:
       ImportError: orbax-checkpoint is not installed.
       FileNotFoundError: there is no such checkpoint.
-      ValueError: a leaf is missing from the checkpoint, is left over in it, or has another shape for a reason other
-        than the number of workers.
+      ValueError: `directory` is no path; or a leaf is missing from the checkpoint, is left over in it, or has another
+        shape for a reason other than the number of workers.
     """
     try:
         import orbax.checkpoint as ocp
     except ModuleNotFoundError as error:
         raise ImportError("restore reads checkpoints by Orbax: pip install orbax-checkpoint") from error
+    if not isinstance(directory, str | os.PathLike):
+        raise ValueError(
+            f"directory={shown(directory)} must be a path: the order is restore(directory, like); a CheckpointManager "
+            "has it as its directory"
+        )
     if not os.path.isdir(directory):
         raise FileNotFoundError(f"there is no directory {directory}")
     mesh = require_mesh(mesh)
-    like = in_global_form(like, mesh)
-    target = lambda saved: _target(like, {path: x.shape for path, x in _by_path(saved).items()}, mesh)  # noqa: E731
+    whole = in_global_form(like, mesh)
+
+    def target(metadata: Any) -> Any:
+        of_one, of_all, saved = (
+            {path: np.shape(x) for path, x in _by_path(x).items()} for x in (like, whole, metadata)
+        )
+        if saved == of_one != of_all:  # a TrainState was saved before its first step
+            return jax.tree.map(lambda x: np.zeros(np.shape(x), jnp.result_type(x)), like)
+        return _target(whole, saved, mesh)
+
     path = os.path.abspath(directory)
     if os.path.exists(os.path.join(path, "_METADATA")):
         with ocp.StandardCheckpointer() as reader:
@@ -66,7 +80,7 @@ def restore(
     else:
         saved = _of_manager(path, target, step, item)
     resized = lambda x: resize_workers(x, mesh) if is_per_worker(x) else x  # noqa: E731
-    saved = jax.tree.map(resized, saved, is_leaf=is_per_worker)
+    saved = jax.tree.map(resized, in_global_form(saved, mesh), is_leaf=is_per_worker)
     return saved if isinstance(mesh, int) else place(saved, mesh)
 
 
@@ -127,7 +141,8 @@ def _target(like: Any, saved: dict[str, tuple[int, ...]], mesh: Mesh | int) -> A
         lead, cut = lies.lead, lies.cut
         expected = x.shape[lead:] if cut is None else cut.shape(shape[lead - 1])
         if shape[lead:] != expected:
-            raise ValueError(f"leaf {name!r} of the checkpoint has the shape {shape}, like has {x.shape}")
+            hint = "; it is one worker's, from tx.init: save init(tx, params, mesh)" if shape == x.shape[lead:] else ""
+            raise ValueError(f"leaf {name!r} of the checkpoint has the shape {shape}, like has {x.shape}{hint}")
         if isinstance(mesh, int) or shape != x.shape:
             return np.zeros(shape, jnp.dtype(x.dtype))
         lies = x.sharding.spec if lies_on(x, mesh) else spec

@@ -225,9 +225,9 @@ def require_state(tx: optax.GradientTransformation, params: Any, opt_state: Any,
     if owed := [path for path in differing if ".residual" in path]:
         with_it, without = ("opt_state", "tx") if owed[0] in got else ("tx", "opt_state")
         raise ValueError(
-            f"{with_it} keeps error feedback and {without} does not, by leaf {owed[0]}: give the codec the "
-            "error_feedback with which the state was made. To change it, flush with the tx of the state, and begin "
-            "with a state of init(tx, params, mesh)"
+            f"{with_it} keeps a residual at {owed[0]} and {without} does not: give the tx with which the state was "
+            "made. To change error_feedback, flush with that tx, and begin with a state of init(tx, params, mesh); for "
+            "another codec or strength see swap(tx, new_tx, params, opt_state, mesh)"
         )
     if differing:
         raise ValueError(

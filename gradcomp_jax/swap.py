@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gradcomp_jax.arguments import require_transformation
 from gradcomp_jax.codecs.powersgd import PowerSGDState, of_rank
-from gradcomp_jax.compressor import CompressorState, Estimated, compressor_states, is_compressor_state
+from gradcomp_jax.compressor import AnyState, Estimated, MeasuredState, compressor_states, is_compressor_state
 from gradcomp_jax.cuts import Cut
 from gradcomp_jax.exchange.bits import total_bits
 from gradcomp_jax.mesh import in_automatic_axes, require_mesh
@@ -180,7 +180,7 @@ def _by_path(x: Any) -> dict[str, _Memory]:
     return {path: _Memory(value[path], cut, axes) for path, cut in zip(sorted(value), cuts, strict=True)}
 
 
-def _memories(states: Sequence[CompressorState]) -> dict[Key, _Memory]:
+def _memories(states: Sequence[AnyState]) -> dict[Key, _Memory]:
     """Residuals and estimates."""
     return {
         (state.residual.role, state.residual.leading, path): memory
@@ -198,8 +198,8 @@ class _Part(NamedTuple):
       around: the structure of the new ones.
     """
 
-    old: list[CompressorState]
-    new: list[CompressorState]
+    old: list[AnyState]
+    new: list[AnyState]
     around: Any
 
     @classmethod
@@ -230,7 +230,7 @@ class _Part(NamedTuple):
             note(logging.INFO, f"swap drops EF21's estimates of {names}, which owe nothing")
         return jax.tree.unflatten(self.around, [self._state(place_, new) for place_, new in enumerate(self.new)])
 
-    def _state(self, place_: int, new: CompressorState) -> CompressorState:
+    def _state(self, place_: int, new: AnyState) -> AnyState:
         memories, residual = _memories(self.old), {}
         for path, fresh in _by_path(new.residual).items():
             old = memories.get((new.residual.role, new.residual.leading, path))
@@ -244,19 +244,18 @@ class _Part(NamedTuple):
             skipped = functools.reduce(jnp.add, [state.skipped for state in self.old])
         first = self.old[place_ : place_ + 1] if like else []
         nested = [x for state in [*first, *self.old] for x in _nested(state.codec)]
-        norms = new.norms
-        if norms:
-            kept = self.old[place_].norms.value if like and self.old[place_].norms else {}
-            norms = norms._replace(value={path: kept.get(path, fresh) for path, fresh in norms.value.items()})
-        return CompressorState(
-            codec=self._codec(new, nested),
-            residual=new.residual._replace(value=residual),
-            wire=wire,
-            skipped=skipped,
-            norms=norms,
-        )
+        owed, codec = new.residual._replace(value=residual), self._codec(new, nested)
+        new = new._replace(codec=codec, residual=owed, wire=wire, skipped=skipped)
+        return self._measured(place_, new) if isinstance(new, MeasuredState) else new
 
-    def _codec(self, new: CompressorState, nested: list[Any]) -> Any:
+    def _measured(self, place_: int, new: MeasuredState) -> MeasuredState:
+        """The norms of the last step go on where a measured codec stood in this place."""
+        old = self.old[place_] if len(self.old) == len(self.new) else None
+        kept = old.norms.value if isinstance(old, MeasuredState) else {}
+        norms = {path: kept.get(path, fresh) for path, fresh in new.norms.value.items()}
+        return new._replace(norms=new.norms._replace(value=norms))
+
+    def _codec(self, new: AnyState, nested: list[Any]) -> Any:
         if not isinstance(new.codec, Estimated):
             return _resumed(new.codec, nested)
         # Each mean goes with its estimates.

@@ -56,6 +56,8 @@ def _made(equation: Any, given: list[Axes]) -> list[Axes]:
         return [x - axes for x in given]  # one output for each operand
     if name.startswith((*_AGREE, *_PART)):
         return [joined | axes] * len(equation.outvars)
+    if name == "optimization_barrier":
+        return given
     if name == "cond":
         return _of_cond(params["branches"], given)
     if name == "while":

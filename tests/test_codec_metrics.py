@@ -74,7 +74,7 @@ class TestEveryCodec:
     def test_it_changes_nothing_and_is_right(self, row):
         tx, got = row.make(), short_run(row.id)
         plain = run(tx, FEW, "vmap")
-        theirs = got.states._replace(norms=plain.states.norms)
+        theirs = gcj.CompressorState(*got.states[:4])
         chex.assert_trees_all_equal(theirs.wire, plain.states.wire)
         slices.assert_same(row.id, (got.updates, theirs), tuple(plain))
         (norms,), gradient, feedback = got.states.norms.value.values(), FEW["only"], tx.settings.error_feedback

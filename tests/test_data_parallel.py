@@ -71,6 +71,44 @@ def test_params_and_state_apart_donated_and_by_keyword():
     assert all(x.is_deleted() for x in jax.tree.leaves((given[0], given[1][0].residual)))
 
 
+def test_metrics_that_are_not_finite_come_alone():
+    def step(params, batch):
+        x = batch["x"]
+        return {
+            "loss": jnp.mean(x),
+            "bad": jnp.sum(x) * jnp.nan,
+            "inf": jnp.exp(1e4 * jnp.mean(x**2)),
+            "n": jnp.sum(x > 0),
+        }
+
+    (batch,) = problem.batches(1)
+    got = gcj.data_parallel(step, mesh=gcj.make_mesh(N))(problem.params(), batch)
+    np.testing.assert_allclose(got["loss"], batch["x"].mean(), rtol=1e-5)
+    assert (jnp.isnan(got["bad"]), got["inf"], got["n"]) == (True, jnp.inf, (batch["x"] > 0).sum())
+
+
+def test_codecs_by_path_that_exchange_one_after_another():
+    tx = problem.optimizer(gcj.per_layer({"layer1": gcj.topk(0.1), "": gcj.powersgd(2)}))
+    mesh, (batch,) = gcj.make_mesh(N), problem.batches(1)
+    state = gcj.place(new_state(tx), mesh)
+    got, _ = gcj.data_parallel(of_state, mesh=mesh)(state, batch)
+    expected, _ = gcj.train_step(problem.loss_fn, tx, mesh)(state, batch)
+    chex.assert_trees_all_close(got.params, expected.params, atol=1e-6, rtol=0)
+    # Of several codecs the loss travels in a message of its own.
+    poisoned = batch | {"x": batch["x"].at[0].set(jnp.nan)}
+    kept, loss = gcj.train_step(problem.loss_fn, tx, mesh)(state, poisoned)
+    assert jnp.isnan(loss)
+    chex.assert_trees_all_equal(kept.params, state.params)
+
+
+@pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
+def test_a_key_that_is_not_named_is_warned_of(key):
+    step = lambda params, batch, key: jnp.mean(jax.random.normal(key, (3,)))  # noqa: E731
+    (batch,) = problem.batches(1)
+    with pytest.warns(UserWarning, match="'key' is a random key, and all workers draw the same.*rng='key'"):
+        gcj.data_parallel(step, mesh=gcj.make_mesh(N))(problem.params(), batch, key(0))
+
+
 def test_what_differs_is_averaged_and_summed():
     tx, mesh = problem.optimizer(gcj.none()), gcj.make_mesh(N)
 
@@ -256,6 +294,7 @@ class TestRefusals:
         (lambda x, same: jax.lax.while_loop(lambda c: c[0] < x[0], lambda c: c + 1, same), {"data"}),
         (lambda x, same: jax.lax.scan(lambda c, _: ((c[1], x), None), (same, same), None, length=3)[0][0], {"data"}),
         (lambda x, same: jax.nn.relu(jax.lax.pmean(x, "data")), set()),
+        (lambda x, same: jax.lax.optimization_barrier((x, same))[1], set()),
     ],
 )
 def test_what_differs_between_workers_is_found(function, expected):

@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax.training.train_state import TrainState
 
 import gradcomp_jax as gc
 from tests import problem
+from tests.test_refusals import refuses
 
 WORKERS = 4
 
@@ -51,6 +53,22 @@ def test_it_goes_on_with_what_is_owed_on_any_number_of_workers(saved, workers):
     params, opt_state, _ = step(got["params"], got["opt_state"], batch)
     step(params, opt_state, batch)
     assert step._cache_size() == 1 or workers == 1  # what was restored lies where the step leaves it
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_a_train_state_that_was_saved_before_its_first_step(tmp_path, workers):
+    tx, mesh = problem.optimizer(gc.powersgd(1)), gc.make_mesh(workers)
+    fresh = TrainState.create(apply_fn=None, params=problem.params(), tx=tx)
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(0, args=ocp.args.StandardSave({"state": fresh}))
+    got = gc.restore(tmp_path, {"state": fresh}, mesh)["state"]
+    want = gc.place(fresh, mesh)
+    chex.assert_trees_all_equal(*jax.device_get((got, want)))
+    assert [x.sharding for x in jax.tree.leaves(got)] == [x.sharding for x in jax.tree.leaves(want)]
+    with refuses("opt_state/0/residual/value/layer1/kernel' of the checkpoint", "one worker's, from tx.init"):
+        gc.restore(tmp_path, {"state": want}, mesh)
+    with refuses("directory={", "must be a path: the order is restore(directory, like)"):
+        gc.restore({"state": fresh}, tmp_path, mesh)
 
 
 def test_for_simulate_and_from_shapes(saved):

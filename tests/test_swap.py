@@ -191,7 +191,7 @@ class TestWhatGoesOn:
         params, state = after_steps(measured, WORKERS, 2)
         chex.assert_trees_all_equal(gc.swap(measured, new, params, state, WORKERS).norms, state.norms)
         unmeasured = gc.swap(measured, plain, params, state, WORKERS)
-        assert unmeasured.norms == ()
+        assert isinstance(unmeasured, gc.CompressorState)
         again = gc.swap(plain, new, params, unmeasured, WORKERS)
         assert not any(x.any() for x in again.norms.value.values())
         _, after = after_steps(new, WORKERS, 1, params, again)
@@ -306,7 +306,7 @@ class TestRefused:
     def test_a_state_of_another_optimiser_or_of_other_workers(self):
         old, new = (optax.chain(gc.powersgd(rank), optax.sgd(1.0)) for rank in (2, 1))
         params = trees.zeros(SHAPES)
-        with refuses("opt_state keeps error feedback and tx does not"):
+        with refuses("opt_state keeps a residual at [0].residual.value['", "and tx does not"):
             gc.swap(optax.chain(gc.none(), optax.sgd(1.0)), new, params, gc.init(old, params, 2), 2)
         with refuses("opt_state is of [(2,)] workers along 'data'", "has 4", "resize_workers"):
             gc.swap(old, new, params, gc.init(old, params, 2), 4)

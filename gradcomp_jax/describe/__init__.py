@@ -15,7 +15,7 @@ import jax
 import optax
 
 from gradcomp_jax import known
-from gradcomp_jax.compressor import Called, CompressorState, Kind, compressor_states, kinds
+from gradcomp_jax.compressor import AnyState, Called, Kind, compressor_states, kinds
 from gradcomp_jax.cuts import whole
 from gradcomp_jax.delayed import DelayedState
 from gradcomp_jax.describe import table
@@ -219,7 +219,7 @@ class _Counted(NamedTuple):
     inside: int
 
 
-def _kinds(dry: Dry, place: int, state: CompressorState) -> dict[str, _Counted]:
+def _kinds(dry: Dry, place: int, state: AnyState) -> dict[str, _Counted]:
     """The kinds of steps of one codec; the first is the kind that the codec is for."""
     made, plan = dry.called[place].made, dry.called[place].plan
     assert plan is not None
@@ -236,7 +236,7 @@ def _kinds(dry: Dry, place: int, state: CompressorState) -> dict[str, _Counted]:
 
 
 def _part(
-    dry: Dry, place: int, of: dict[str, _Counted], state: CompressorState, leaves: dict[str, Any]
+    dry: Dry, place: int, of: dict[str, _Counted], state: AnyState, leaves: dict[str, Any]
 ) -> tuple[dict[str, Row], Part]:
     """The rows of one codec's leaves, and the description of the codec."""
     called = dry.called[place]
@@ -301,7 +301,7 @@ def _way(called: Called, rounds: list[Round]) -> tuple[str, str]:
     return "ring" if called.made.settings.aggregate == "ring" else "psum", why
 
 
-def _waiting(opt_state: Any, state: CompressorState) -> Any:
+def _waiting(opt_state: Any, state: AnyState) -> Any:
     """The mean that `delayed`, around the codec with this state, keeps for the next step."""
     is_delayed = lambda x: isinstance(x, DelayedState)  # noqa: E731
     found = jax.tree.leaves(opt_state, is_leaf=is_delayed)

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax import known
 from gradcomp_jax.agreement import update_of
 from gradcomp_jax.arguments import is_whole, own, require_arrays, require_transformation, shown
-from gradcomp_jax.compressor import Called, CompressorState, compressor_states, is_compressor_state
+from gradcomp_jax.compressor import AnyState, Called, compressor_states, is_compressor_state
 from gradcomp_jax.exchange.bits import WireCount, wire_bits
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
@@ -74,13 +74,13 @@ class Dry(NamedTuple):
         fast = called.made.settings.fast
         return 1 if fast is None else _size(self.mesh, fast)
 
-    def with_states(self, states: Mapping[int, CompressorState]) -> list[Any]:
+    def with_states(self, states: Mapping[int, AnyState]) -> list[Any]:
         """The program's arguments, with other states of some codecs."""
         places = iter(range(len(self.called)))
         put = lambda x: states.get(next(places), x) if is_compressor_state(x) else x  # noqa: E731
         return jax.tree.leaves((self.grads, jax.tree.map(put, self.state, is_leaf=is_compressor_state)))
 
-    def bits(self, place: int, state: CompressorState, link: str = "between", otherwise: int | None = None) -> int:
+    def bits(self, place: int, state: AnyState, link: str = "between", otherwise: int | None = None) -> int:
         """The bits that a device sends for one codec in a step that begins with this state of it.
 
         Args:
@@ -98,7 +98,7 @@ class Dry(NamedTuple):
         last = jax.tree.map(lambda x: WireCount(x.last(), x.last()), count, is_leaf=is_count)
         return wire_bits(last, link).last
 
-    def messages(self, states: Mapping[int, CompressorState]) -> list[known.Message]:
+    def messages(self, states: Mapping[int, AnyState]) -> list[known.Message]:
         """The collectives of a step that begins with these states of the codecs."""
         return known.messages(self.program, self.with_states(states), FIT)
 

@@ -111,8 +111,8 @@ def workers(axis_name: AxisName) -> int:
     except NameError as error:
         raise ValueError(
             f"axis_name={axis_name!r} is not bound here: call this inside shard_map, pmap or "
-            f"vmap(axis_name={axis_name!r}), or through train_step or simulate, with the codec's axis_name "
-            "equal to the mesh's axis"
+            f"vmap(axis_name={axis_name!r}), or through train_step, data_parallel or simulate, with the codec's "
+            "axis_name equal to the mesh's axis"
         ) from error
 
 

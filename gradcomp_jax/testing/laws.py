@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from gradcomp_jax.compressor import Compressor, CompressorState
+from gradcomp_jax.compressor import AnyState, Compressor
 from gradcomp_jax.exchange.bits import wire_bits
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.hlo import Collective
@@ -365,7 +365,7 @@ def possible(collectives: list[Collective], what: Callable[[Collective], Any], n
     return totals
 
 
-def require_true_bits(collectives: list[Collective], states: CompressorState) -> None:
+def require_true_bits(collectives: list[Collective], states: AnyState) -> None:
     """Law 5: the bits that each step declares are those of the compiled program's collectives, for some branches.
 
     Args:
