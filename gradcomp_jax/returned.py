@@ -19,7 +19,7 @@ _DIFFERS = (
     "what the step returns at {leaf} differs between the workers along {axes}, and is passed on to the next step: the "
     "optimiser needs a codec, none() or average() first in its chain, with the mesh's axis as its axis_name; "
     "accumulation, skipping and momentum go after it, as in optax.chain(codec, optax.MultiSteps(...)). Average by "
-    "jax.lax.pmean(x, {axes}) what else the step keeps, such as batch statistics"
+    "jax.lax.pmean(x, {axes}) what else the step keeps or shows, such as batch statistics or gradients"
 )
 
 
