@@ -70,7 +70,7 @@ def test_flags_have_the_types_and_the_help_of_the_factory():
     assert FLAGS.qsgd_error_feedback is True
     assert FLAGS.qsgd_norm == "l2"
     assert FLAGS["qsgd_min_size"].help == (
-        "leaves of fewer elements are sent dense, by default those below 10,000, like in the paper."
+        "leaves of fewer elements are sent dense; by default 10,000, like in the paper."
     )
 
 
