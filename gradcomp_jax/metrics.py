@@ -116,7 +116,8 @@ def metrics(opt_state: Any) -> Metrics:
     Call it between steps, or inside jit, shard_map, vmap or pmap: it computes on arrays alone, and nothing waits for
     the result until you read it. It exchanges nothing: inside a step the figures are this worker's, and with `across`
     those of this chip's shards. Norms of residuals are computed from the residuals. The other norms come from
-    `measured`, and are zero before the first step.
+    `measured`, and are zero before its first step. So `residual` is inf for a residual that earlier steps left without
+    `measured` (after `swap`, for instance), until the next step.
 
     What is healthy: `residual_norm` rises in the first steps, and then falls with the loss. If it goes on rising while
     the loss stays or rises, the codec is too strong for the learning rate. `residual` is 2 to 20 gradients while the
