@@ -36,6 +36,7 @@ from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.metrics import LeafMetrics, Metrics, measured, metrics
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
+from gradcomp_jax.outer import Outer, OuterState, absent, held, local_params, outer
 from gradcomp_jax.parallel import data_parallel
 from gradcomp_jax.per_layer import PerLayerState, per_layer
 from gradcomp_jax.placing import init, place, shard_batch
@@ -80,6 +81,8 @@ __all__ = [
     "MeasuredState",
     "Metrics",
     "OneBitState",
+    "Outer",
+    "OuterState",
     "PerLayerState",
     "PerWorker",
     "PowerSGDState",
@@ -88,6 +91,7 @@ __all__ = [
     "SubsetState",
     "WireBits",
     "WireCount",
+    "absent",
     "accordion",
     "accordion_log",
     "across",
@@ -105,7 +109,9 @@ __all__ = [
     "flush",
     "global_state",
     "gradiveq",
+    "held",
     "init",
+    "local_params",
     "local_state",
     "loss_scale",
     "loss_scaled",
@@ -114,6 +120,7 @@ __all__ = [
     "metrics",
     "none",
     "onebit",
+    "outer",
     "per_layer",
     "place",
     "powersgd",

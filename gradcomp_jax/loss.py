@@ -109,6 +109,34 @@ def accumulated_gradients(
     return (jnp.mean(losses), (state[0] if state else None, aux)), grads
 
 
+def with_rest(loss_fn: Callable[..., Any], form: Form) -> Callable[..., Any]:
+    """`loss_fn` as (params, rest) -> (loss, (model state, auxiliary outputs)); None if there is none."""
+
+    def called(params, rest):
+        out = loss_fn(params, *rest)
+        if not (form.has_state or form.has_aux):
+            return out, (None, None)
+        loss, more = out
+        more = jax.tree.map(jnp.asarray, more)  # Python's numbers too
+        if form.has_state and form.has_aux:
+            return loss, more
+        return loss, (more, None) if form.has_state else (None, more)
+
+    return called
+
+
+def of_worker(rest: tuple[Any, ...], form: Form, axes: tuple[str, ...]) -> tuple[Any, ...]:
+    """The arguments of loss_fn after params on this worker, with its own key."""
+    if not form.rng:
+        return rest
+    key = rest[form.has_state + 1]
+    return (
+        *rest[: form.has_state + 1],
+        jax.random.fold_in(key, collectives.worker_index(axes)),
+        *rest[form.has_state + 2 :],
+    )
+
+
 def require_unconstrained(loss_fn: Callable[..., Any], params: Any, rest: Any, mesh: Mesh, specs: Any) -> None:
     """Refuses a sharding constraint in a model, in our own words; jax would notice it only when it compiles.
 

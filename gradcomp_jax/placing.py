@@ -209,6 +209,12 @@ def require_divisible(batch: Any, workers: int, whom: str) -> None:
             )
 
 
+def require_parts(batch: Any, workers: int, accumulate: int, whom: str) -> None:
+    """Like `require_divisible`, if each worker cuts its part of the batch into further parts."""
+    whom += f", and their parts among accumulate={accumulate}" * (accumulate > 1)
+    require_divisible(batch, workers * accumulate, whom)
+
+
 def is_train_state(x: Any) -> bool:
     """Whether `x` is Flax's TrainState, or an object with the same attributes. Flax is not needed for it."""
     return all(hasattr(x, name) for name in ("params", "opt_state", "tx", "step", "replace"))

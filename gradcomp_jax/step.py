@@ -21,12 +21,21 @@ from gradcomp_jax.entry import Form, checked, require_rest
 from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.jitted import Step, emulates
-from gradcomp_jax.loss import UntypedError, accumulated_gradients, own_gradients, require_unconstrained
+from gradcomp_jax.loss import (
+    UntypedError,
+    accumulated_gradients,
+    of_worker,
+    own_gradients,
+    require_unconstrained,
+    with_rest,
+)
 from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
 from gradcomp_jax.mesh import automatic, require_mesh
 from gradcomp_jax.modules import ModuleStep
 from gradcomp_jax.notes import note
-from gradcomp_jax.placing import require_divisible
+from gradcomp_jax.outer import Outer
+from gradcomp_jax.outer_step import OuterStep, Settings, outer_step
+from gradcomp_jax.placing import require_parts
 from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
 from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
 
@@ -43,12 +52,13 @@ def train_step(
     has_state: bool = False,
     reduce_aux: Any = None,
     accumulate: int = 1,
+    steps: int = 1,
     rng: bool = False,
     shared: bool = False,
     donate: bool = False,
     check_vma: bool = True,
     compiler_options: Mapping[str, Any] | None = None,
-) -> Step:
+) -> Step | OuterStep:
     """A jitted data-parallel step in which each worker's own gradient reaches `tx`.
 
     Each worker computes the loss and gradient on its part of the batch. `tx`, with a codec first, makes one update of
@@ -79,6 +89,8 @@ def train_step(
       accumulate: into how many parts each worker cuts its part of the batch. It computes their gradients one after
         another, in the memory of one part. There is one exchange, of the mean. A model state passes from part to part.
         aux is averaged, or summed, over the parts as over the workers; under "workers" it is [workers, parts, ...].
+      steps: for an `outer`, the local steps of a call. The batch is then [steps, rows, ...], split along its second
+        axis. One program scans them, so an exchange with a delay overlaps with them. A key is folded for each.
       rng: the step and loss_fn take a random key after the batch. Give the step one key, a new one each time. Each
         worker folds its index into the key, and each part of an accumulated batch folds in its own index.
       shared: the step and loss_fn take a last argument, any tree that is the same on all workers, such as the number of
@@ -110,15 +122,21 @@ def train_step(
     """
     form = Form(has_state, has_aux, rng, shared)
     own_loss, mesh = checked(loss_fn, tx, form, accumulate), automatic(require_mesh(mesh, or_workers=False))
+    require_whole("steps", steps, 1)
+    if isinstance(tx, Outer):
+        settings = Settings(form, steps, accumulate, donate, compiler_options)
+        return outer_step(own_loss, tx, mesh, settings, reduce_aux, check_vma)
+    if steps > 1:
+        raise ValueError(f"steps={steps} is for outer(...): with other optimisers each call is one step")
     axes = tuple(mesh.axis_names)
-    with_rest = _with_rest(own_loss, form)
-    worker = _worker_step(with_rest, tx, mesh.shape, form, accumulate, reduce_aux, in_shards=True)
+    taking = with_rest(own_loss, form)
+    worker = _worker_step(taking, tx, mesh.shape, form, accumulate, reduce_aux, in_shards=True)
     rest_specs = tuple(P(axes) if name == "batch" else P() for name in form.names)
 
     def sharded(params, opt_state, rest, check_vma):
         if not check_vma:
             require_agreement(tx, tuple(mesh.shape.items()), Shapes.of(params))
-            require_unconstrained(with_rest, params, rest, mesh, rest_specs)
+            require_unconstrained(taking, params, rest, mesh, rest_specs)
         specs = state_specs(tx, params)
         own = jax.tree.map(lambda how: P(axes) if how == "workers" else P(), reduce_aux)
         out_specs = (P(), specs, *(P(),) * (1 + has_state), *((P() if own is None else own),) * has_aux)
@@ -130,7 +148,7 @@ def train_step(
 
     def step(params, opt_state, *rest):
         require_rest(rest, form)
-        _require_divisible(rest[has_state], mesh.size, accumulate, f"the mesh's {mesh.size} workers")
+        require_parts(rest[has_state], mesh.size, accumulate, f"the mesh's {mesh.size} workers")
         require_state(tx, params, opt_state, mesh)
         try:
             return sharded(params, opt_state, rest, check_vma)
@@ -148,7 +166,7 @@ def train_step(
 
 
 def _on_modules(
-    make: Callable[..., Step], loss_fn: Any, axes: tuple[str, ...], form: Form, accumulate: int, donate: bool
+    make: Callable[..., Any], loss_fn: Any, axes: tuple[str, ...], form: Form, accumulate: int, donate: bool
 ) -> Callable[[], Callable[..., Any]]:
     """Returns a function that makes a step of modules of Flax's NNX; `make` makes a step of parameters."""
 
@@ -183,10 +201,11 @@ def simulate(
     has_state: bool = False,
     reduce_aux: Any = None,
     accumulate: int = 1,
+    steps: int = 1,
     rng: bool = False,
     shared: bool = False,
     donate: bool = False,
-) -> Step:
+) -> Step | OuterStep:
     """The twin of `train_step` with all workers on one device, by vmap: the same numbers, no mesh.
 
     On several devices it is data parallelism, partitioned by XLA itself, under plain `jax.jit`. Give it a batch that
@@ -203,6 +222,7 @@ def simulate(
       has_state: as in `train_step`.
       reduce_aux: as in `train_step`.
       accumulate: as in `train_step`.
+      steps: as in `train_step`.
       rng: as in `train_step`.
       shared: as in `train_step`.
       donate: as in `train_step`.
@@ -217,12 +237,18 @@ def simulate(
     form = Form(has_state, has_aux, rng, shared)
     own_loss, workers = checked(loss_fn, tx, form, accumulate), own("workers", workers)
     require_whole("workers", workers, 1)
-    with_rest = _with_rest(own_loss, form)
-    worker = _worker_step(with_rest, tx, {axis_name: workers}, form, accumulate, reduce_aux, in_shards=False)
+    require_whole("steps", steps, 1)
+    if isinstance(tx, Outer):
+        settings = Settings(form, steps, accumulate, donate, None)
+        return outer_step(own_loss, tx, workers, settings, reduce_aux, check_vma=False)
+    if steps > 1:
+        raise ValueError(f"steps={steps} is for outer(...): with other optimisers each call is one step")
+    taking = with_rest(own_loss, form)
+    worker = _worker_step(taking, tx, {axis_name: workers}, form, accumulate, reduce_aux, in_shards=False)
 
     def step(params, opt_state, *rest):
         require_rest(rest, form)
-        _require_divisible(rest[has_state], workers, accumulate, f"{workers} workers")
+        require_parts(rest[has_state], workers, accumulate, f"{workers} workers")
         require_state(tx, params, opt_state, workers)
         require_agreement(tx, ((axis_name, workers),), Shapes.of(params))
         batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), rest[has_state])
@@ -238,27 +264,6 @@ def simulate(
     return Step(step, workers, has_state, donate, None, modules)
 
 
-def _require_divisible(batch: Any, workers: int, accumulate: int, whom: str) -> None:
-    whom += f", and their parts among accumulate={accumulate}" * (accumulate > 1)
-    require_divisible(batch, workers * accumulate, whom)
-
-
-def _with_rest(loss_fn: Callable[..., Any], form: Form) -> Callable[..., Any]:
-    """`loss_fn` as (params, rest) -> (loss, (model state, auxiliary outputs)); None if there is none."""
-
-    def with_rest(params, rest):
-        out = loss_fn(params, *rest)
-        if not (form.has_state or form.has_aux):
-            return out, (None, None)
-        loss, more = out
-        more = jax.tree.map(jnp.asarray, more)  # Python's numbers too
-        if form.has_state and form.has_aux:
-            return loss, more
-        return loss, (more, None) if form.has_state else (None, more)
-
-    return with_rest
-
-
 def _worker_step(
     loss_fn: Any, tx: Any, sizes: Mapping[str, int], form: Form, accumulate: int, reduce_aux: Any, in_shards: bool
 ) -> Callable[..., Any]:
@@ -268,7 +273,7 @@ def _worker_step(
 
     def step(params, opt_state, *rest):
         scaled = loss_scale(opt_state) if loss_scales(opt_state) else None
-        rest = _of_worker(rest, form, axes)
+        rest = of_worker(rest, form, axes)
         (loss, (model_state, aux)), grads = (
             own_gradients(loss_fn, params, rest, axes, scaled)
             if accumulate == 1
@@ -290,18 +295,6 @@ def _worker_step(
         return new_params, keep_state(kept, new_opt_state, opt_state), *states, loss, *([aux] if form.has_aux else [])
 
     return step
-
-
-def _of_worker(rest: tuple[Any, ...], form: Form, axes: tuple[str, ...]) -> tuple[Any, ...]:
-    """The arguments of loss_fn after params on this worker, with its own key."""
-    if not form.rng:
-        return rest
-    key = rest[form.has_state + 1]
-    return (
-        *rest[: form.has_state + 1],
-        jax.random.fold_in(key, collectives.worker_index(axes)),
-        *rest[form.has_state + 2 :],
-    )
 
 
 def _reductions(reduce_aux: Any, aux: Any, batch: Any, accumulate: int) -> tuple[Any, Any]:

@@ -93,6 +93,13 @@ def add_bits(count: Any, bits: Bits, inside: Bits = 0) -> Any:
     return WireCount(last, bit_pair(sum_bits(count.total, last)))
 
 
+def further_bits(count: Any, bits: Bits) -> Any:
+    """`count` if the last step also sent `bits`."""
+    if isinstance(count, Links):
+        return count._replace(between=further_bits(count.between, bits))
+    return WireCount(*(bit_pair(sum_bits(x, bits)) for x in count))
+
+
 def code_bits(opt_state: Any) -> float:
     """The true length of codes that fill only a part of their buffers: QSGD's Elias code, adaptive's columns.
 

@@ -261,12 +261,13 @@ def in_buckets(sizes: dict[str, int], buckets: Bucketing) -> tuple[tuple[str, ..
     return tuple(tuple(path for path in sizes if number[path] == one) for one in used) or ((),)
 
 
+def natural(path: str) -> list[Any]:
+    """The key by which paths sort naturally: "layer_10" comes after "layer_9"."""
+    return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path)]  # every second piece is digits
+
+
 def _even(sizes: dict[str, int], buckets: int) -> dict[str, int]:
     """The bucket of each path: runs of about the same size, in the reverse of the paths' natural order."""
-
-    def natural(path: str) -> list[Any]:
-        return [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", path)]  # every second piece is digits
-
     number: dict[str, int] = {}
     total, before = max(1, sum(sizes.values())), 0.0
     for path in sorted(sizes, key=natural, reverse=True):

@@ -1,0 +1,556 @@
+"""Outer steps: each worker trains on its own, and once in a period the workers exchange how far they have moved.
+
+For worker w with parameters theta_w, the *anchor* theta that all share, H local steps a period, and codec C:
+
+    theta_w <- inner optimiser, H times on this worker's own gradients
+    Delta_w = theta - theta_w
+    theta  <- outer optimiser on the mean of Delta_w, exchanged by C with its error feedback
+    theta_w <- theta
+
+That is DiLoCo (Douillard et al., arXiv 2311.08105) if C sends all, and SparseLoCo (arXiv 2508.15706), Streaming DiLoCo
+(arXiv 2501.18512) or MuLoCo (arXiv 2505.23725) with other codecs, see `gradcomp_jax.methods`. `params`, as the user
+sees them, are the anchor. Each worker's own parameters are part of the optimiser's state.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gradcomp_jax.arguments import factory, require_transformation, shown, takes
+from gradcomp_jax.compressor import PLACEHOLDER, AnyState, Compressor, compressor, compressor_states, skipped_steps
+from gradcomp_jax.contract import MOST, AxisName, require_whole
+from gradcomp_jax.exchange import collectives, ways
+from gradcomp_jax.exchange.bits import further_bits
+from gradcomp_jax.exchange.collectives import Wire
+from gradcomp_jax.exchange.plan import flatten
+from gradcomp_jax.feedback import Feedback
+from gradcomp_jax.periods import QUIET, Moment, Period, in_fragments
+from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.views import narrow, wide, widen
+
+Weigh = Callable[[Any], Any]
+Moves = dict[str, jax.Array]
+
+
+class Worker(NamedTuple):
+    """What a worker has of its own between exchanges; a local step changes all of it, and nothing else but the place.
+
+    Attributes:
+      params: the worker's own parameters.
+      inner: the inner optimiser's state.
+      held: int32, the steps that were left out because this worker's gradient was not finite.
+      absent: int32, the exchanges in which this worker took no part because its difference was not finite.
+      weight: float32 [fragments], the weight of its steps since each fragment was last exchanged.
+      loss: float32, the sum of the losses since the last exchange.
+      steps: float32, the number of steps in that sum.
+    """
+
+    params: Any
+    inner: Any
+    held: jax.Array
+    absent: jax.Array
+    weight: jax.Array
+    loss: jax.Array
+    steps: jax.Array
+
+
+class OuterState(NamedTuple):
+    """State of `outer`.
+
+    Attributes:
+      worker: a `Worker`, what each worker has of its own.
+      place: int32, the place in the period, the same on all workers, see `gradcomp_jax.periods`.
+      codec: the state of the codec's transformation, for each fragment.
+      outer: the outer optimiser's state, for each fragment; the same on all workers.
+      rest: by path, for parameters of 16 bits, what the anchor has beyond them, float32.
+      loss: the mean loss over all workers and the steps of the last period; NaN before the first exchange.
+    """
+
+    worker: PerWorker
+    place: jax.Array
+    codec: tuple[AnyState, ...]
+    outer: tuple[Any, ...]
+    rest: dict[str, jax.Array]
+    loss: jax.Array
+
+
+class Outer(optax.GradientTransformationExtraArgs):
+    """An optax transformation that is a whole optimiser; see `outer`.
+
+    Attributes:
+      method: its settings, and its parts.
+    """
+
+    @property
+    def method(self) -> "Method":
+        return self.update.__self__
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The settings of `outer`, and its parts; all of them see the state's local form."""
+
+    inner: optax.GradientTransformationExtraArgs
+    codec: Compressor
+    outer: optax.GradientTransformationExtraArgs
+    every: int
+    fragments: int | Callable[[str], int]
+    delay: int
+    alpha: float
+    weigh: Weigh | str | None
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """All mesh axes over which the batch is split."""
+        return self.codec.settings.axes
+
+    @property
+    def axis(self) -> AxisName:
+        """The axis, or axes, of the workers."""
+        return self.codec.settings.axis_name
+
+    @property
+    def wire(self) -> Wire:
+        """The link between the workers."""
+        return Wire(self.axis, self.codec.settings.fast)
+
+    def period(self, params: Any) -> Period:
+        """The plan of a period."""
+        return Period(self.every, self._count(params), self.delay)
+
+    def _count(self, params: Any) -> int:
+        return max(self._fragment_of(params).values(), default=0) + 1
+
+    def _fragment_of(self, params: Any) -> dict[str, int]:
+        paths = list(flatten(params)[0])
+        if self.fragments == 1:
+            return dict.fromkeys(paths, 0)
+        found = in_fragments(paths, self.fragments)
+        if (count := max(found.values(), default=0) + 1) > self.every:
+            raise ValueError(f"{count} fragments do not fit into a period of every={self.every} steps: give fewer")
+        return found
+
+    def _part(self, tree: Any, fragment: int) -> Any:
+        """A tree with the leaves of one fragment; the others are None, which jax takes for no leaf."""
+        leaves, treedef = flatten(tree)
+        of = self._fragment_of(tree)
+        return jax.tree.unflatten(treedef, [x if of[path] == fragment else None for path, x in leaves.items()])
+
+    def init(self, params: Any) -> OuterState:
+        """The first state, in local form."""
+        named = not isinstance(params, PLACEHOLDER)
+        count = self._count(params) if named else 1
+        part = lambda f: self._part(params, f) if named and count > 1 else params  # noqa: E731
+        if compressor_states(inner := self.inner.init(params)):
+            raise ValueError(
+                "outer: inner holds a codec, and a local step exchanges nothing: give the codec as codec=, and the "
+                "inner optimiser without one, as in outer(optax.adamw(4e-4), every=30, codec=topk(0.01))"
+            )
+        own = jax.tree.map(lambda x: jnp.array(x, copy=True), params) if named else params  # donated by itself
+        zero = jnp.int32(0)
+        worker = Worker(own, inner, zero, zero, jnp.zeros(count, jnp.float32), jnp.float32(0), jnp.float32(0))
+        anchors = [jax.tree.map(widen, part(f)) if named else params for f in range(count)]
+        halves = {path: x for path, x in flatten(params)[0].items() if wide(x.dtype) != x.dtype} if named else {}
+        return OuterState(
+            PerWorker(worker, self.axis, "own"),
+            jnp.int32(0),
+            tuple(self.codec.init(anchor) for anchor in anchors),
+            tuple(self.outer.init(anchor) for anchor in anchors),
+            {path: jnp.zeros(x.shape, jnp.float32) for path, x in halves.items()},
+            jnp.float32(jnp.nan),
+        )
+
+    def update(
+        self,
+        updates: Any,
+        state: OuterState,
+        params: Any = None,
+        *,
+        place: int | None = None,
+        value: Any = None,
+        weight: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, OuterState]:
+        """A local step, and what else happens at its place; gives the change of the anchor."""
+        if params is None:
+            raise ValueError("outer needs the anchor: call tx.update(grads, opt_state, params)")
+        collectives.workers(self.axes)
+        leaves, treedef = flatten(params)
+        period = self.period(params)
+        zeros = {path: jnp.zeros_like(x) for path, x in leaves.items()}
+        if place is not None:
+            moment = period.at(place)
+            state, first = self.begin(moment, params, state)
+            state = self.local(state, period, updates, value, weight, extra_args)
+            state, then = self.end(moment, plus(params, first), state)
+            return jax.tree.unflatten(treedef, (zeros | first | then).values()), state
+        at, moments = state.place, [period.at(one) for one in period.places]
+        begin = lambda moment, state: self.begin(moment, params, state)  # noqa: E731
+        state, first = self._at(at, [m._replace(after=(), adopted=()) for m in moments], begin, state, zeros)
+        anchor = plus(params, first)
+        end = lambda moment, state: self.end(moment, anchor, state)  # noqa: E731
+        state = self.local(state, period, collectives.after(updates, first), value, weight, extra_args)
+        state, then = self._at(at, [m._replace(before=()) for m in moments], end, state, first)
+        return jax.tree.unflatten(treedef, then.values()), state
+
+    def _at(
+        self, place: jax.Array, moments: list[Moment], happens: Any, state: OuterState, moves: Moves
+    ) -> tuple[OuterState, Moves]:
+        """Does what happens at a place that is known only when the program runs; all moves so far go on."""
+        kinds = list(dict.fromkeys(moments))
+        if kinds == [QUIET]:
+            return state, moves
+
+        def branch(kind: Moment) -> tuple[OuterState, Moves]:
+            new, more = happens(kind, state)
+            return new, moves | more
+
+        table = jnp.array([kinds.index(moment) for moment in moments], jnp.int32)
+        return self.wire.switch(table[place], [functools.partial(branch, kind) for kind in kinds])
+
+    def local(
+        self, state: OuterState, period: Period, grads: Any, loss: Any, weight: Any, extra_args: Any = None
+    ) -> OuterState:
+        """A local step: the inner optimiser moves the worker's own parameters, unless a gradient is not finite.
+
+        Args:
+          state: the state, of which only `worker` and `place` are read and changed.
+          period: the plan of the period.
+          grads: the gradients at the worker's own parameters; under `across` a chip's.
+          loss: the loss, or None.
+          weight: the weight of the step, or None for 1.
+          extra_args: further arguments for the inner optimiser's update.
+        """
+        mine = state.worker.value
+        loss, weight = jnp.nan if loss is None else loss, 1 if weight is None else weight
+        grads, loss, weight = self._of_worker((grads, jnp.float32(loss), jnp.float32(weight)))
+        finite = ways.agreed([ways.within(x, 1) for x in jax.tree.leaves(grads)])
+        changes, inner = self.inner.update(grads, mine.inner, mine.params, value=loss, **(extra_args or {}))
+        worker = mine._replace(
+            params=_where(finite, optax.apply_updates(mine.params, changes), mine.params),
+            inner=_where(finite, inner, mine.inner),
+            held=mine.held + jnp.where(finite, 0, 1),
+            weight=mine.weight + jnp.where(finite, weight, 0),
+            loss=mine.loss + jnp.where(finite, loss, 0),
+            steps=mine.steps + jnp.where(finite, jnp.float32(1), 0),
+        )
+        return state._replace(worker=state.worker._replace(value=worker), place=period.after(state.place))
+
+    def _of_worker(self, tree: Any) -> Any:
+        """The arrays of a worker: under `across` the means over its chips."""
+        if self.codec.settings.fast is None:
+            return tree
+        leaves, treedef = jax.tree.flatten(tree)
+        sent = ways.exact([], [widen(x) for x in leaves], self.wire.inside, [], ring=False, before=None, checked=0)
+        return jax.tree.unflatten(treedef, [m.astype(x.dtype) for m, x in zip(sent.rode, leaves, strict=True)])
+
+    def begin(self, moment: Moment, anchor: Any, state: OuterState) -> tuple[OuterState, Moves]:
+        """What happens beside a step: exchanges of what the workers had moved before it; see `end`."""
+        moves: Moves = {}
+        for fragment in moment.before:
+            state, more = self.exchange(fragment, plus(anchor, moves), state)
+            moves |= more
+        return state, moves
+
+    def end(self, moment: Moment, anchor: Any, state: OuterState) -> tuple[OuterState, Moves]:
+        """What happens after a step.
+
+        Args:
+          moment: the moment.
+          anchor: the anchor.
+          state: the state.
+
+        Returns:
+          The state, and by path what is to be added to the anchor, for the leaves that move.
+        """
+        moves: Moves = {}
+        for fragment in moment.after:
+            state, more = self.exchange(fragment, plus(anchor, moves), state)
+            moves |= more
+        if moment.adopted:
+            state = self.adopt(moment.adopted, plus(anchor, moves), state, self.alpha)
+        return state, moves
+
+    def exchange(self, fragment: int, anchor: Any, state: OuterState, flush: bool = False) -> tuple[OuterState, Moves]:
+        """The workers exchange their differences from the anchor, and the outer optimiser moves it.
+
+        A worker whose difference is not finite is absent: it hands zeros to the codec. Differences count by weight: the
+        codec is given n w_i / sum(w) Delta_i. So residuals keep the weight that they had.
+
+        Args:
+          fragment: the index of the fragment.
+          anchor: the anchor.
+          state: the state.
+          flush: whether the codec sends all that is owed, uncompressed.
+
+        Returns:
+          As `end`.
+        """
+        wire, mine = self.wire, state.worker.value
+        delta = _difference(anchor, mine.params)
+        weight = mine.weight[fragment] if self.weigh else jnp.float32(1)
+        weight = jnp.where(_moderate(delta, wire.workers), weight, 0)
+        everyone, bits = wire.total(weight)
+        share = jnp.where(everyone > 0, wire.workers * weight / everyone, 0)
+        given = jax.tree.map(lambda d: jnp.where(share > 0, d * share.astype(d.dtype), 0), delta)
+        given, told = collectives.after((self._part(given, fragment), [mine.loss, mine.steps]), everyone)
+        mean, delivered = self.codec.update(given, state.codec[fragment], beside=told, flush=flush)
+        codec = delivered.state._replace(wire=further_bits(delivered.state.wire, bits))
+        ok = skipped_steps(codec) == skipped_steps(state.codec[fragment])
+        leaves, treedef = flatten(self._part(anchor, fragment))
+        whole = {
+            path: widen(x) + state.rest.get(path, jnp.float32(0)).astype(wide(x.dtype)) for path, x in leaves.items()
+        }
+        changes, outer = self.outer.update(mean, state.outer[fragment], jax.tree.unflatten(treedef, whole.values()))
+        changes = flatten(changes)[0]
+        steps = {path: _step(x, state.rest.get(path), changes[path], ok) for path, x in leaves.items()}
+        losses, count = delivered.beside
+        none = collectives.vary(jnp.float32(0), self.axis)
+        worker = mine._replace(weight=mine.weight.at[fragment].set(0), loss=none, steps=none)
+        state = state._replace(
+            worker=state.worker._replace(value=worker),
+            codec=_with(state.codec, fragment, codec),
+            outer=_with(state.outer, fragment, _where(ok, outer, state.outer[fragment])),
+            rest=state.rest | {path: rest for path, (_, rest) in steps.items() if path in state.rest},
+            loss=narrow(losses / count, jnp.float32),
+        )
+        return state, {path: step for path, (step, _) in steps.items()}
+
+    def adopt(self, fragments: tuple[int, ...], anchor: Any, state: OuterState, alpha: float) -> OuterState:
+        """Each worker goes on from the anchor, or from a mix of its own parameters and the anchor.
+
+        A worker whose parameters are not finite begins anew: all of them are the anchor's, and its inner optimiser's
+        state is fresh.
+
+        Args:
+          fragments: the fragments of which it does so.
+          anchor: the anchor.
+          state: the state.
+          alpha: the share of a worker's own parameters.
+        """
+        mine, of = state.worker.value, self._fragment_of(anchor)
+        alive = _moderate(_difference(anchor, mine.params), self.wire.workers)
+
+        def adopted(path: str, own: jax.Array, of_all: jax.Array) -> jax.Array:
+            if of[path] not in fragments:
+                return jnp.where(alive, own, of_all)
+            if not alpha:
+                return collectives.vary(of_all, self.axis)
+            return jnp.where(alive, narrow(alpha * widen(own) + (1 - alpha) * widen(of_all), own.dtype), of_all)
+
+        leaves, treedef = flatten(anchor)
+        own = flatten(mine.params)[0]
+        params = jax.tree.unflatten(treedef, [adopted(path, own[path], x) for path, x in leaves.items()])
+        inner = _where(alive, mine.inner, self.inner.init(anchor))
+        worker = mine._replace(params=params, inner=inner, absent=mine.absent + jnp.where(alive, 0, 1))
+        return state._replace(worker=state.worker._replace(value=worker))
+
+    def flush(self, anchor: Any, state: OuterState) -> tuple[Any, OuterState]:
+        """Ends a period early: exchanges all that is owed, uncompressed; gives the anchor and the state."""
+        every = tuple(range(self.period(anchor).fragments))
+        moves: Moves = {}
+        for fragment in every:
+            state, more = self.exchange(fragment, plus(anchor, moves), state, flush=True)
+            moves |= more
+        anchor = plus(anchor, moves)
+        return anchor, self.adopt(every, anchor, state, 0.0)._replace(place=jnp.zeros_like(state.place))
+
+
+def _where(condition: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, jnp.asarray(o, jnp.result_type(n))), new, old)
+
+
+def _with(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:
+    return (*items[:index], item, *items[index + 1 :])
+
+
+def plus(params: Any, moves: Moves) -> Any:
+    """The anchor after a move."""
+    leaves, treedef = flatten(params)
+    return jax.tree.unflatten(treedef, [x + moves[path] if path in moves else x for path, x in leaves.items()])
+
+
+def _difference(anchor: Any, own: Any) -> Any:
+    return jax.tree.map(lambda a, b: widen(a) - widen(b), anchor, own)
+
+
+def _moderate(delta: Any, workers: int) -> jax.Array:
+    """Whether a worker's difference is finite, and small enough for error feedback at any weight."""
+    return ways.agreed([jnp.all(jnp.abs(x) <= MOST / workers) for x in jax.tree.leaves(delta)])
+
+
+def _step(x: jax.Array, rest: jax.Array | None, change: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:
+    """What is to be added to a leaf of the anchor, in its type, and what that type cannot hold of it."""
+    if rest is None:
+        return jnp.where(ok, change.astype(x.dtype), 0), None
+    whole = widen(x) + rest + change
+    step = jnp.where(ok, narrow(whole - widen(x), x.dtype), 0)
+    return step, jnp.where(ok, whole - widen(x + step), rest)
+
+
+def local_params(opt_state: Any) -> Any:
+    """Each worker's own parameters under `outer`, at which gradients are to be taken.
+
+    Args:
+      opt_state: the optimiser's state. Inside a shard_map of your own, in its local form, this worker's parameters
+        come out; outside, from the global form, those of all workers, with a leading axis for them.
+
+    Raises:
+      ValueError: `opt_state` is not of an `outer`.
+    """
+    return outer_state(opt_state).worker.value.params
+
+
+def held(opt_state: Any) -> jax.Array:
+    """The local steps that each worker left out because its gradient was not finite: int32 [workers], global form.
+
+    Raises:
+      ValueError: `opt_state` is not of an `outer`.
+    """
+    return outer_state(opt_state).worker.value.held
+
+
+def absent(opt_state: Any) -> jax.Array:
+    """The exchanges that each worker was absent from: int32 [workers], global form.
+
+    Raises:
+      ValueError: `opt_state` is not of an `outer`.
+    """
+    return outer_state(opt_state).worker.value.absent
+
+
+def outer_state(opt_state: Any) -> OuterState:
+    """The state of the `outer` in an optimiser's state; raises ValueError if there is none."""
+    found = outer_states(opt_state)
+    if not found:
+        raise ValueError(f"opt_state is not of an outer(...): got {type(opt_state).__name__}")
+    return found[0]
+
+
+def outer_states(tree: Any) -> list[OuterState]:
+    """The states of `outer` in a tree."""
+    is_outer = lambda x: isinstance(x, OuterState)  # noqa: E731
+    return [x for x in jax.tree.leaves(tree, is_leaf=is_outer) if is_outer(x)]
+
+
+def require_whole_optimiser(tx: Any, state: Any) -> None:
+    """Raises ValueError if an `outer` is only a part of an optimiser."""
+    if not isinstance(state, OuterState) and outer_states(state):
+        raise ValueError(
+            "outer(...) is a whole optimiser, and tx has something around it, such as optax.chain: what comes after it "
+            "would move the anchor, and not the workers. Chain inside: outer(optax.chain(...), ...) for local steps, "
+            "outer=optax.chain(...) for outer steps"
+        )
+
+
+@factory
+def outer(
+    inner: optax.GradientTransformation,
+    *,
+    every: int,
+    codec: Compressor,
+    outer: optax.GradientTransformation | None = None,
+    residual_decay: float | None = None,
+    fragments: int | Callable[[str], int] = 1,
+    delay: int = 0,
+    alpha: float = 0.0,
+    weigh: Weigh | str | None = None,
+) -> Outer:
+    """Local steps, and once in a period an exchange of how far the workers have moved, compressed; see the module.
+
+    It is a whole optimiser: nothing may be chained after it. `params` are the anchor, the same on all workers; evaluate
+    and save these. They change at exchanges only. Each worker's own parameters are in the state, and `train_step` and
+    `simulate` take gradients there. In a shard_map of your own take them yourself:
+
+        grads = jax.grad(loss)(gcj.local_params(opt_state), batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+
+    A local step exchanges nothing: `train_step` runs a program of its own for it, without a collective, which reads and
+    writes only what the step changes. A worker leaves out a local step whose gradient is not finite, see `held`. A
+    worker whose difference is not finite at an exchange is absent from it, see `absent`; then it goes on from the new
+    anchor with a fresh inner state. If the mean is not finite, the exchange is void, see `skipped`: the anchor, the
+    outer optimiser and the codec stay as they were, and every worker begins again from the anchor. The residual does
+    not decay then.
+
+    Under `across` a worker is a slice of several chips: gradients are averaged inside it in each step, and differences
+    are exchanged between slices.
+
+    Args:
+      inner: the optimiser of local steps. Its state is each worker's own and never averaged. It gets the worker's loss
+        as `value`.
+      every: the local steps of a period.
+      codec: what compresses the differences, such as `topk(0.01)` or `none()`, with its error feedback.
+      outer: the optimiser that moves the anchor along the mean of the differences, such as `optax.sgd(0.7, 0.9,
+        nesterov=True)`. By default `optax.sgd(1.0)`, which moves it to the mean of the workers. Its state is float32 or
+        wider, and the same on all workers.
+      residual_decay: the share of a residual that an exchange leaves, in the place of the codec's own.
+      fragments: the number of parts of the tree that are exchanged in turn, spread evenly over the period; or (path) ->
+        the index of a leaf's part. By number, layer l is in part l mod fragments.
+      delay: the local steps that are done after a fragment's difference was taken, and before its new anchor is
+        adopted. The exchange can overlap with these steps only inside one program, which `train_step(..., steps=delay)`
+        makes; with one step in a call it overlaps with one step at most. Parameters change at once.
+      alpha: the share of a worker's own parameters in those it goes on with, own <- alpha own + (1 - alpha) anchor. At
+        0 the steps done during the delay are lost.
+      weigh: how much a worker counts in the mean: "steps", by the steps that it did not leave out; or (batch) -> the
+        weight of a step, such as its tokens; in a shard_map of your own give update `weight=`. None: all alike.
+
+    Returns:
+      An `Outer`, whose state is an `OuterState`. Its update takes further arguments: `value`, the loss; `weight`; and
+      `place`, a whole number, if the place in the period is known when traced. The program then holds only what happens
+      there. Otherwise it branches, by the count in the state.
+
+    Raises:
+      ValueError: an argument is out of range; codec is not a codec, or inner or outer hold one. Later, in init, a
+        refusal of the codec.
+
+    >>> import optax
+    >>> import gradcomp_jax as gcj
+    >>> tx = gcj.outer(optax.adamw(4e-4), every=30, codec=gcj.topk(0.01), outer=optax.sgd(1.0))
+    """
+    codec = _require_settings(inner, codec, outer, every, delay, alpha, weigh, residual_decay)
+    if not callable(fragments):
+        require_whole("fragments", fragments, 1)
+    method = Method(
+        optax.with_extra_args_support(inner),
+        codec,
+        optax.with_extra_args_support(optax.sgd(1.0) if outer is None else outer),
+        every,
+        fragments,
+        delay,
+        alpha,
+        weigh,
+    )
+    return Outer(method.init, method.update)
+
+
+def _require_settings(
+    inner: Any, codec: Any, outer: Any, every: Any, delay: Any, alpha: Any, weigh: Any, residual_decay: Any
+) -> Compressor:
+    require_whole("every", every, 1)
+    require_whole("delay", delay, 0)
+    for name, tx in (("inner", inner), ("outer", outer)):
+        if isinstance(tx, Compressor | Outer):
+            raise ValueError(f"{name}={shown(tx)} exchanges gradients: give an optimiser, and the codec as codec=")
+        if tx is not None:
+            require_transformation(tx)
+    if not isinstance(codec, Compressor):
+        raise ValueError(f"codec={shown(codec)} must be a codec, such as topk(0.01) or none()")
+    if codec.settings.inside is not True:
+        raise ValueError("codec is for parameters in shards, with across(..., inside=), and outer keeps whole ones")
+    if delay >= every:
+        raise ValueError(f"delay={delay} must be below every={every}: a fragment is adopted before it is taken again")
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha={alpha} must be from 0 to 1, the share of a worker's own parameters")
+    if not (weigh in (None, "steps") or takes(weigh, 1)):
+        raise ValueError(f"weigh={shown(weigh)} must be None, 'steps', or a function (batch) -> weight")
+    if residual_decay is None:
+        return codec
+    if not isinstance(codec.settings.error_feedback, Feedback):
+        raise ValueError(f"residual_decay={residual_decay} is for a codec with error feedback: codec={codec.name}")
+    changed = codec.settings._replace(error_feedback=Feedback(residual_decay))
+    return compressor(codec.codec, changed).named(codec.name)
