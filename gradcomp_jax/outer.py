@@ -135,6 +135,13 @@ class Method:
             raise ValueError(f"{count} fragments do not fit into a period of every={self.every} steps: give fewer")
         return found
 
+    def _codec_of(self, params: Any) -> Compressor:
+        """The codec for a fragment, in which nothing may be worth compressing, if there is in the whole tree."""
+        if isinstance(params, PLACEHOLDER) or self._count(params) == 1:
+            return self.codec
+        jax.eval_shape(self.codec.init, params)  # may refuse
+        return compressor(self.codec.codec, self.codec.settings._replace(allow_dense=True))
+
     def _part(self, tree: Any, fragment: int) -> Any:
         """A tree with the leaves of one fragment; the others are None, which jax takes for no leaf."""
         leaves, treedef = flatten(tree)
@@ -159,7 +166,7 @@ class Method:
         return OuterState(
             PerWorker(worker, self.axis, "own"),
             jnp.int32(0),
-            tuple(self.codec.init(anchor) for anchor in anchors),
+            tuple(self._codec_of(params).init(anchor) for anchor in anchors),
             tuple(self.outer.init(anchor) for anchor in anchors),
             {path: jnp.zeros(x.shape, jnp.float32) for path, x in halves.items()},
             jnp.float32(jnp.nan),
@@ -299,7 +306,7 @@ class Method:
         share = jnp.where(everyone > 0, wire.workers * weight / everyone, 0)
         given = jax.tree.map(lambda d: jnp.where(share > 0, d * share.astype(d.dtype), 0), delta)
         given, told = collectives.after((self._part(given, fragment), [mine.loss, mine.steps]), everyone)
-        mean, delivered = self.codec.update(given, state.codec[fragment], beside=told, flush=flush)
+        mean, delivered = self._codec_of(anchor).update(given, state.codec[fragment], beside=told, flush=flush)
         codec = delivered.state._replace(wire=further_bits(delivered.state.wire, bits))
         ok = skipped_steps(codec) == skipped_steps(state.codec[fragment])
         leaves, treedef = flatten(self._part(anchor, fragment))
