@@ -362,7 +362,7 @@ def float4_row(id: str, bucket: int, aggregate: str, **settings: Any) -> Row:
 
     size = size_qsgd(4, bucket)
     row = coded_row(id, float4, decoders.float4(bucket), size, aggregate)
-    return row._replace(make=make, rebuild=rebuild_qsgd(decoders.float4(bucket), bucket, aggregate))
+    return row._replace(make=make, rebuild=rebuild_qsgd(decoders.float4(bucket), bucket, aggregate), beside=())
 
 
 def room_adaptive(proportion, multiple, scope="matrix"):

@@ -87,7 +87,7 @@ ROWS = [
     chunks_row("topk-chunks", "gather", 64, 8),
     chunks_row("topk-chunks-shuffle", "shuffle", 64, 8),
     # No square: leaves are flat, and the low bits of places do not fill bytes.
-    chunks_row("topk-chunks-flat", "shuffle", 100, 7, error_feedback=EF21()),
+    chunks_row("topk-chunks-flat", "shuffle", 45, 10, error_feedback=EF21()),
     chunks_row("topk-chunks-sigma", "gather", 64, 8, 2, "sigma"),
     chunks_row("topk-chunks-whole", "gather", 64, 8, None),
     chunks_row("topk-chunks-all", "shuffle", 64, 64),

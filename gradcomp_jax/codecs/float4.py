@@ -69,7 +69,8 @@ class Exponents(Coder):
         # The bits of 2^(exponent - 7).
         level = lax.bitcast_convert_type(exponent + 120 << 23, jnp.float32)
         signed = jnp.where(codes >= SIGN, -message["scale"], message["scale"])
-        return jnp.where(exponent > 0, level * signed, 0).reshape(-1)[: shape[0]]
+        # Zero times a scale that is not finite is NaN, which a shard of the mean must stay.
+        return (jnp.where(exponent > 0, level, 0) * signed).reshape(-1)[: shape[0]]
 
     def size(self, shape: tuple[int, ...]) -> int:
         return -(-shape[0] // self.d) * (self.d // 2 + 4)
