@@ -30,11 +30,12 @@ from experiments.records import Record, Run
 HUES = (
     *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"),
     *("#7a3e1d", "#8f8f8f", "#6a3d9a", "#b22234", "#5a7d00", "#b8860b"),
+    "#2f4b7c",
 )
 # The codecs of these hues, in their order; the last hue is for all codecs that are not listed.
 CODECS = (
     *("powersgd", "qsgd", "gradiveq", "topk", "signnorm", "onebit"),
-    *("accordion", "adaptive", "randomk", "randomblock", "cast"),
+    *("accordion", "adaptive", "randomk", "randomblock", "cast", "float4"),
 )
 HUE = {"none": "#1a1a1a", **dict(zip(CODECS, HUES, strict=False))}
 MARKERS = "osD^vPX<>p"

@@ -13,6 +13,7 @@ from gradcomp_jax.clipping import clip_by_global_norm
 from gradcomp_jax.codecs.accordion import AccordionState, accordion, accordion_log
 from gradcomp_jax.codecs.adaptive import AdaptiveState, adaptive
 from gradcomp_jax.codecs.cast import cast
+from gradcomp_jax.codecs.float4 import float4
 from gradcomp_jax.codecs.gradiveq import GradiVeQState, gradiveq
 from gradcomp_jax.codecs.none import average, none
 from gradcomp_jax.codecs.onebit import OneBitState, onebit
@@ -59,6 +60,7 @@ CODECS: dict[str, Callable[..., Compressor]] = {
     "randomk": randomk,
     "randomblock": randomblock,
     "cast": cast,
+    "float4": float4,
 }
 """The factories by name, but `accordion`, which is between two strengths of another codec."""
 
@@ -106,6 +108,7 @@ __all__ = [
     "delayed",
     "describe",
     "ef_momentum",
+    "float4",
     "flush",
     "global_state",
     "gradiveq",

@@ -8,7 +8,7 @@ a dict of arrays, which are as narrow as they travel. A coder knows neither work
 import abc
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -93,6 +93,7 @@ class Coder(abc.ABC):
       shares_scale: whether its codes are integers in a scale that all workers share, and are summed; see
         `codes.shared`.
       unbiased: whether the decoded tensor is on average the encoded one.
+      joins: whether all tensors are coded as one; then `lay_all` gives one tensor.
       indexes: whether it numbers a tensor's elements with int32.
       scales: the names of a message's arrays that bound the decoded tensor in magnitude. If such an array is not
         finite, the tensor was not. If all of them are zero, the message decodes to zeros.
@@ -108,6 +109,7 @@ class Coder(abc.ABC):
     tells_length: ClassVar[bool] = False
     unbiased: ClassVar[bool] = False
     shares_scale: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
     indexes: ClassVar[bool] = True
     scales: ClassVar[tuple[str, ...]] = ()
 
@@ -123,6 +125,14 @@ class Coder(abc.ABC):
     def unlay(self, y: jax.Array, like: Any) -> jax.Array:
         """The inverse of `lay`, in the shape and type of `like`."""
         return y.reshape(like.shape).astype(like.dtype)
+
+    def lay_all(self, xs: Sequence[jax.Array]) -> list[jax.Array]:
+        """All tensors of a message in the forms in which they are coded: each by itself, unless the coder `joins`."""
+        return [self.lay(x) for x in xs]
+
+    def unlay_all(self, ys: Sequence[jax.Array], likes: Sequence[Any]) -> list[jax.Array]:
+        """The inverse of `lay_all`."""
+        return [self.unlay(y, like) for y, like in zip(ys, likes, strict=True)]
 
     def branches(self, shape: tuple[int, ...]) -> bool:
         """Whether encoding a part of this shape chooses between branches; then shards are encoded one by one."""

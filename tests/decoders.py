@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gradcomp_jax.wire import elias
+from gradcomp_jax.wire.packing import fields_bytes
 from tests import elias_reference
 
 
@@ -145,6 +146,93 @@ def topk(fraction):
                 assert len(set(mine)) == k
                 shard[path][mine] = values[path]
         return reader.read(shard)
+
+    return decode
+
+
+def places_of(reader, rows, k, chunk):
+    """Places of k elements in each of `rows` chunks, by Elias-Fano: low bits, and where bits of a row are set."""
+    low = int(np.floor(np.log2(chunk / k)))
+    bits = k + int(np.ceil(chunk / 2**low))
+    payload = reader.take(rows * bytes_of_places(k, chunk)).reshape(rows, -1)
+    places = np.empty((rows, k), np.int64)
+    for place, chunk_bytes in enumerate(payload):
+        of_chunk = Reader(chunk_bytes)
+        fields = of_chunk.fields(k, low)
+        row = np.unpackbits(of_chunk.take(-(-bits // 8)), bitorder="little")
+        places[place] = (np.flatnonzero(row) - np.arange(k)) * 2**low + fields
+        of_chunk.read(None)
+    return places
+
+
+def bytes_of_places(k, chunk):
+    """The bytes of k places in a chunk."""
+    low = int(np.floor(np.log2(chunk / k)))
+    return fields_bytes(k, low) + -(-(k + int(np.ceil(chunk / 2**low))) // 8)
+
+
+def values_of_chunks(reader, rows, k, bits, levels):
+    """The kept values of each chunk, [rows, k], from a function that is called once the places are read."""
+    if bits is None:
+        return lambda: reader.take(rows * k, np.float32).reshape(rows, k).astype(np.float64)
+    data = reader.take(rows * (-(-k // 4) + (levels == "chunk"))).reshape(rows, -1)
+    codes = unpacked(data[:, : -(-k // 4)], 2)[:, :k]
+
+    def values():
+        if levels == "sigma":
+            return reader.take(4, np.float32).astype(np.float64)[codes]
+        upper = (reader.take(rows, np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)[:, None]
+        return np.where(codes >= 2, upper, upper * data[:, -1:] / 255) * (1.0 - 2 * (codes % 2))
+
+    return values
+
+
+def chunks(chunk, k, bits=2, levels="chunk"):
+    """All tensors in one stream, of whose chunks a shard has some: values, under one name."""
+
+    def decode(payload, shapes, shards):
+        whole = -(-sum(map(elements, shapes.values())) // chunk)
+        rows = -(-whole // shards)
+        reader = Reader(payload)
+        values = values_of_chunks(reader, rows, k, bits, levels)
+        places = places_of(reader, rows, k, chunk) if k < chunk else np.tile(np.arange(k), (rows, 1))
+        # One more element, for values that are not sent.
+        shard = np.zeros((rows, chunk + 1))
+        np.put_along_axis(shard, places, values(), axis=1)
+        return reader.read({"": shard[:, :chunk].reshape(-1)})
+
+    return decode
+
+
+def of_stream(chunk, flat, shapes):
+    """Tensors from their stream: first the whole blocks of all matrices, and then all that is left over."""
+    side = int(np.sqrt(chunk))
+    tensors = {path: np.full(matrix(shapes[path]) if shapes[path] else (1, 1), np.nan) for path in sorted(shapes)}
+    edges = {path: (n - n % side, m - m % side) for path, (n, m) in ((p, x.shape) for p, x in tensors.items())}
+    edges = {path: edge if side**2 == chunk and 0 not in edge else (0, 0) for path, edge in edges.items()}
+    reader = Flat(flat)
+    for path, x in tensors.items():
+        for row in range(0, edges[path][0], side):
+            for column in range(0, edges[path][1], side):
+                x[row : row + side, column : column + side] = reader.take((side, side))
+    for path, x in tensors.items():
+        high, wide = edges[path]
+        for part in (x[:high, wide:], x[high:]):
+            part[:] = reader.take(part.shape)
+    assert not reader.rest.any()
+    return {path: x.reshape(shapes[path]) for path, x in tensors.items()}
+
+
+def float4(bucket):
+    """All tensors as buckets, like `qsgd`'s: a sign and an exponent each."""
+
+    def decode(payload, shapes, shards):
+        rows = -(-sum(-(-elements(shape) // bucket) for shape in shapes.values()) // shards)
+        reader = Reader(payload)
+        codes = unpacked(reader.take(rows * bucket // 2).reshape(rows, -1), 4).astype(int)
+        levels = np.array([0, *(2.0 ** np.arange(-6, 1))])
+        values = levels[codes % 8] * np.where(codes >= 8, -1, 1)
+        return reader.read({"": (values * reader.take(rows, np.float32).astype(np.float64)[:, None]).reshape(-1)})
 
     return decode
 

@@ -15,12 +15,14 @@ from gradcomp_jax import (
     accordion,
     adaptive,
     cast,
+    float4,
     none,
     onebit,
     powersgd,
     qsgd,
     randomk,
     scheduled,
+    topk,
     transformed,
 )
 from gradcomp_jax.codecs.randomk import Draw, block, scattered
@@ -320,6 +322,47 @@ def size_topk(fraction):
         return sum(4 * k + fields_bytes(k, width) for _, k, width in counts)
 
     return size
+
+
+def size_chunks(chunk, k, bits=2, levels="chunk"):
+    values = 4 * k if bits is None else -(-k // 4) + 3 * (levels == "chunk")
+    each = values + (decoders.bytes_of_places(k, chunk) if k < chunk else 0)
+
+    def size(shapes, shards):
+        chunks = -(-sum(map(elements, shapes)) // chunk)
+        return -(-chunks // shards) * each + 16 * (levels == "sigma")
+
+    return size
+
+
+def chunks_row(id: str, aggregate: str, chunk: int, k: int, *rule: Any, **settings: Any) -> Row:
+    """Top-k of chunks of a stream of all leaves; rule: `bits` and `levels`, or nothing."""
+    more = dict(zip(("bits", "levels"), rule, strict=False)) | settings
+
+    def make(**kwargs: Any) -> Compressor:
+        return topk(chunk=chunk, k=k, aggregate=aggregate, **{**more, **kwargs})
+
+    decode = decoders.chunks(chunk, k, *rule)
+
+    def rebuild(recorded, state, shapes, riding):
+        del state
+        recorded, rode = decoders.alone(recorded, riding, aggregate)
+        parts = decoders.mean(decode, aggregate, recorded[-1], shapes)[""]
+        return decoders.of_stream(chunk, np.concatenate(parts), shapes), rode
+
+    payload = payload_coded(size_chunks(chunk, k, *rule), aggregate)
+    # No leaf of a network is dense.
+    beside = ("two",) if aggregate == "gather" and rule != (None,) else ()
+    return Row(id, make, False, payload, rebuild, messages_coded(aggregate), way=aggregate, beside=beside)
+
+
+def float4_row(id: str, bucket: int, aggregate: str, **settings: Any) -> Row:
+    def make(**kwargs: Any) -> Compressor:
+        return float4(bucket_size=bucket, aggregate=aggregate, **{**settings, **kwargs})
+
+    size = size_qsgd(4, bucket)
+    row = coded_row(id, float4, decoders.float4(bucket), size, aggregate)
+    return row._replace(make=make, rebuild=rebuild_qsgd(decoders.float4(bucket), bucket, aggregate), beside=())
 
 
 def room_adaptive(proportion, multiple, scope="matrix"):

@@ -242,21 +242,30 @@ def coded(
       checked: how many of the first riders must be finite.
     """
     growth = max(say.growth for say in says)
-    ys = [coder.lay(say.x) for say in says]
+    ys = coder.lay_all([say.x for say in says])
+    strengths = strengths[: len(ys)]  # of tensors that are joined there is one
     if way == "gather":
         sent = _gather(ys, coder, Riders(riders, 1, checked), wire, key, strengths, before, growth)
     elif way == "shuffle":
-        seconds = [None if say.second is None else coder.lay(say.second) for say in says]
+        owed = [say.second for say in says if say.second is not None]
+        seconds = coder.lay_all(owed) if owed else [None] * len(ys)
         sent = _shuffle(ys, seconds, coder, Riders(riders, wire.workers, checked), wire, key, strengths, before, growth)
     else:
         sent = _ring(ys, coder, wire, key, strengths, before, growth)
-    heard = [Heard(*(_unlaid(coder, x, say.x) for x in one)) for one, say in zip(sent.heard, says, strict=True)]
-    return sent._replace(heard=heard)
+    fields = [_all_unlaid(coder, [one[place] for one in sent.heard], says) for place in range(len(Heard._fields))]
+    return sent._replace(heard=[Heard(*one) for one in zip(*fields, strict=True)])
+
+
+def _all_unlaid(coder: Coder, xs: Sequence[Any], says: Sequence[Say]) -> list[Any]:
+    """Tensors, perhaps `Sparse`, in the shapes and types of what was said; None for each if there are none."""
+    if xs[0] is None:
+        return [None] * len(says)
+    if coder.joins:
+        return coder.unlay_all([dense(x) for x in xs], [say.x for say in says])
+    return [_unlaid(coder, x, say.x) for x, say in zip(xs, says, strict=True)]
 
 
 def _unlaid(coder: Coder, x: Any, like: jax.Array) -> Any:
-    if x is None:
-        return None
     if isinstance(x, Sparse):  # of a flat tensor
         window = x.window and (x.window[0], x.window[1].astype(like.dtype))
         return Sparse(x.indices, x.values.astype(like.dtype), like.shape, window)

@@ -420,7 +420,7 @@ def _payload_bytes(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], sh
 def payloads(
     coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int, places: Sequence[int]
 ) -> list[float]:
-    """Each tensor's bytes in a shard's payload; for a pooled coder without the zeros that fill up the last shards.
+    """Each tensor's bytes in a shard's payload; the zeros that fill up the last shards of several tensors are left out.
 
     Args:
       coder: the coder.
@@ -430,6 +430,11 @@ def payloads(
       places: for each tensor, the index of its strength in the step.
     """
     groups = _groups(coder, xs, strengths, shards)
+    if coder.joins:
+        (group,) = groups
+        payload = group.coder.size(group.ys[0].shape) / shards
+        total = sum(math.prod(x.shape) for x in xs)
+        return [payload * math.prod(x.shape) / total for x in xs]
     if not coder.pooled:
         each = [
             (x.coder.fronts(x.shape) or (x.coder.size(x.shape),), place)
@@ -447,7 +452,7 @@ def shortens(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: 
 
 def _groups(coder: Coder, xs: Sequence[Any], strengths: Sequence[Any], shards: int) -> list[Group]:
     key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    ys = [jax.eval_shape(coder.lay, jax.ShapeDtypeStruct(x.shape, x.dtype)) for x in xs]
+    ys = jax.eval_shape(coder.lay_all, [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in xs])
     return grouped(coder, ys, shards, key, strengths, draws=False)
 
 

@@ -191,7 +191,8 @@ def sizes_of(tx: Compressor, shapes: dict[str, tuple[int, ...]], workers: int) -
 
 def _sizes(coder: Coder, says: list[Say], shards: int) -> Iterator[Size]:
     key = random.step_key(0, 0)
-    for group in grouped(coder, [coder.lay(say.x) for say in says], shards, key, [None] * len(says)):
+    ys = coder.lay_all([say.x for say in says])
+    for group in grouped(coder, ys, shards, key, [None] * len(ys)):
         if coder.fronts(group.shape) is None:
             packed = jax.eval_shape(lambda group=group: pack_arrays([encode_all(group)], 1))
             yield Size(group.shape, coder.size(group.shape), packed.shape[-1])
