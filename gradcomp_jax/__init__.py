@@ -22,6 +22,7 @@ from gradcomp_jax.codecs.qsgd import QSGDState, qsgd
 from gradcomp_jax.codecs.randomk import SubsetState, randomblock, randomk
 from gradcomp_jax.codecs.scheduled import ScheduledState, scheduled
 from gradcomp_jax.codecs.signnorm import signnorm
+from gradcomp_jax.codecs.statistical import statistical
 from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.coder import CodeLength
 from gradcomp_jax.compressor import Compressor, CompressorState, MeasuredState, skipped
@@ -34,6 +35,9 @@ from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.mesh import make_mesh
+from gradcomp_jax.methods.diloco import diloco, streaming_diloco
+from gradcomp_jax.methods.muloco import muloco
+from gradcomp_jax.methods.sparseloco import sparseloco
 from gradcomp_jax.metrics import LeafMetrics, Metrics, measured, metrics
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
@@ -60,6 +64,7 @@ CODECS: dict[str, Callable[..., Compressor]] = {
     "randomk": randomk,
     "randomblock": randomblock,
     "cast": cast,
+    "statistical": statistical,
     "float4": float4,
 }
 """The factories by name, but `accordion`, which is between two strengths of another codec."""
@@ -107,6 +112,7 @@ __all__ = [
     "data_parallel",
     "delayed",
     "describe",
+    "diloco",
     "ef_momentum",
     "float4",
     "flush",
@@ -121,6 +127,7 @@ __all__ = [
     "make_mesh",
     "measured",
     "metrics",
+    "muloco",
     "none",
     "onebit",
     "outer",
@@ -137,7 +144,10 @@ __all__ = [
     "signnorm",
     "simulate",
     "skipped",
+    "sparseloco",
     "state_specs",
+    "statistical",
+    "streaming_diloco",
     "swap",
     "testing",
     "topk",

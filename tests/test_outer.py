@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import gradcomp_jax as gcj
-from gradcomp_jax.hlo import collective_bytes
 from tests import outer_reference as reference
 
 WORKERS, ROWS = 3, 4
@@ -105,8 +104,9 @@ def four_bits(bucket):
 
 
 def statistical(owed):
-    sent = {}
-    for name, x in owed.items():
+    """Matrices in two bits a value; vectors as they are."""
+    sent = dict(owed)
+    for name, x in ((name, x) for name, x in owed.items() if x.ndim > 1):
         codes = np.clip(np.round((x - x.mean()) / (1.5 * x.std(ddof=1)) + 2), 0, 3)
         sent[name] = sum(np.where(codes == code, mean_of(x[codes == code]), 0) for code in range(4))
     return sent
@@ -146,8 +146,11 @@ class TestMethods:
         """Three workers, three exchanges and more: the anchor, each worker's own parameters, and residuals."""
         make, settings = METHODS[name]
         tx, steps = make(), 21
-        with jax.numpy_dtype_promotion("standard"):
-            params, state, _ = train(gcj.simulate(loss_fn, tx, WORKERS), tx, WORKERS, steps)
+        # In float32 Muon's iterations round so much that some values fall into another bin.
+        with jax.numpy_dtype_promotion("standard"), jax.enable_x64(name == "muloco"):
+            first = jax.tree.map(jnp.asarray, PARAMS if name != "muloco" else jax.tree.map(np.float64, PARAMS))
+            first = first, gcj.init(tx, first, WORKERS)
+            params, state, _ = train(gcj.simulate(loss_fn, tx, WORKERS), tx, WORKERS, steps, first)
         run = reference.Run(PARAMS, WORKERS, every=6, **settings).train(gradient, steps)
         chex.assert_trees_all_close(params, run.anchor, atol=1e-5)
         for worker in range(WORKERS):
@@ -156,4 +159,5 @@ class TestMethods:
         if settings["decay"] is not None:
             for worker in range(WORKERS):
                 residual = {path: x[worker] for path, x in state.codec[0].residual.value.items()}
-                chex.assert_trees_all_close(residual, run.residual[worker], atol=1e-5)
+                owed = {path: run.residual[worker][path] for path in residual}
+                chex.assert_trees_all_close(residual, owed, atol=1e-5)

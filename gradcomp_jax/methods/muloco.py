@@ -36,13 +36,13 @@ def muloco(
       inner: the optimiser of local steps, such as `optax.contrib.muon(0.02)`.
       every: the local steps of a period, H.
       residual_decay: the share of a residual that an exchange leaves, beta.
-      codec: what compresses the differences; by default `statistical(bits=2, aggregate="gather")`.
+      codec: what compresses the differences; by default `statistical(aggregate="gather")`.
       axis_name: the mesh axis, or axes, of the workers, if codec is not given.
 
     >>> import optax
     >>> import gradcomp_jax as gcj
     >>> tx = gcj.muloco(optax.contrib.muon(0.02), every=30)
     """
-    codec = statistical(bits=2, aggregate="gather", axis_name=axis_name) if codec is None else codec
+    codec = statistical(aggregate="gather", axis_name=axis_name) if codec is None else codec
     nesterov = optax.sgd(0.9, momentum=0.8, nesterov=True)
     return outer(inner, every=every, codec=codec, outer=nesterov, residual_decay=residual_decay)
