@@ -5,8 +5,8 @@ authors' code; SparseLoCo's code has the same. For each tensor, or shard of it, 
 
     code = round((v - m) / (1.5 s)) + 2, from 0 to 3     decoded: the mean of all values of the same code
 
-On the wire: two bits a value, and four float32 a tensor. No other values would be closer to those of their bins, so what
-is left out is smaller than the tensor: it can be fed back.
+On the wire: two bits a value, and four float32 a tensor. No other values would be closer to those of their bins. So the
+part that is left out is smaller than the tensor, and error feedback applies.
 """
 
 import dataclasses

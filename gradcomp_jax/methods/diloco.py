@@ -3,9 +3,9 @@
 Douillard et al., "DiLoCo: Distributed Low-Communication Training of Language Models", arXiv 2311.08105, Algorithm 1:
 AdamW on each worker, and every H steps the mean difference, uncompressed, through SGD with Nesterov momentum.
 
-Douillard et al., "Streaming DiLoCo with overlapping communication", arXiv 2501.18512, Algorithm 2: the same by fragments
-of the layers, in turn, so that the peak of what is sent falls. Each fragment is adopted tau steps after it was taken, as
-a mix of a worker's own parameters and the anchor. Differences travel as floats of 4 bits.
+Douillard et al., "Streaming DiLoCo with overlapping communication", arXiv 2501.18512, Algorithm 2: the same by
+fragments of the layers, in turn, so that less is sent at once. Each fragment is adopted tau steps after it was taken,
+as a mix of a worker's own parameters and the anchor. Differences travel as floats of 4 bits.
 """
 
 from collections.abc import Callable
@@ -30,8 +30,8 @@ def diloco(
 ) -> Outer:
     """DiLoCo (arXiv 2311.08105): `outer` with the settings of its Table 5.
 
-    There inner is AdamW with learning rate 4e-4, 1,000 steps of warm-up, a decay to 0 and weight decay 0.1, on 8 workers
-    of 60 to 400 million parameters. The outer optimiser is SGD with Nesterov momentum 0.9 and learning rate 0.7. The
+    There inner is AdamW with learning rate 4e-4, 1,000 steps of warm-up, a decay to 0 and weight decay 0.1, on 8
+    workers, for models of 60 to 400 million parameters. The outer optimiser is SGD with Nesterov momentum 0.9 and learning rate 0.7. The
     paper trains 24,000 steps in the ordinary way first.
 
     Args:

@@ -2,9 +2,9 @@
 
 Thérien et al., "MuLoCo: Muon is a practical inner optimizer for DiLoCo", arXiv 2505.23725. For worker w:
 
-    e_w <- beta e_w + Delta_w     sent_w = Q(e_w)     e_w <- e_w - sent_w     theta <- Nesterov SGD on the mean of sent_w
+    e_w <- beta e_w + Delta_w     sent_w = Q(e_w)     e_w <- e_w - sent_w     theta <- SGD on the mean of sent_w
 
-Q is the statistical quantiser of `gradcomp_jax.codecs.statistical`, with 2 bits.
+Q is the statistical quantiser of `gradcomp_jax.codecs.statistical`, with 2 bits, and SGD has Nesterov momentum.
 """
 
 import optax

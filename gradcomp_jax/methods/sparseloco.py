@@ -28,10 +28,10 @@ def sparseloco(
 ) -> Outer:
     """SparseLoCo (arXiv 2508.15706): `outer` with chunked top-k of two bits and a residual that decays.
 
-    The settings are those of Covenant-72B (arXiv 2603.08163), as in its authors' code: 64 of 4096, two bits, decay 0.95,
-    H = 30, outer learning rate 1 at first. Inner is AdamW there, with betas (0.9, 0.95) and weight decay 0.1. The mean
-    is over all workers, as in the paper's algorithm; the code divides each coordinate by the number of workers that sent
-    it, and clips workers to the median norm. Two bits mean two levels a chunk here, see `topk`.
+    The settings are those of Covenant-72B (arXiv 2603.08163), as in its authors' code: 64 of 4096, two bits, decay
+    0.95, H = 30, outer learning rate 1 at first. Inner is AdamW there, with betas (0.9, 0.95) and weight decay 0.1. The
+    mean is over all workers, as in the paper's algorithm. The code divides each coordinate by the number of workers
+    that sent it, and clips workers to the median norm. Two bits mean two levels a chunk here, see `topk`.
 
     Args:
       inner: the optimiser of local steps, such as `optax.adamw(1e-3, b2=0.95, weight_decay=0.1)`.
