@@ -15,6 +15,8 @@ from gradcomp_jax.compressor import is_compressor_state, skipped
 from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.mesh import in_automatic_axes, require_mesh
+from gradcomp_jax.outer import Outer
+from gradcomp_jax.outer_step import flush_outer
 from gradcomp_jax.placing import place, shard_batch
 from gradcomp_jax.resizing import alone, whole_of
 from gradcomp_jax.sharding import PerWorker, is_per_worker, require_state
@@ -51,6 +53,9 @@ def flush(
 
     If no codec keeps residuals, nothing happens.
 
+    Under `outer` a flush ends the period early. The workers' differences and residuals travel uncompressed, and go
+    through the outer optimiser. Then all workers begin a new period from the anchor.
+
     Args:
       tx: the optimiser, like in `train_step`.
       params: the parameters.
@@ -63,12 +68,17 @@ def flush(
       The new parameters and opt_state, whose residuals are zero. With 16-bit gradients their mean is rounded.
 
     Raises:
-      ValueError: opt_state is not one of tx for the mesh; a transformation of tx does not pass extra arguments on to
-        the codec inside it; the chain would apply less than `at_least` of the mean residual; or no parameter changed,
-        because of a learning rate of zero or `optax.MultiSteps`.
+      ValueError: opt_state is not one of tx for the mesh; learning_rate is given for an `outer`; a transformation of tx
+        does not pass extra arguments on to the codec inside it; the chain would apply less than `at_least` of the mean
+        residual; or no parameter changed, because of a learning rate of zero or `optax.MultiSteps`.
     """
     mesh = require_mesh(mesh)
     require_state(tx, params, opt_state, mesh)
+    if isinstance(tx, Outer):
+        if learning_rate is not None:
+            raise ValueError("learning_rate= is for other optimisers: what outer(...) owes goes through its outer one")
+        given = (params, opt_state) if isinstance(mesh, int) else place((params, opt_state), mesh)
+        return in_automatic_axes(mesh, functools.partial(flush_outer, tx, mesh))(*given)
     if not jax.tree.leaves(_owed(opt_state)):
         return params, opt_state
     flushed = functools.partial(_flush, optax.with_extra_args_support(tx), mesh, learning_rate, at_least)

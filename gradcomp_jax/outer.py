@@ -14,7 +14,7 @@ sees them, are the anchor. Each worker's own parameters are part of the optimise
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +30,7 @@ from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.feedback import Feedback
 from gradcomp_jax.periods import QUIET, Moment, Period, in_fragments
-from gradcomp_jax.sharding import PerWorker
+from gradcomp_jax.sharding import OWN, PerWorker
 from gradcomp_jax.views import narrow, wide, widen
 
 Weigh = Callable[[Any], Any]
@@ -140,7 +140,7 @@ class Method:
         if isinstance(params, PLACEHOLDER) or self._count(params) == 1:
             return self.codec
         jax.eval_shape(self.codec.init, params)  # may refuse
-        return compressor(self.codec.codec, self.codec.settings._replace(allow_dense=True))
+        return compressor(self.codec.codec, self.codec.settings._replace(allow_dense=True)).named(self.codec.name)
 
     def _part(self, tree: Any, fragment: int) -> Any:
         """A tree with the leaves of one fragment; the others are None, which jax takes for no leaf."""
@@ -164,7 +164,7 @@ class Method:
         anchors = [jax.tree.map(widen, part(f)) if named else params for f in range(count)]
         halves = {path: x for path, x in flatten(params)[0].items() if wide(x.dtype) != x.dtype} if named else {}
         return OuterState(
-            PerWorker(worker, self.axis, "own"),
+            PerWorker(worker, self.axis, OWN),
             jnp.int32(0),
             tuple(self._codec_of(params).init(anchor) for anchor in anchors),
             tuple(self.outer.init(anchor) for anchor in anchors),
@@ -192,12 +192,12 @@ class Method:
         zeros = {path: jnp.zeros_like(x) for path, x in leaves.items()}
         if place is not None:
             moment = period.at(place)
-            state, first = self.begin(moment, params, state)
+            state, first = self.exchanged(moment.before, params, state)
             state = self.local(state, period, updates, value, weight, extra_args)
             state, then = self.end(moment, plus(params, first), state)
             return jax.tree.unflatten(treedef, (zeros | first | then).values()), state
         at, moments = state.place, [period.at(one) for one in period.places]
-        begin = lambda moment, state: self.begin(moment, params, state)  # noqa: E731
+        begin = lambda moment, state: self.exchanged(moment.before, params, state)  # noqa: E731
         state, first = self._at(at, [m._replace(after=(), adopted=()) for m in moments], begin, state, zeros)
         anchor = plus(params, first)
         end = lambda moment, state: self.end(moment, anchor, state)  # noqa: E731
@@ -256,16 +256,18 @@ class Method:
         sent = ways.exact([], [widen(x) for x in leaves], self.wire.inside, [], ring=False, before=None, checked=0)
         return jax.tree.unflatten(treedef, [m.astype(x.dtype) for m, x in zip(sent.rode, leaves, strict=True)])
 
-    def begin(self, moment: Moment, anchor: Any, state: OuterState) -> tuple[OuterState, Moves]:
-        """What happens beside a step: exchanges of what the workers had moved before it; see `end`."""
+    def exchanged(
+        self, fragments: Sequence[int], anchor: Any, state: OuterState, flush: bool = False
+    ) -> tuple[OuterState, Moves]:
+        """The exchanges of some fragments, one after another; see `exchange`."""
         moves: Moves = {}
-        for fragment in moment.before:
-            state, more = self.exchange(fragment, plus(anchor, moves), state)
+        for fragment in fragments:
+            state, more = self.exchange(fragment, plus(anchor, moves), state, flush)
             moves |= more
         return state, moves
 
     def end(self, moment: Moment, anchor: Any, state: OuterState) -> tuple[OuterState, Moves]:
-        """What happens after a step.
+        """What happens after a step; beside it are the exchanges of `moment.before`.
 
         Args:
           moment: the moment.
@@ -275,10 +277,7 @@ class Method:
         Returns:
           The state, and by path what is to be added to the anchor, for the leaves that move.
         """
-        moves: Moves = {}
-        for fragment in moment.after:
-            state, more = self.exchange(fragment, plus(anchor, moves), state)
-            moves |= more
+        state, moves = self.exchanged(moment.after, anchor, state)
         if moment.adopted:
             state = self.adopt(moment.adopted, plus(anchor, moves), state, self.alpha)
         return state, moves
@@ -360,10 +359,7 @@ class Method:
     def flush(self, anchor: Any, state: OuterState) -> tuple[Any, OuterState]:
         """Ends a period early: exchanges all that is owed, uncompressed; gives the anchor and the state."""
         every = tuple(range(self.period(anchor).fragments))
-        moves: Moves = {}
-        for fragment in every:
-            state, more = self.exchange(fragment, plus(anchor, moves), state, flush=True)
-            moves |= more
+        state, moves = self.exchanged(every, anchor, state, flush=True)
         anchor = plus(anchor, moves)
         return anchor, self.adopt(every, anchor, state, 0.0)._replace(place=jnp.zeros_like(state.place))
 
@@ -445,8 +441,8 @@ def outer_states(tree: Any) -> list[OuterState]:
     return [x for x in jax.tree.leaves(tree, is_leaf=is_outer) if is_outer(x)]
 
 
-def require_whole_optimiser(tx: Any, state: Any) -> None:
-    """Raises ValueError if an `outer` is only a part of an optimiser."""
+def require_whole_optimiser(state: Any) -> None:
+    """Raises ValueError if an `outer` is only a part of the optimiser with this state."""
     if not isinstance(state, OuterState) and outer_states(state):
         raise ValueError(
             "outer(...) is a whole optimiser, and tx has something around it, such as optax.chain: what comes after it "

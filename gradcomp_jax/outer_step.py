@@ -93,6 +93,13 @@ def outer_step(
     return OuterStep(programs, mesh)
 
 
+def flush_outer(tx: Outer, mesh: Mesh | int, params: Any, opt_state: OuterState) -> tuple[Any, OuterState]:
+    """The end of a period before its time; see `gradcomp_jax.flush`."""
+    over = _OnMesh(mesh) if isinstance(mesh, Mesh) else _OnOneDevice(mesh, tx.method.axes[0])
+    specs = P(), state_specs(tx, params)
+    return jax.jit(over(tx.method.flush, specs, specs, True))(params, opt_state)
+
+
 class _Programs:
     """The programs of a step, as functions of global states.
 
@@ -134,7 +141,7 @@ class _Programs:
             auxs, first = [], 0
             while first < len(moments):
                 last = _last_of_run(moments, first)
-                state, moves = self.method.begin(moments[first], params, state)
+                state, moves = self.method.exchanged(moments[first].before, params, state)
                 params = plus(params, moves)
                 state, aux = self._steps(state, self._part(rest, first, last + 1), last + 1 - first, first)
                 state, moves = self.method.end(moments[last], params, state)
@@ -158,11 +165,6 @@ class _Programs:
 
         specs = P(), state_specs(self.tx, params)
         return self._mapped(on_worker, (*specs, *self._rest_specs), (*specs, P(self.method.axes)), params, state, *rest)
-
-    def flush(self, params: Any, state: OuterState) -> Any:
-        """The end of a period: (params, state) -> (params, state)."""
-        specs = P(), state_specs(self.tx, params)
-        return self._over(self.method.flush, specs, specs, self._check_vma)(params, state)
 
     def _mapped(self, f: Any, in_specs: Any, out_specs: Any, *args: Any) -> Any:
         """`f` over the workers; the last of its arguments are those of the step after the state."""
@@ -412,7 +414,3 @@ class OuterStep(Jitted):
         if exchange:
             return lower(params, _without_loss(opt_state), *rest)
         return lower(opt_state.worker, opt_state.place, *rest)
-
-    def flush(self, params: Any, opt_state: OuterState) -> tuple[Any, OuterState]:
-        """The parameters and the state after all that is owed was applied; see `gradcomp_jax.flush`."""
-        return in_automatic_axes(self._mesh, jax.jit(self._programs.flush))(params, opt_state)

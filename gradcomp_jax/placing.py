@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.arguments import require_arrays, require_transformation
 from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
+from gradcomp_jax.outer import require_whole_optimiser
 from gradcomp_jax.sharding import (
     PerWorker,
     global_state,
@@ -66,6 +67,7 @@ def init_parts(tx: optax.GradientTransformation, params: Any, mesh: Mesh | int, 
 def global_init(tx: optax.GradientTransformation, mesh: Mesh | int, params: Any) -> Any:
     """The first state in its global form, anywhere; as shapes it can be had for a mesh whose devices are absent too."""
     state = _with_axes(mesh, tx.init)(params)
+    require_whole_optimiser(state)
     require_lying(state, None)
     return _of_all(state, mesh)
 

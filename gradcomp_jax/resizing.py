@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.cuts import Cut
 from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
-from gradcomp_jax.sharding import PerWorker, leading_of, map_per_worker, specs_of
+from gradcomp_jax.sharding import OWN, PerWorker, leading_of, map_per_worker, specs_of
 
 
 def resize_workers(opt_state: Any, mesh: Mesh | int | None = None) -> Any:
@@ -21,6 +21,10 @@ def resize_workers(opt_state: Any, mesh: Mesh | int | None = None) -> Any:
     mean over all. So the mean over the workers stays, and error feedback owes as much as before. State that does not
     differ between the workers is untouched. Integers, such as the lengths that `code_bits` reads, are not averaged: a
     new worker gets those of the first.
+
+    Under `outer`, the mean of the workers' own parameters stays too, and so does the mean of their inner optimisers'
+    states. Of counts in these a new worker gets the largest. Numbers that are not finite are left out of the means. The
+    place in the period stays.
 
     Args:
       opt_state: the global form, as `init` and the steps return it, or as read from a checkpoint. With several
@@ -75,10 +79,23 @@ def regrouped(old: jax.Array, new: int) -> jax.Array:
     return jnp.broadcast_to(kept, (new, *old.shape[1:]))
 
 
+def _met(old: jax.Array, new: int) -> jax.Array:
+    """Like `regrouped` for what workers have of their own under `outer`: a ruined worker ruins no other."""
+    if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+        return regrouped(old, new)
+    groups = new if old.shape[0] % new == 0 else 1
+    grouped = old.reshape(groups, -1, *old.shape[1:])
+    if not jnp.issubdtype(old.dtype, jnp.inexact):
+        return jnp.broadcast_to(jnp.max(grouped, axis=1), (new, *old.shape[1:]))
+    finite = jnp.isfinite(grouped)
+    mean = jnp.mean(grouped, axis=1, where=finite)
+    return jnp.broadcast_to(jnp.where(jnp.any(finite, axis=1), mean, grouped[:, 0]), (new, *old.shape[1:]))
+
+
 def _resized(x: PerWorker, new: tuple[int, ...]) -> PerWorker:
     """The global form, for new numbers of workers and chips, of state that differs between workers."""
     if x.shards is None:
-        return jax.tree.map(lambda old: regrouped(old, *new), x)
+        return jax.tree.map(lambda old: (_met if x.role == OWN else regrouped)(old, *new), x)
     leaves, treedef = jax.tree.flatten(x)
     moved = [cut_anew(old, cut, new) for old, cut in zip(leaves, x.shards.cuts, strict=True)]
     return jax.tree.unflatten(treedef, moved)

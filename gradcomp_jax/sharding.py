@@ -27,6 +27,9 @@ from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import axes_of
 from gradcomp_jax.mesh import require_mesh
 
+OWN = "own"
+"""The role of what a worker has of its own between the exchanges of `outer`."""
+
 
 class _Value(NamedTuple):
     value: Any
@@ -57,7 +60,8 @@ class PerWorker(_Value):
       value: arrays; local form [...], global form [workers, ...].
       axis: the mesh axis, or axes, along which it differs.
       role: what it is: "owed" to later steps, which `flush` sends; "pending", a gradient that waits for the next step;
-        an "estimate", as in EF21; "norms", which `metrics` reads; or a part of a codec's own "state".
+        an "estimate", as in EF21; "norms", which `metrics` reads; what is a worker's "own" under `outer`; or a part of
+        a codec's "state".
       shards: how shards lie, for state of shards under `across`; else None.
     """
 

@@ -33,7 +33,7 @@ from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
 from gradcomp_jax.mesh import automatic, require_mesh
 from gradcomp_jax.modules import ModuleStep
 from gradcomp_jax.notes import note
-from gradcomp_jax.outer import Outer
+from gradcomp_jax.outer import Outer, require_whole_optimiser
 from gradcomp_jax.outer_step import OuterStep, Settings, outer_step
 from gradcomp_jax.placing import require_parts
 from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
@@ -149,6 +149,7 @@ def train_step(
     def step(params, opt_state, *rest):
         require_rest(rest, form)
         require_parts(rest[has_state], mesh.size, accumulate, f"the mesh's {mesh.size} workers")
+        require_whole_optimiser(opt_state)
         require_state(tx, params, opt_state, mesh)
         try:
             return sharded(params, opt_state, rest, check_vma)
@@ -249,6 +250,7 @@ def simulate(
     def step(params, opt_state, *rest):
         require_rest(rest, form)
         require_parts(rest[has_state], workers, accumulate, f"{workers} workers")
+        require_whole_optimiser(opt_state)
         require_state(tx, params, opt_state, workers)
         require_agreement(tx, ((axis_name, workers),), Shapes.of(params))
         batch = jax.tree.map(lambda x: x.reshape(workers, -1, *x.shape[1:]), rest[has_state])

@@ -22,6 +22,7 @@ from gradcomp_jax.describe import table
 from gradcomp_jax.describe.dry import DO_NOT_FIT, FIT, Dry, Workers, dry_run, shapes_of
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.exchange.shares import Round, Shares, shares
+from gradcomp_jax.outer import Outer
 
 
 class Row(NamedTuple):
@@ -121,6 +122,7 @@ class Description(NamedTuple):
     Attributes:
       workers: the number of workers along each axis of the mesh.
       platform: the platform that the description holds for: "cpu", "gpu" or "tpu".
+      every: under `outer`, the local steps of a period, in which all of this is sent once; else 1.
       rows: the leaves, in the order of the parameters.
       parts: the codecs, in the order of their states.
       totals: the totals of all codecs.
@@ -128,6 +130,7 @@ class Description(NamedTuple):
 
     workers: dict[str, int]
     platform: str
+    every: int
     rows: tuple[Row, ...]
     parts: tuple[Part, ...]
     totals: Totals
@@ -152,6 +155,8 @@ def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) ->
     Some codecs have steps that send different amounts: gradiveq, accordion, and qsgd with Elias' code. Rows describe
     the kind of step that the codec is for: compressed, at the high level, with codes that fit their buffer.
     `Part.kinds` has the bytes of the other kinds.
+
+    Of an `outer` it describes one exchange of all fragments. The bytes of a step are these over `every`.
 
     Args:
       tx: the optimiser, with one or more codecs anywhere in it.
@@ -202,7 +207,8 @@ def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) ->
         messages=dict(messages),
         **sums,
     )
-    return Description(dict(dry.mesh.shape), dry.platform, ordered, tuple(parts), totals)
+    every = tx.method.every if isinstance(tx, Outer) else 1
+    return Description(dict(dry.mesh.shape), dry.platform, every, ordered, tuple(parts), totals)
 
 
 class _Counted(NamedTuple):

@@ -26,6 +26,7 @@ from gradcomp_jax.exchange.collectives import axis_names
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.exchange.shares import Began, Round
 from gradcomp_jax.notes import listening
+from gradcomp_jax.outer import Outer
 
 Workers = int | Mapping[str, int] | Mesh | AbstractMesh
 
@@ -194,7 +195,10 @@ def _traced(tx: Any, params: Any, mesh: AbstractMesh) -> Dry:
     places: list[int] = []
 
     def step(params: Any, state: Any) -> Any:
-        _, state = update_of(tx, mesh.shape, params, state, params, jnp.float32(0))
+        if isinstance(tx, Outer):
+            state, _ = tx.method.exchanged(range(tx.method.period(params).fragments), params, state)
+        else:
+            _, state = update_of(tx, mesh.shape, params, state, params, jnp.float32(0))
         after = compressor_states(state)
         for called, _ in _calls(said):
             places.extend(i for i, x in enumerate(after) if called.state and x.skipped is called.state.skipped)

@@ -103,6 +103,8 @@ def _facts(told: "Description") -> Iterator[tuple[str, str]]:
         yield "codec", f"{part.codec} by {part.way}: {part.why}"
         if len(part.kinds) > 1:
             yield "kinds of steps", _kinds(part)
+    if told.every > 1:
+        yield "outer steps", f"all this once in {told.every} steps: {size(totals.sent / told.every)} a step"
     yield "messages", ", ".join(f"{count} {kind}" for kind, count in totals.messages.items()) or "none"
     if totals.inside:
         yield "inside a node", f"{size(totals.inside)} from each device, beside what it sends to other nodes"

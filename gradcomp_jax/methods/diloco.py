@@ -31,8 +31,8 @@ def diloco(
     """DiLoCo (arXiv 2311.08105): `outer` with the settings of its Table 5.
 
     There inner is AdamW with learning rate 4e-4, 1,000 steps of warm-up, a decay to 0 and weight decay 0.1, on 8
-    workers, for models of 60 to 400 million parameters. The outer optimiser is SGD with Nesterov momentum 0.9 and learning rate 0.7. The
-    paper trains 24,000 steps in the ordinary way first.
+    workers, for models of 60 to 400 million parameters. The outer optimiser is SGD with Nesterov momentum 0.9 and
+    learning rate 0.7. The paper trains 24,000 steps in the ordinary way first.
 
     Args:
       inner: the optimiser of local steps, such as `optax.adamw(4e-4, weight_decay=0.1)`.
