@@ -31,7 +31,7 @@ from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.feedback import Feedback
 from gradcomp_jax.periods import QUIET, Moment, Period, in_fragments
 from gradcomp_jax.sharding import OWN, PerWorker
-from gradcomp_jax.views import narrow, wide, widen
+from gradcomp_jax.views import halved, narrow, wide, widen
 
 Weigh = Callable[[Any], Any]
 Moves = dict[str, jax.Array]
@@ -46,8 +46,8 @@ class Worker(NamedTuple):
       held: int32, the steps that were left out because this worker's gradient was not finite.
       absent: int32, the exchanges in which this worker took no part because its difference was not finite.
       weight: float32 [fragments], the weight of its steps since each fragment was last exchanged.
-      loss: float32, the sum of the losses since the last exchange.
-      steps: float32, the number of steps in that sum.
+      loss: float32, the sum of the finite losses since the last exchange.
+      steps: float32, the number of losses in that sum.
     """
 
     params: Any
@@ -238,13 +238,14 @@ class Method:
         grads, loss, weight = self._of_worker((grads, jnp.float32(loss), jnp.float32(weight)))
         finite = ways.agreed([ways.within(x, 1) for x in jax.tree.leaves(grads)])
         changes, inner = self.inner.update(grads, mine.inner, mine.params, value=loss, **(extra_args or {}))
+        counts = finite & jnp.isfinite(loss)
         worker = mine._replace(
             params=_where(finite, optax.apply_updates(mine.params, changes), mine.params),
             inner=_where(finite, inner, mine.inner),
             held=mine.held + jnp.where(finite, 0, 1),
             weight=mine.weight + jnp.where(finite, weight, 0),
-            loss=mine.loss + jnp.where(finite, loss, 0),
-            steps=mine.steps + jnp.where(finite, jnp.float32(1), 0),
+            loss=mine.loss + jnp.where(counts, loss, 0),
+            steps=mine.steps + jnp.where(counts, jnp.float32(1), 0),
         )
         return state._replace(worker=state.worker._replace(value=worker), place=period.after(state.place))
 
@@ -392,8 +393,8 @@ def _step(x: jax.Array, rest: jax.Array | None, change: jax.Array, ok: jax.Array
     if rest is None:
         return jnp.where(ok, change.astype(x.dtype), 0), None
     whole = widen(x) + rest + change
-    step = jnp.where(ok, narrow(whole - widen(x), x.dtype), 0)
-    return step, jnp.where(ok, whole - widen(x + step), rest)
+    step = jnp.where(ok, halved(whole - widen(x), x.dtype), 0)
+    return step, jnp.where(ok, whole - widen(halved(widen(x) + widen(step), x.dtype)), rest)
 
 
 def local_params(opt_state: Any) -> Any:

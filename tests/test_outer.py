@@ -10,6 +10,7 @@ import optax
 import pytest
 
 import gradcomp_jax as gcj
+from gradcomp_jax.hlo import collective_bytes
 from tests import outer_reference as reference
 
 WORKERS, ROWS = 3, 4
@@ -161,3 +162,171 @@ class TestMethods:
                 residual = {path: x[worker] for path, x in state.codec[0].residual.value.items()}
                 owed = {path: run.residual[worker][path] for path in residual}
                 chex.assert_trees_all_close(residual, owed, atol=1e-5)
+
+
+SETTINGS = {
+    "whole": {"codec": lambda: gcj.none()},
+    "topk": {"codec": lambda: gcj.topk(0.2, aggregate="gather"), "residual_decay": 0.9},
+    "fragments": {"codec": lambda: gcj.qsgd(4, min_size=0), "fragments": 3, "weigh": "steps"},
+    "delay": {"codec": lambda: gcj.powersgd(2), "fragments": 2, "delay": 2, "alpha": 0.5},
+}
+
+
+def made(name, every=6, **changes):
+    settings = SETTINGS[name] | changes
+    outer = optax.sgd(0.7, 0.9, nesterov=True)
+    codec = settings["codec"]()
+    return gcj.outer(optax.sgd(0.3, 0.9), every=every, outer=outer, **settings | {"codec": codec})
+
+
+def own_step(tx, mesh, static):
+    """A step in a shard_map of one's own; if `static`, by programs of which each knows its place."""
+    specs, by_place = gcj.state_specs(tx, PARAMS), {}
+    spec = jax.sharding.PartitionSpec
+
+    def at(place):
+        def worker(params, state, rows):
+            state = gcj.local_state(state)
+            loss, grads = jax.value_and_grad(loss_fn)(gcj.local_params(state), rows)
+            updates, state = tx.update(grads, state, params, value=loss, place=place)
+            return optax.apply_updates(params, updates), gcj.global_state(state), state.loss
+
+        mapped = jax.shard_map(worker, mesh=mesh, in_specs=(spec(), specs, spec("data")), out_specs=(spec(), specs, spec()))
+        return jax.jit(mapped)
+
+    def step(params, state, rows):
+        place = int(state.place) if static else None
+        if place not in by_place:
+            by_place[place] = at(place)
+        return by_place[place](params, state, rows)
+
+    return step
+
+
+class TestForms:
+    """One algorithm in every form of a step."""
+
+    @pytest.mark.parametrize("name", SETTINGS)
+    def test_all_agree(self, name):
+        tx, mesh = made(name), gcj.make_mesh(WORKERS)
+        want = train(gcj.train_step(loss_fn, tx, mesh), tx, mesh, 18)
+        forms = {
+            "untyped": train(gcj.train_step(loss_fn, tx, mesh, check_vma=False), tx, mesh, 18),
+            "simulated": train(gcj.simulate(loss_fn, tx, WORKERS), tx, WORKERS, 18),
+            "own, by place": train(own_step(tx, mesh, static=True), tx, mesh, 18),
+            "own, with branches": train(own_step(tx, mesh, static=False), tx, mesh, 18),
+            "several steps a call": train(gcj.train_step(loss_fn, tx, mesh, steps=2), tx, mesh, 18, call=2),
+            "a period a call": train(gcj.train_step(loss_fn, tx, mesh, steps=6), tx, mesh, 18, call=6),
+        }
+        for form, got in forms.items():
+            chex.assert_trees_all_close(got[0], want[0], atol=1e-5, custom_message=form)
+            chex.assert_trees_all_close(got[1].worker, want[1].worker, atol=1e-5, custom_message=form)
+            assert gcj.wire_bits(got[1]) == gcj.wire_bits(want[1]), form
+            np.testing.assert_allclose(got[2][-1], want[2][-1], rtol=1e-5, err_msg=form)
+
+    def test_donated(self):
+        tx, mesh = made("topk"), gcj.make_mesh(WORKERS)
+        want = train(gcj.train_step(loss_fn, tx, mesh), tx, mesh, 13)
+        first = jax.tree.map(jnp.array, PARAMS), gcj.init(tx, PARAMS, mesh)
+        got = train(gcj.train_step(loss_fn, tx, mesh, donate=True), tx, mesh, 13, first)
+        chex.assert_trees_all_equal(got[:2], want[:2])
+        np.testing.assert_array_equal(got[2], want[2])
+
+    def test_inside_jit(self):
+        tx, mesh = made("topk"), gcj.make_mesh(WORKERS)
+        step = gcj.train_step(loss_fn, tx, mesh)
+
+        @jax.jit
+        def scanned(params, state):
+            turn = lambda carry, rows: (step(*carry, rows)[:2], ())  # noqa: E731
+            return jax.lax.scan(turn, (params, state), jax.tree.map(lambda x: x[:9], data(24)))[0]
+
+        got = scanned(gcj.place(PARAMS, mesh), gcj.init(tx, PARAMS, mesh))
+        want = train(step, tx, mesh, 9)
+        chex.assert_trees_all_close(got[0], want[0], atol=1e-6)
+
+    def test_a_step_that_meets_other_states(self):
+        """Two runs in turn by one step, and a run that is taken up in the middle, end as by steps of their own."""
+        tx = made("delay")
+        step = gcj.simulate(loss_fn, tx, WORKERS)
+        want = train(step, tx, WORKERS, 16)
+        ahead, late = train(step, tx, WORKERS, 9), train(step, tx, WORKERS, 4)
+        for place in range(9, 16):
+            ahead = step(*ahead[:2], batch(place))
+            late = step(*late[:2], batch(place - 5))
+        chex.assert_trees_all_equal(ahead[:2], want[:2])
+        chex.assert_trees_all_equal(late[:2], train(step, tx, WORKERS, 11)[:2])
+
+    def test_train_state(self):
+        from flax.training.train_state import TrainState
+
+        tx, mesh = made("topk"), gcj.make_mesh(WORKERS)
+        step, state = gcj.train_step(loss_fn, tx, mesh), TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+        for place in range(7):
+            state, loss = step(state, batch(place))
+        want = train(step, tx, mesh, 7)
+        chex.assert_trees_all_equal((state.params, state.opt_state, float(loss)), (*want[:2], want[2][-1]))
+        assert int(state.step) == 7
+
+    def test_rest_of_the_arguments(self):
+        """Random keys, shared values, auxiliary outputs and accumulation, on a mesh and simulated."""
+
+        def drawn(params, rows, key, scale):
+            loss = loss_fn(params, rows) * (1 + 0 * jax.random.normal(key)) * scale
+            return loss, {"rows": rows[0].shape[0] + jax.random.uniform(key)}
+
+        tx, mesh = made("whole"), gcj.make_mesh(WORKERS)
+        settings = {"has_aux": True, "rng": True, "shared": True, "accumulate": 2}
+        found = []
+        for step, over in (
+            (gcj.train_step(drawn, tx, mesh, **settings), mesh),
+            (gcj.simulate(drawn, tx, WORKERS, **settings), WORKERS),
+        ):
+            params, state = PARAMS, gcj.init(tx, PARAMS, over)
+            for place in range(7):
+                args = batch(place), jax.random.key(place), jnp.float32(1)
+                params, state, loss, aux = step(params, state, *args)
+            found.append((params, loss, aux))
+            assert aux["rows"].shape == (WORKERS, 2) and len(np.unique(aux["rows"])) == 2 * WORKERS
+        chex.assert_trees_all_close(*found, atol=1e-5)
+        several = gcj.train_step(drawn, tx, mesh, **settings, steps=3)
+        got = several(PARAMS, gcj.init(tx, PARAMS, mesh), batch(0, 3), jax.random.key(0), jnp.float32(1))
+        assert got[3]["rows"].shape == (WORKERS, 3, 2) and len(np.unique(got[3]["rows"])) == 6 * WORKERS
+
+    def test_data_parallel(self):
+        """A whole step of one's own."""
+        tx, mesh = made("topk"), gcj.make_mesh(WORKERS)
+
+        @gcj.data_parallel(mesh=mesh, batch="rows")
+        def step(params, state, rows):
+            loss, grads = jax.value_and_grad(loss_fn)(gcj.local_params(state), rows)
+            updates, state = tx.update(grads, state, params, value=loss)
+            return optax.apply_updates(params, updates), state, loss
+
+        got = train(step, tx, mesh, 8)
+        want = train(gcj.train_step(loss_fn, tx, mesh), tx, mesh, 8)
+        chex.assert_trees_all_close(got[:2], want[:2], atol=1e-6)
+
+
+class TestLocalSteps:
+    """What a step without an exchange is made of."""
+
+    def test_program(self):
+        tx, mesh = made("topk"), gcj.make_mesh(WORKERS)
+        step, state = gcj.train_step(loss_fn, tx, mesh), gcj.init(tx, PARAMS, mesh)
+        quiet = step.lower(PARAMS, state, batch(0), exchange=False).compile()
+        assert not collective_bytes(quiet) and "conditional" not in quiet.as_text()
+        own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.worker)) // WORKERS
+        rows = sum(x.nbytes for x in batch(0)) // WORKERS
+        assert quiet.memory_analysis().argument_size_in_bytes == own + 4 + rows
+
+    def test_exchange(self):
+        """Its arguments are the anchor, and the whole state; nothing twice."""
+        tx, mesh = made("topk"), gcj.make_mesh(WORKERS)
+        step, state = gcj.train_step(loss_fn, tx, mesh), gcj.init(tx, PARAMS, mesh)
+        compiled = step.lower(PARAMS, state, batch(0), exchange=True).compile()
+        params = sum(x.nbytes for x in PARAMS.values())
+        worker, residual, momentum = 2 * params, params, params  # own and its momentum, what is owed, and the outer one
+        rows = sum(x.nbytes for x in batch(0)) // WORKERS
+        small = compiled.memory_analysis().argument_size_in_bytes - (params + worker + residual + momentum + rows)
+        assert 0 <= small < 100

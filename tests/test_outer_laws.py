@@ -1,0 +1,260 @@
+"""Outer steps keep the laws: nothing is lost, nothing poisons, and the state outlives its workers."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import gradcomp_jax as gcj
+from gradcomp_jax.testing import trees
+from tests.table import BY_ID, EACH
+from tests.test_state import loss_of_gradients
+
+EVERY, RATE = 2, np.float32(0.5)
+EXCHANGES = 9
+TREE = trees.MATRICES
+# Momentum, and a count.
+INNER = optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda count: -0.01))
+codecs = pytest.mark.parametrize("row", [row for row in EACH if row.id != "none"], ids=lambda row: row.id)
+
+
+def moved(row, workers, decay=1.0, **settings):
+    """An optimiser whose differences are sums of the workers' gradients, and whose anchor moves by their mean."""
+    codec = row.make(error_feedback=gcj.Feedback(decay))
+    return gcj.outer(optax.sgd(RATE), every=EVERY, codec=codec, **settings), trees.noise(TREE, 7, (workers,))
+
+
+def means(tree):
+    return {path: np.mean(x, axis=0, dtype=np.float64) for path, x in tree.items()}
+
+
+def train(tx, over, grads, steps, first=None):
+    make = gcj.simulate if isinstance(over, int) else gcj.train_step
+    params, state = first or (trees.zeros(TREE), gcj.init(tx, trees.zeros(TREE), over))
+    step = make(loss_of_gradients, tx, over)
+    for _ in range(steps):
+        params, state, _ = step(params, state, grads)
+    return params, state
+
+
+class TestConservation:
+    @codecs
+    @pytest.mark.parametrize("decay", [1.0, 0.9])
+    def test_nothing_is_lost_but_what_decays(self, row, decay):
+        """Law 1, of what was handed to the codec: what an exchange forgets is (1 - decay) of the residual."""
+        tx, grads = moved(row, 3, decay)
+        params, state = trees.zeros(TREE), gcj.init(tx, trees.zeros(TREE), 3)
+        step, forgotten = gcj.simulate(loss_of_gradients, tx, 3), {path: 0.0 for path in TREE}
+        for _ in range(EXCHANGES):
+            before = means(jax.device_get(state.codec[0].residual.value))
+            for _ in range(EVERY):
+                params, state, _ = step(params, state, grads)
+            forgotten = {path: x + (1 - decay) * before.get(path, 0) for path, x in forgotten.items()}
+        owed = means(jax.device_get(state.codec[0].residual.value))
+        for path, given in means(grads).items():
+            handed = EXCHANGES * EVERY * RATE * given
+            found = -np.asarray(params[path]) + owed.get(path, 0) + forgotten[path]
+            np.testing.assert_allclose(found, handed, atol=2e-5 * EXCHANGES, err_msg=path)
+
+    def test_all_steps_count_under_a_delay(self):
+        """With alpha=1 a worker keeps what it moved, and sends again what others have not taken."""
+        tx = gcj.outer(optax.sgd(RATE), every=4, codec=gcj.none(), delay=2, alpha=0.0)
+        grads = trees.noise(TREE, 7, (3,))
+        params, _ = train(tx, 3, grads, 4 * 3 + 1)
+        # Of each later period the steps done during the delay are lost.
+        for path, given in means(grads).items():
+            np.testing.assert_allclose(-params[path], RATE * (4 + 2 + 2) * given, atol=1e-5)
+
+    @pytest.mark.parametrize("fragments", [1, 2])
+    def test_flush_ends_a_period(self, fragments):
+        tx, grads = moved(BY_ID["topk-shuffle"], 4, fragments=fragments)
+        params, state = train(tx, 4, grads, 5)
+        params, state = gcj.flush(tx, params, state, 4)
+        for path, given in means(grads).items():
+            np.testing.assert_allclose(-np.asarray(params[path]), 5 * RATE * given, atol=1e-5)
+        assert int(state.place) == 0 and not any(np.any(x) for s in state.codec for x in jax.tree.leaves(s.residual))
+        chex.assert_trees_all_equal(jax.tree.map(lambda x: x[0], gcj.local_params(state)), params)
+        on_mesh = gcj.make_mesh(4)
+        other = gcj.flush(tx, *train(tx, on_mesh, grads, 5), on_mesh)
+        chex.assert_trees_all_close(other[0], params, atol=1e-6)
+
+
+class TestPoison:
+    def poisoned(self, tx, over, at, steps, worker=1):
+        """Trains on gradients of which one worker's are NaN in one step."""
+        grads = trees.noise(TREE, 7, (3,))
+        params, state = trees.zeros(TREE), gcj.init(tx, trees.zeros(TREE), over)
+        step = (gcj.simulate if isinstance(over, int) else gcj.train_step)(loss_of_gradients, tx, over)
+        for place in range(steps):
+            rows = jax.tree.map(np.array, grads)
+            if place == at:
+                rows["a"][worker, 3, 4] = np.nan
+            params, state, loss = step(params, state, rows)
+        return params, state, loss, grads
+
+    @pytest.mark.parametrize("over", [3, "mesh"])
+    def test_a_local_step_that_is_not_finite_is_held(self, over):
+        tx, _ = moved(BY_ID["topk-shuffle"], 3)
+        over = gcj.make_mesh(3) if over == "mesh" else over
+        params, state, loss, grads = self.poisoned(tx, over, 2, 4)
+        assert gcj.held(state).tolist() == [0, 1, 0] and gcj.absent(state).tolist() == [0, 0, 0]
+        assert gcj.skipped(state) == 0 and np.isfinite(loss)
+        owed = means(jax.device_get(state.codec[0].residual.value))
+        for path in TREE:
+            weight = np.array([4, 3, 4])[:, None, None] / 3
+            np.testing.assert_allclose(-params[path] + owed[path], RATE * np.sum(weight * grads[path], 0), atol=1e-5)
+
+    def test_weighed_by_steps(self):
+        tx, _ = moved(BY_ID["none"], 3, weigh="steps")
+        params, state, _, grads = self.poisoned(tx, 3, 0, 2)
+        for path, g in grads.items():
+            weight = np.array([2, 1, 2])[:, None, None]
+            np.testing.assert_allclose(-params[path], RATE * np.sum(weight * weight * g, 0) / 5, atol=1e-5)
+
+    def test_weighed_by_a_function(self):
+        tx = gcj.outer(optax.sgd(RATE), every=1, codec=gcj.none(), weigh=lambda rows: jnp.mean(rows["tokens"]))
+
+        def loss(params, rows):
+            return loss_of_gradients(params, {path: rows[path] for path in TREE})
+
+        grads, tokens = trees.noise(TREE, 7, (3,)), np.float32([1, 2, 5])
+        step = gcj.simulate(loss, tx, 3)
+        params, *_ = step(trees.zeros(TREE), gcj.init(tx, trees.zeros(TREE), 3), grads | {"tokens": tokens})
+        for path, g in grads.items():
+            np.testing.assert_allclose(-params[path], RATE * np.einsum("w,wij->ij", tokens / 8, g), atol=1e-6)
+
+    @pytest.mark.parametrize("over", [3, "mesh"])
+    @pytest.mark.parametrize("settings", [{}, {"delay": 1, "alpha": 0.5}, {"fragments": 2}])
+    def test_a_ruined_worker_is_absent_once(self, over, settings):
+        """Its own parameters are not finite. The others' exchange takes place, and it goes on from the anchor, anew."""
+        over = gcj.make_mesh(3) if over == "mesh" else over
+        codec = gcj.topk(0.2, aggregate="gather")
+        tx = gcj.outer(INNER, every=4, codec=codec, **settings)
+        grads = trees.noise(TREE, 7, (3,))
+        params, state = train(tx, over, grads, 2)
+        ruined = state.worker.value.params["a"].at[1, 0, 0].set(jnp.inf)
+        mine = state.worker.value._replace(params=state.worker.value.params | {"a": ruined})
+        state = state._replace(worker=state.worker._replace(value=mine))
+        params, state = train(tx, over, grads, 8, (params, state))
+        assert gcj.absent(state).tolist() == [0, 1, 0]
+        assert gcj.skipped(state) == 0
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(jax.device_get((params, state))))
+        counts = state.worker.value.inner[1].count
+        assert counts.tolist() == [10, int(counts[1]), 10] and counts[1] < 8
+
+    def test_a_mean_that_is_not_finite_voids_the_exchange(self):
+        """Anchor, codec and undecayed residuals stay, and every worker begins again."""
+        codec = gcj.powersgd(1, error_feedback=gcj.Feedback(0.9))
+        tx = gcj.outer(optax.sgd(1.0), every=1, codec=codec, outer=optax.sgd(0.7, 0.9))
+        step, grads = gcj.simulate(loss_of_gradients, tx, 3), trees.noise(TREE, 7, (3,))
+        params, state, _ = step(trees.zeros(TREE), gcj.init(tx, trees.zeros(TREE), 3), grads)
+        residual = jax.tree.map(lambda x: x.at[0].set(jnp.inf), state.codec[0].residual)
+        before = state._replace(codec=(state.codec[0]._replace(residual=residual),))
+        anchor, after, _ = step(params, before, grads)
+        assert gcj.skipped(after) == 1
+        chex.assert_trees_all_equal((anchor, after.outer), (params, before.outer))
+        chex.assert_trees_all_equal(after.codec[0].residual, residual)
+        chex.assert_trees_all_equal(jax.tree.map(lambda x: x[2], gcj.local_params(after)), params)
+
+    def test_nobody_is_left(self):
+        tx, grads = moved(BY_ID["topk-shuffle"], 3)
+        params, state = train(tx, 3, grads, 2)
+        mine = state.worker.value
+        mine = mine._replace(params=jax.tree.map(lambda x: x * jnp.nan, mine.params))
+        after = train(tx, 3, grads, 2, (params, state._replace(worker=state.worker._replace(value=mine))))
+        assert gcj.absent(after[1]).tolist() == [1, 1, 1]
+        chex.assert_tree_all_finite(jax.device_get(after[0]))
+
+
+class TestHalves:
+    @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+    def test_small_steps_add_up(self, dtype):
+        """The anchor has 16 bits, and steps far below its last one are kept beside it."""
+        tx = gcj.outer(optax.sgd(1.0), every=1, codec=gcj.none(), outer=optax.sgd(2.0**-12))
+        params = {"w": jnp.ones((8, 8), dtype)}
+        step, state = gcj.simulate(lambda p, b: jnp.sum(p["w"].astype(jnp.float32)) * jnp.mean(b), tx, 2), None
+        state = gcj.init(tx, params, 2)
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(64):
+                params, state, _ = step(params, state, jnp.ones(2))
+        assert params["w"].dtype == dtype and state.worker.value.params["w"].dtype == dtype
+        whole = params["w"].astype(jnp.float32) + state.rest["w"]
+        np.testing.assert_allclose(whole, 1 - 64 * 2.0**-12, rtol=1e-6)
+        np.testing.assert_allclose(params["w"].astype(jnp.float32), 1 - 64 * 2.0**-12, rtol=2e-3)
+
+    def test_differences_of_halves_are_exact(self):
+        """A worker's step of one last bit is not lost in the difference."""
+        tx = gcj.outer(optax.sgd(2.0**-8), every=1, codec=gcj.none())
+        params = {"w": jnp.ones((4, 4), jnp.bfloat16)}
+        step = gcj.simulate(lambda p, b: jnp.sum(p["w"].astype(jnp.float32)) * jnp.mean(b), tx, 2)
+        with jax.numpy_dtype_promotion("standard"):
+            params, state, _ = step(params, gcj.init(tx, params, 2), jnp.float32([0.0, 1.0]))
+        np.testing.assert_allclose(params["w"].astype(jnp.float32) + state.rest["w"], 1 - 2.0**-9)
+
+
+class TestState:
+    @pytest.mark.parametrize("stop", [6, 9])
+    def test_killed_and_resumed(self, tmp_path, stop):
+        """In the middle of a period, and of a delay: the same bits."""
+        codec = gcj.topk(0.2, aggregate="gather")
+        tx = gcj.outer(INNER, every=8, codec=codec, outer=optax.sgd(0.7, 0.9), delay=3, alpha=0.5)
+        mesh, grads = gcj.make_mesh(3), trees.noise(TREE, 7, (3,))
+        params, state = train(tx, mesh, grads, stop)
+        with ocp.StandardCheckpointer() as saver:
+            saver.save(tmp_path / "at", {"params": params, "opt_state": state})
+        want = train(tx, mesh, grads, 12, (params, state))
+        like = {"params": trees.zeros(TREE), "opt_state": gcj.init(tx, trees.zeros(TREE), mesh)}
+        found = gcj.restore(tmp_path / "at", like, mesh)
+        got = train(tx, mesh, grads, 12, (found["params"], found["opt_state"]))
+        chex.assert_trees_all_equal(got, want)
+
+    @pytest.mark.parametrize("stop", [6, 9])
+    def test_other_numbers_of_workers(self, stop):
+        """4 -> 3 -> 6: the mean difference and the mean debt stay, counts are the largest, the place stays."""
+        codec = gcj.topk(0.2, aggregate="gather")
+        tx = gcj.outer(INNER, every=8, codec=codec, delay=3, alpha=0.5)
+        grads = trees.noise(TREE, 7, (12,))
+        params, state = train(tx, 4, grads, stop)
+        state = state._replace(worker=state.worker._replace(value=state.worker.value._replace(held=jnp.arange(4))))
+        for workers in (3, 6):
+            new = gcj.resize_workers(state, workers)
+            mean = lambda x: jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), x)  # noqa: E731
+            chex.assert_trees_all_close(mean(gcj.local_params(new)), mean(gcj.local_params(state)), atol=1e-6)
+            chex.assert_trees_all_close(mean(new.codec[0].residual.value), mean(state.codec[0].residual.value), atol=1e-6)
+            assert new.place == state.place and new.worker.value.held.tolist() == [3] * workers
+            assert new.worker.value.inner[1].count.tolist() == [stop] * workers
+            state = new
+        on_mesh = train(tx, 6, grads, 12, (params, state))
+        chex.assert_tree_all_finite(jax.device_get(on_mesh[0]))
+
+    def test_a_ruined_worker_ruins_no_other(self):
+        tx, grads = moved(BY_ID["topk-shuffle"], 4)
+        params, state = train(tx, 4, grads, 3)
+        mine = state.worker.value
+        ruined = mine._replace(params=jax.tree.map(lambda x: x.at[1].set(jnp.nan), mine.params))
+        new = gcj.resize_workers(state._replace(worker=state.worker._replace(value=ruined)), 2)
+        want = jax.tree.map(lambda x: jnp.stack([x[0], (x[2] + x[3]) / 2]), mine.params)
+        chex.assert_trees_all_close(gcj.local_params(new), want, atol=1e-6)
+
+
+class TestSlices:
+    def test_a_worker_is_a_slice(self):
+        """As many workers as slices, each on the mean gradient of its chips; every chip sends a share."""
+        grads = trees.noise(TREE, 7, (8,))
+        mesh = gcj.make_mesh({"node": 2, "local": 4})
+        settings = {"every": 4, "outer": optax.sgd(0.7, 0.9)}
+        between = gcj.across(gcj.none(), slow="node", fast="local")
+        across = gcj.outer(INNER, codec=between, **settings)
+        alone = gcj.outer(INNER, codec=gcj.none(), **settings)
+        want = train(alone, 2, grads, 9)
+        for check_vma in (True, False):
+            step = gcj.train_step(loss_of_gradients, across, mesh, check_vma=check_vma)
+            params, state = trees.zeros(TREE), gcj.init(across, trees.zeros(TREE), mesh)
+            for _ in range(9):
+                params, state, loss = step(params, state, grads)
+            chex.assert_trees_all_close(params, want[0], atol=1e-6)
+            chex.assert_trees_all_close(state.worker.value, want[1].worker.value, atol=1e-5)
+            assert gcj.held(state).shape == (2,)
