@@ -337,7 +337,8 @@ class OuterStep(Jitted):
         program = self._program(moments)
         if {*moments} == {QUIET}:
             given = opt_state.worker, opt_state.place
-            worker, place, aux = self.run(program, (*given, *rest), lambda results: results[1])
+            alone = self._programs.method.codec.settings.fast is None
+            worker, place, aux = self.run(program, (*given, *rest), lambda results: results[1], alone)
             opt_state = opt_state._replace(worker=worker, place=place)
         else:
             both = params, _without_loss(opt_state)

@@ -13,6 +13,8 @@ from jax.sharding import AxisType
 
 # XLA's CPU backend sums up to so many numbers as written.
 STEP = 32
+# With fewer elements, copying a parameter's optimiser state takes less time than compiling what saves the copy.
+LARGE = 2**15
 # The types of 16 bits in which gradients may travel and be summed.
 HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -103,6 +105,19 @@ def always(results: Any) -> jax.Array:
     first = [jnp.ravel(x)[0].astype(jnp.float32) for x in jax.tree.leaves(results) if jnp.size(x)]
     bits = [lax.bitcast_convert_type(x, jnp.int32) for x in first]
     return (functools.reduce(jnp.bitwise_or, bits) & 1) < 2
+
+
+def once_stored(kept: jax.Array, params: Any) -> jax.Array:
+    """`kept`; on CPUs it is known only once the new parameters exist.
+
+    The new parameters are computed from the optimiser's state before the step. The selection by this flag overwrites
+    that state. Without this order XLA's CPU backend begins each step with a copy of the state. Small parameters do not
+    get the order, so their state may be copied.
+    """
+    large = [x for x in jax.tree.leaves(params) if x.size >= LARGE]
+    if not large or not on_cpus() or others_are_automatic():
+        return kept
+    return lax.cond(kept, always, lambda _: kept, large)
 
 
 def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
