@@ -110,7 +110,8 @@ def plain(mesh: Mesh, inner: optax.GradientTransformation) -> Case:
         out_specs=each,
         check_vma=False,
     )
-    return Case(step, *jax.jit(first)(), FLAGS.every, lambda _: 0.0)
+    params, state = jax.jit(first)()
+    return Case(step, params, state, FLAGS.every, lambda _: 0.0)
 
 
 def trained(mesh: Mesh, tx: optax.GradientTransformation, steps: int) -> Case:

@@ -150,25 +150,25 @@ class Method:
 
     def init(self, params: Any) -> OuterState:
         """The first state, in local form."""
-        named = not isinstance(params, PLACEHOLDER)
-        count = self._count(params) if named else 1
-        part = lambda f: self._part(params, f) if named and count > 1 else params  # noqa: E731
-        anchors = [jax.tree.map(widen, part(f)) if named else params for f in range(count)]
-        inner, outers = self.inner.init(params), tuple(self.outer.init(anchor) for anchor in anchors)
-        for name, held in (("inner", inner), ("outer=", outers)):
-            if compressor_states(held):
+        if isinstance(params, PLACEHOLDER):
+            parts, own, halves = [params], params, {}
+        else:
+            parts = [jax.tree.map(widen, self._part(params, f)) for f in range(self._count(params))]
+            own = jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # because each may be donated
+            halves = {path: x for path, x in flatten(params)[0].items() if wide(x.dtype) != x.dtype}
+        inner, outers = self.inner.init(params), tuple(map(self.outer.init, parts))
+        for name, state in (("inner", inner), ("outer=", outers)):
+            if compressor_states(state):
                 raise ValueError(
-                    f"{name} holds a codec, and only the codec of outer(...) exchanges anything: give optimisers without "
-                    "one, as in outer(optax.adamw(4e-4), every=30, codec=topk(0.01))"
+                    f"{name} holds a codec, and only the codec of outer(...) exchanges anything: give optimisers "
+                    "without one, as in outer(optax.adamw(4e-4), every=30, codec=topk(0.01))"
                 )
-        own = jax.tree.map(lambda x: jnp.array(x, copy=True), params) if named else params  # donated by itself
-        zero = jnp.int32(0)
-        worker = Worker(own, inner, zero, zero, jnp.zeros(count, jnp.float32), jnp.float32(0), jnp.float32(0))
-        halves = {path: x for path, x in flatten(params)[0].items() if wide(x.dtype) != x.dtype} if named else {}
+        none, zero = jnp.int32(0), jnp.float32(0)
+        worker = Worker(own, inner, none, none, jnp.zeros(len(parts), jnp.float32), zero, zero)
         return OuterState(
             PerWorker(worker, self.axis, OWN),
-            jnp.int32(0),
-            tuple(self._codec_of(params).init(anchor) for anchor in anchors),
+            none,
+            tuple(map(self._codec_of(params).init, parts)),
             outers,
             {path: jnp.zeros(x.shape, jnp.float32) for path, x in halves.items()},
             jnp.float32(jnp.nan),
