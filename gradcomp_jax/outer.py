@@ -321,6 +321,8 @@ class Method:
         losses, count = delivered.beside
         none = collectives.vary(jnp.float32(0), self.axis)
         worker = mine._replace(weight=mine.weight.at[fragment].set(0), loss=none, steps=none)
+        # Local steps after this wait for the short message only. So the long one begins before them, not after.
+        worker, _ = jax.lax.optimization_barrier((worker, everyone))
         state = state._replace(
             worker=state.worker._replace(value=worker),
             codec=_with(state.codec, fragment, codec),
