@@ -77,9 +77,10 @@ def several(mesh):
 
 
 def streaming(mesh, codec):
-    """A call of local steps beside an exchange of what was moved before them."""
+    """A call of local steps beside an exchange of what was moved before them, long enough to be worth overlapping."""
+    params = {path: jax.ShapeDtypeStruct((2 * SIZE, 2 * SIZE), jnp.float32) for path in PARAMS}
     tx = gc.streaming_diloco(optax.sgd(1e-3, momentum=0.9), every=20, fragments=2, delay=5, codec=codec)
-    params, state, _ = shapes(tx, PARAMS, (), mesh)
+    params, state, _ = shapes(tx, params, (), mesh)
     lies = NamedSharding(mesh, P(None, mesh.axis_names))
-    batch = jax.ShapeDtypeStruct((5, 4 * mesh.size, SIZE), jnp.float32, sharding=lies)
+    batch = jax.ShapeDtypeStruct((5, 4 * mesh.size, 2 * SIZE), jnp.float32, sharding=lies)
     return gc.train_step(loss_fn, tx, mesh, steps=5), (params, state, batch)
