@@ -29,7 +29,7 @@ from jax import lax
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.contract import Sparse, require_indexable, require_whole
-from gradcomp_jax.views import filled, inverse_power, max_norm, split
+from gradcomp_jax.views import inverse_power, joined, max_norm, split
 from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
 from gradcomp_jax.wire.places import pack_places, places_bytes, unpack_places
 
@@ -275,7 +275,8 @@ class Chunks(Coder):
                 "with buckets="
             )
         tiles, rest = zip(*(b.apart(x.astype(jnp.float32)) for b, x in zip(blocks, xs, strict=True)), strict=True)
-        return [filled(jnp.concatenate([*tiles, *rest]), -(-total // self.chunk) * self.chunk)]
+        # What is left over is little, of many leaves.
+        return [joined([*tiles, jnp.concatenate(rest)], -(-total // self.chunk) * self.chunk)]
 
     def unlay_all(self, ys: Sequence[jax.Array], likes: Sequence[Any]) -> list[jax.Array]:
         blocks = [Blocks.of(like.shape, self.chunk) for like in likes]
