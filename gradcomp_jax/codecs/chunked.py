@@ -121,7 +121,7 @@ class Levels(Values):
         rounded = lax.reduce_precision(upper / down + lost, exponent_bits=8, mantissa_bits=7)
         bits = (lax.bitcast_convert_type(rounded, jnp.uint32) >> 16).astype(jnp.uint16)
         base = rounded * down
-        share = jnp.where(base > 0, jnp.round(255 * (lower / base)), 0)
+        share = jnp.round(255 * (lower / jnp.where(base > 0, base, 1)))
         codes = (kept < 0).astype(jnp.uint8) | above.astype(jnp.uint8) << 1
         shares = jnp.clip(share, 0, 255).astype(jnp.uint8)
         return {"codes": jnp.concatenate([pack_fields(codes, 2), shares], axis=-1), "upper": bits}
