@@ -116,8 +116,8 @@ class Levels(Values):
     def encode(self, kept: jax.Array, sent: jax.Array) -> Message:
         down = inverse_power(max_norm(kept))
         above, upper, lower = two_means(jnp.abs(kept) * down, sent)
-        # The bits of a bfloat16: a conversion there and back could be dropped by a compiler.
         lost = jnp.sum(0 * kept, axis=-1, keepdims=True)  # NaN, where anything is not finite
+        # To the bits of a bfloat16: a conversion there and back could be dropped by a compiler.
         rounded = lax.reduce_precision(upper / down + lost, exponent_bits=8, mantissa_bits=7)
         bits = (lax.bitcast_convert_type(rounded, jnp.uint32) >> 16).astype(jnp.uint16)
         base = rounded * down
