@@ -29,7 +29,7 @@ from jax import lax
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.contract import Sparse, require_indexable, require_whole
-from gradcomp_jax.views import filled, inverse_power, max_norm, split
+from gradcomp_jax.views import inverse_power, joined, max_norm, split
 from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
 from gradcomp_jax.wire.places import pack_places, places_bytes, unpack_places
 
@@ -116,12 +116,12 @@ class Levels(Values):
     def encode(self, kept: jax.Array, sent: jax.Array) -> Message:
         down = inverse_power(max_norm(kept))
         above, upper, lower = two_means(jnp.abs(kept) * down, sent)
-        # The bits of a bfloat16: a conversion there and back could be dropped by a compiler.
         lost = jnp.sum(0 * kept, axis=-1, keepdims=True)  # NaN, where anything is not finite
+        # To the bits of a bfloat16: a conversion there and back could be dropped by a compiler.
         rounded = lax.reduce_precision(upper / down + lost, exponent_bits=8, mantissa_bits=7)
         bits = (lax.bitcast_convert_type(rounded, jnp.uint32) >> 16).astype(jnp.uint16)
         base = rounded * down
-        share = jnp.where(base > 0, jnp.round(255 * (lower / base)), 0)
+        share = jnp.round(255 * (lower / jnp.where(base > 0, base, 1)))
         codes = (kept < 0).astype(jnp.uint8) | above.astype(jnp.uint8) << 1
         shares = jnp.clip(share, 0, 255).astype(jnp.uint8)
         return {"codes": jnp.concatenate([pack_fields(codes, 2), shares], axis=-1), "upper": bits}
@@ -275,7 +275,8 @@ class Chunks(Coder):
                 "with buckets="
             )
         tiles, rest = zip(*(b.apart(x.astype(jnp.float32)) for b, x in zip(blocks, xs, strict=True)), strict=True)
-        return [filled(jnp.concatenate([*tiles, *rest]), -(-total // self.chunk) * self.chunk)]
+        # What is left over is little, of many leaves.
+        return [joined([*tiles, jnp.concatenate(rest)], -(-total // self.chunk) * self.chunk)]
 
     def unlay_all(self, ys: Sequence[jax.Array], likes: Sequence[Any]) -> list[jax.Array]:
         blocks = [Blocks.of(like.shape, self.chunk) for like in likes]
