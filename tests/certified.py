@@ -78,7 +78,7 @@ def several(mesh):
 
 def streaming(mesh, codec):
     """A call of local steps beside an exchange of what was moved before them, long enough to be worth overlapping."""
-    params = {path: jax.ShapeDtypeStruct((2 * SIZE, 2 * SIZE), jnp.float32) for path in PARAMS}
+    params = {f"w{i}": jax.ShapeDtypeStruct((2 * SIZE, 2 * SIZE), jnp.float32) for i in range(8)}
     tx = gc.streaming_diloco(optax.sgd(1e-3, momentum=0.9), every=20, fragments=2, delay=5, codec=codec)
     params, state, _ = shapes(tx, params, (), mesh)
     lies = NamedSharding(mesh, P(None, mesh.axis_names))
