@@ -10,12 +10,13 @@ import pytest
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax import views
-from gradcomp_jax.codecs.chunked import Chunks, Levels, Sigmas
+from gradcomp_jax.codecs.chunked import Chunks
 from gradcomp_jax.testing import trees
 from gradcomp_jax.testing.contexts import run
 from gradcomp_jax.testing.exchanges import declared, exchanged, means
 from gradcomp_jax.wire.packing import fields_bytes
 from gradcomp_jax.wire.places import pack_places, places_bytes, unpack_places
+from gradcomp_jax.wire.values import Levels, Sigmas
 from tests import networks
 
 
