@@ -35,7 +35,7 @@ HUES = (
 # The codecs of these hues, in their order; the last hue is for all codecs that are not listed.
 CODECS = (
     *("powersgd", "qsgd", "gradiveq", "topk", "signnorm", "onebit"),
-    *("accordion", "adaptive", "randomk", "randomblock", "cast", "float4"),
+    *("accordion", "adaptive", "randomk", "randomblock", "cast", "float4", "statistical"),
 )
 HUE = {"none": "#1a1a1a", **dict(zip(CODECS, HUES, strict=False))}
 MARKERS = "osD^vPX<>p"
