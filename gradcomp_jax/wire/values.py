@@ -6,6 +6,8 @@ of four values, for bins of 1.5 standard deviations around the mean. It is the r
 
 import abc
 import dataclasses
+import functools
+import itertools
 from typing import ClassVar
 
 import jax
@@ -142,12 +144,14 @@ def binned(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
     middle = jnp.sum(jnp.where(counted, unit, 0)) / size
     spread = jnp.sum(jnp.where(counted, jnp.square(unit - middle), 0)) / jnp.maximum(size - 1, 1)
     width = jnp.where(spread > 0, WIDTH * jnp.sqrt(spread), 1)
-    bins = jnp.clip(jnp.round((unit - middle) / width) + BINS // 2, 0, BINS - 1).astype(jnp.uint8)
+    # By comparisons, which are cheap to compute anew: divisions would be kept, in arrays of the size of x.
+    edges = [middle + (edge - BINS / 2 + 0.5) * width for edge in range(BINS - 1)]
     table = []
-    for index in range(BINS):
-        here = counted & (bins == index)
+    for low, high in itertools.pairwise([jnp.float32(-jnp.inf), *edges, jnp.float32(jnp.inf)]):
+        here = counted & (unit >= low) & (unit < high)
         members = jnp.maximum(jnp.sum(here, dtype=jnp.int32), 1).astype(jnp.float32)
         table.append(jnp.sum(jnp.where(here, unit, 0)) / members)
+    bins = functools.reduce(jnp.add, [(unit >= edge).astype(jnp.uint8) for edge in edges])
     return bins, jnp.stack(table) / down + jnp.sum(0 * x)
 
 
