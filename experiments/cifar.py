@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints, command, data, display, figures, models, records, training
+from experiments import checkpoints, command, data, display, figures, loop, models, records, training
 
 FLAGS = flags.FLAGS
 
@@ -80,10 +80,10 @@ def main() -> None:
         told = f"--epochs={FLAGS.epochs} ends within --warmup_epochs={FLAGS.warmup_epochs:g}"
         screen.print(f"{told}: the learning rate only rises", soft_wrap=True)
     try:
-        runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
+        runs = [loop.train(training.plan(name, codec, task, mesh), task, screen) for name, codec in compressors.items()]
     except (checkpoints.CheckpointError, records.RecordsError) as error:
         sys.exit(f"error: {error}")
-    except training.InterruptedRunError as interrupt:
+    except loop.InterruptedRunError as interrupt:
         screen.print(str(interrupt), soft_wrap=True)
         sys.exit(130)
 
@@ -96,7 +96,7 @@ def main() -> None:
     screen.print(f"Figure: {figure}; the records are beside it", soft_wrap=True)
 
 
-def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:
+def classification(dataset: data.Dataset, mesh: Mesh) -> loop.Task:
     """The task of classifying the images of a data set with the network of --model."""
     train, workers = dataset.train, NamedSharding(mesh, P(mesh.axis_names))
     augment = dataset.augment if FLAGS.augment is None else FLAGS.augment
@@ -131,7 +131,7 @@ def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:
     }
     name = f"{FLAGS.dataset}-{FLAGS.model}"
     evaluate = evaluation(graphdef, dataset, mesh)
-    return training.Task(name, settings, params, stats, loss_fn, batches, len(train.labels), evaluate)
+    return loop.Task(name, settings, params, stats, loss_fn, batches, len(train.labels), evaluate)
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:

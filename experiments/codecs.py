@@ -110,12 +110,22 @@ CODECS: dict[str, Callable[..., Compressor]] = {**gradcomp_jax.CODECS, "accordio
 
 def define_flags() -> None:
     """Defines `--codec`, and `--<codec>_<keyword>` for every codec."""
+    define_choice()
+    define_settings()
+
+
+def define_choice() -> None:
+    """Defines `--codec`."""
     flags.DEFINE_list(
         "codec",
         ["none"],
         f"Codecs to train with, one after another: {', '.join(CODECS)}. --codec=NAME --help shows its settings.",
     )
     flags.register_validator("codec", _require_known)
+
+
+def define_settings() -> None:
+    """Defines `--<codec>_<keyword>` for every codec, and the flags of error feedback."""
     for name, factory in CODECS.items():
         helps = argument_help(factory) | {"quantizer_bits": QUANTIZER_BITS_HELP}
         for keyword, (kind, default) in keywords(factory).items():

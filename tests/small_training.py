@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import display, records, training
+from experiments import display, loop, records, training
 from tests import problem
 
 FLAGS = flags.FLAGS
@@ -93,7 +93,7 @@ def regression(stop_at=None):
         return {"loss": float(sum(jnp.sum(x**2) for x in jax.tree.leaves(params))), "accuracy": 0.5}
 
     params, state = with_kernel(problem.params(), (2, 2, 16, 64)), {"seen": jnp.zeros((), jnp.int32)}
-    return training.Task("regression", {}, params, state, loss_fn, batches, 32 * STEPS_PER_EPOCH, evaluate)
+    return loop.Task("regression", {}, params, state, loss_fn, batches, 32 * STEPS_PER_EPOCH, evaluate)
 
 
 def train(task=None, said=None):
@@ -102,7 +102,7 @@ def train(task=None, said=None):
     screen = display.Console(file=said, width=1000) if said else display.console()
     mesh = training.worker_mesh(FLAGS.workers)
     task = task or regression()
-    return training.train(name, training.codec(name, task), task, mesh, screen)
+    return loop.train(training.plan(name, training.codec(name, task), task, mesh), task, screen)
 
 
 def only_run(folder):
