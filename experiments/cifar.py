@@ -28,12 +28,6 @@ FLAGS = flags.FLAGS
 for name in training.SHOWN:  # in --help
     flags.declare_key_flag(name)
 flags.DEFINE_enum("dataset", "digits", data.DATASETS, "What to train on; digits needs no files and no network.")
-flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Where the data set's folder is, such as cifar-10-batches-py; by default GRADCOMP_DATA_DIR of the environment, or "
-    "else it is downloaded.",
-)
 flags.DEFINE_enum("model", "resnet8", list(models.NAMES), "The network.")
 flags.DEFINE_boolean(
     "augment", None, "Random crops and flips of the images to train on; by default those of CIFAR, not the digits."
@@ -187,4 +181,4 @@ def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[An
 
 
 if __name__ == "__main__":
-    command.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=loop.command_line(sys.argv))

@@ -137,7 +137,7 @@ def define_settings() -> None:
 
 def show_settings(argv: Sequence[str]) -> None:
     """Adds the settings of the codecs in a command line to the --help of its program."""
-    given = re.findall(r" --?codec[= ](\S+)", " ".join(argv))
+    given = re.findall(r" --?(?:codec|method)[= ](\S+)", " ".join(argv))
     named = [name for names in given for name in names.split(",") if name in CODECS]
     settings = [f"{name}_{keyword}" for name in named for keyword in keywords(CODECS[name])]
     for flag in [*settings, *FEEDBACK] if named else ():

@@ -229,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=loop.command_line(sys.argv))

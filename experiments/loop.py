@@ -53,6 +53,12 @@ flags.register_validator(
     lambda counts: counts and all(count.isdecimal() and int(count) for count in counts),
     message="must be whole numbers from 1, with commas between them",
 )
+flags.DEFINE_string(
+    "data_dir",
+    None,
+    "Where the data set's folder is, such as cifar-10-batches-py; by default GRADCOMP_DATA_DIR of the environment, or "
+    "else it is downloaded.",
+)
 flags.DEFINE_integer("seed", 0, "Of the initial parameters, the batches and the codecs.", 0, 2**32 - 1)
 flags.DEFINE_integer("eval_every", 100, "Steps from one evaluation on the test split to the next.", lower_bound=1)
 flags.DEFINE_integer("log_every", 10, "Steps over which a line of the records is a mean.", lower_bound=1)
@@ -381,3 +387,12 @@ def carried_over(opt_state: Any, workers: int, plan: Plan, screen: display.Conso
 def placed(tree: Any, workers: Mesh | int) -> Any:
     """Arrays where a step takes them."""
     return place(tree, workers) if isinstance(workers, Mesh) else jax.tree.map(jnp.asarray, tree)
+
+
+def command_line(argv: list[str]) -> list[str]:
+    """`argv` with every --flagfile=... moved to the front, so that flags beside a preset win, in any order.
+
+    --help shows the settings of the codecs that `argv` names.
+    """
+    codecs.show_settings(argv)
+    return argv[:1] + sorted(argv[1:], key=lambda arg: not arg.lstrip("-").startswith("flagfile="))

@@ -60,6 +60,7 @@ SHOWN = (
     "seed",
     "out_dir",
     "checkpoint_dir",
+    "data_dir",
 )
 NO_REORDERING = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # The settings that a run must share with the checkpoint from which it goes on, beside the experiment's own flags.
@@ -165,12 +166,3 @@ def require_batches(batch_size: int, workers: int, examples: int) -> None:
         )
     if batch_size > examples:
         raise ValueError(f"--batch_size={batch_size} is more than the {examples} examples to train on")
-
-
-def command_line(argv: list[str]) -> list[str]:
-    """`argv` with every --flagfile=... moved to the front, so that flags beside a preset win, in any order.
-
-    --help shows the settings of the codecs that `argv` names.
-    """
-    codecs.show_settings(argv)
-    return argv[:1] + sorted(argv[1:], key=lambda arg: not arg.lstrip("-").startswith("flagfile="))

@@ -265,7 +265,7 @@ def test_an_unknown_codec_is_told_which_there_are(given):
 @pytest.mark.parametrize("argv", [["--codec=qsgd", "--flagfile=P"], ["--flagfile=P", "--codec=qsgd"]])
 def test_what_is_typed_beside_a_preset_wins_in_any_order(argv):
     argv = [arg.replace("P", str(ROOT / "experiments/presets/digits.flags")) for arg in argv]
-    FLAGS(training.command_line(["test", *argv]))
+    FLAGS(loop.command_line(["test", *argv]))
     assert FLAGS.codec == ["qsgd"]
 
 
@@ -415,7 +415,7 @@ def test_a_training_sees_the_same_batches_from_wherever_it_goes_on():
     ],
 )
 def test_wrong_settings_end_in_a_message(args, message):
-    argv = training.command_line(["cifar", *args])
+    argv = loop.command_line(["cifar", *args])
     FLAGS(argv)
     with pytest.raises(SystemExit, match=re.escape(message)):
         cifar.main()
