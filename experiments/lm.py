@@ -75,7 +75,7 @@ flags.DEFINE_integer("context", 128, "Characters of a sequence.", lower_bound=1)
 flags.DEFINE_integer("sequences", 2, "Sequences of a worker in a step.", lower_bound=1)
 flags.DEFINE_integer("validation_tokens", 32_768, "Characters of the held-out tenth to evaluate on.", lower_bound=1)
 flags.DEFINE_integer("width", 256, "Of the transformer; a multiple of --heads.", lower_bound=1)
-flags.DEFINE_integer("layers", 4, "Blocks of the transformer.", lower_bound=1)
+flags.DEFINE_integer("blocks", 4, "Layers of the transformer.", lower_bound=1)
 flags.DEFINE_integer("heads", 4, "Heads of each attention.", lower_bound=1)
 flags.DEFINE_float("adamw_lr", 2e-3, "AdamW's largest learning rate, of per-step methods and of local steps.", 0)
 flags.DEFINE_float("muon_lr", 0.02, "Muon's largest learning rate, for the kernels; it trains the rest by AdamW.", 0)
@@ -128,14 +128,14 @@ def trained(screen: display.Console) -> list[records.Run]:
 
 def language_model(source: text.Text) -> loop.Task:
     """The task of predicting the next character with the transformer of the flags."""
-    if FLAGS.width % FLAGS.heads:
-        raise ValueError(f"--width={FLAGS.width} does not divide among --heads={FLAGS.heads}")
+    if FLAGS.width % (2 * FLAGS.heads):
+        raise ValueError(f"--width={FLAGS.width} is no even multiple of --heads={FLAGS.heads}")
     size, context = FLAGS.workers * FLAGS.sequences, FLAGS.context
     per_epoch = text.steps_per_epoch(source.train, size, context)
     if FLAGS.tokens < size * context:
         raise ValueError(f"--tokens={FLAGS.tokens} is less than a step, which has {size * context} over all workers")
     held_out = text.pieces(source.validation, max(1, FLAGS.validation_tokens // context), context)
-    network = Transformer(source.symbols, context, FLAGS.width, FLAGS.layers, FLAGS.heads, nnx.Rngs(FLAGS.seed))
+    network = Transformer(source.symbols, FLAGS.width, FLAGS.blocks, FLAGS.heads, nnx.Rngs(FLAGS.seed))
     graphdef, params = nnx.split(network, nnx.Param)
 
     def judged(params: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -159,7 +159,7 @@ def language_model(source: text.Text) -> loop.Task:
     def batches(done: int) -> Iterator[jax.Array]:
         return map(jnp.asarray, text.batches(source.train, size, context, FLAGS.seed, done))
 
-    shape = {key: FLAGS[key].value for key in ("context", "width", "layers", "heads", "validation_tokens")}
+    shape = {key: FLAGS[key].value for key in ("context", "width", "blocks", "heads", "validation_tokens")}
     settings = {"text": source.name, "text_sha256": source.sha256, **shape}
     name = f"{source.name}-transformer"
     return loop.Task(name, settings, params, (), loss_fn, batches, per_epoch * size * context, evaluate, "tokens")

@@ -29,7 +29,7 @@ from tests.small_training import FLAGS, assert_same_end, standard_promotion  # n
 
 ROOT = pathlib.Path(__file__).parent.parent
 VERSE = ("".join(map(chr, range(97, 113))) + "to be or not to be ").encode() * 60
-SMALL = ["--context=8", "--width=16", "--layers=1", "--heads=2", "--validation_tokens=64", "--workers=2", "--every=3"]
+SMALL = ["--context=8", "--width=16", "--blocks=1", "--heads=2", "--validation_tokens=64", "--workers=2", "--every=3"]
 SMALL += [
     "--tokens=224",
     "--sequences=2",
@@ -161,7 +161,7 @@ def test_on_another_number_of_workers_it_goes_on(verse, tmp_path, monkeypatch, c
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--width=18", "--heads=4"], "--width=18 does not divide among --heads=4"),
+        (["--width=18", "--heads=4"], "--width=18 is no even multiple of --heads=4"),
         (["--tokens=31"], "--tokens=31 is less than a step, which has 32 over all workers"),
         (["--context=1000"], "a batch has 4 pieces of 1000 symbols, and the text has 1890 to train on"),
         (["--method=streaming_diloco", "--every=3", "--streaming_delay=3"], "delay=3 must be below every=3"),
@@ -267,7 +267,7 @@ def test_the_pieces_of_an_evaluation_are_spread_over_the_held_out_text():
 
 
 def test_a_symbol_is_predicted_from_those_before_it_alone():
-    network = Transformer(5, 8, 16, 2, 4, nnx.Rngs(0))
+    network = Transformer(5, 16, 2, 4, nnx.Rngs(0))
     symbols = np.random.default_rng(0).integers(0, 5, (2, 8))
     changed = symbols.copy()
     changed[:, 5] = (changed[:, 5] + 1) % 5
@@ -276,13 +276,20 @@ def test_a_symbol_is_predicted_from_those_before_it_alone():
     assert (np.abs(before[:, 5:] - after[:, 5:]).max(axis=(0, 2)) > 1e-6).all()
 
 
+def test_a_position_is_told_by_the_order_alone():
+    network = Transformer(5, 16, 1, 4, nnx.Rngs(0))
+    symbols = np.random.default_rng(0).permutation(5)[None]
+    apart = np.abs(network(symbols)[:, -1] - network(symbols[:, [1, 0, 2, 3, 4]])[:, -1]).max()
+    assert apart > 1e-7  # without positions they would be equal, to rounding
+
+
 def test_the_network_of_the_default_flags_has_three_million_parameters():
     FLAGS(["lm"])
-    make = lambda: Transformer(65, FLAGS.context, FLAGS.width, FLAGS.layers, FLAGS.heads, nnx.Rngs(0))  # noqa: E731
+    make = lambda: Transformer(65, FLAGS.width, FLAGS.blocks, FLAGS.heads, nnx.Rngs(0))  # noqa: E731
     params = jax.eval_shape(lambda: nnx.state(make(), nnx.Param))
     width = 256
     layers = 4 * (12 * width**2 + 2 * width)
-    assert sum(x.size for x in jax.tree.leaves(params)) == layers + (65 + 128 + 1) * width == 3_197_440
+    assert sum(x.size for x in jax.tree.leaves(params)) == layers + (65 + 1) * width == 3_164_672
 
 
 def test_muon_trains_the_kernels_and_adamw_the_rest(verse, tmp_path):
