@@ -4,6 +4,7 @@
     python -m experiments.cifar --codec=none,qsgd --qsgd_bits=2 --dataset=cifar10 --model=resnet20
 
 All codecs start from the same parameters, and see the same batches at the same learning rates. Nothing else differs.
+With --every=1,10 each codec exchanges gradients in each step, and then, every 10 steps, how far the workers have moved.
 The workers are the accelerators of the machine, or devices that the CPU emulates. With --checkpoint_dir a stopped run
 (by Ctrl-C or by anything else) goes on where it was when the same command is given again.
 """
@@ -62,10 +63,12 @@ def main() -> None:
         training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
         task = classification(dataset, mesh)
         training.learning_rate(task.examples // FLAGS.batch_size)  # it may be refused, and then it is refused now
-        compressors = {name: training.codec(name, task) for name in FLAGS.codec}
-        for codec in compressors.values():
+        training.require_outer(task, f"--model={FLAGS.model}")
+        ways = [(name, every) for name in FLAGS.codec for every in map(int, FLAGS.every)]
+        plans = [training.plan(name, training.codec(name, task, every), task, mesh, every) for name, every in ways]
+        for plan in plans:
             # A codec that refuses this network does so now, not after the codecs before it have trained.
-            jax.eval_shape(codec.init, task.params)
+            jax.eval_shape(plan.tx.init, task.params)
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
     out_dir = command.directory("out_dir", FLAGS.out_dir)
@@ -74,7 +77,7 @@ def main() -> None:
         told = f"--epochs={FLAGS.epochs} ends within --warmup_epochs={FLAGS.warmup_epochs:g}"
         screen.print(f"{told}: the learning rate only rises", soft_wrap=True)
     try:
-        runs = [loop.train(training.plan(name, codec, task, mesh), task, screen) for name, codec in compressors.items()]
+        runs = [loop.train(plan, task, screen) for plan in plans]
     except (checkpoints.CheckpointError, records.RecordsError) as error:
         sys.exit(f"error: {error}")
     except loop.InterruptedRunError as interrupt:

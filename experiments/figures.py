@@ -227,7 +227,7 @@ def accuracy(runs: Sequence[Run], title: str, path: pathlib.Path) -> None:
     by_step, by_bytes = figure.subplots(1, 2, sharey=True)
     for run in runs:
         (line,) = _line(by_step, run.test, "accuracy", "step", looks[run.name], thin=False)
-        line.set_label(f"{run.header['codec']} ({run.test[-1]['bytes'] / 1e6:.3g} MB in all)")
+        line.set_label(f"{run.called} ({run.test[-1]['bytes'] / 1e6:.3g} MB in all)")
         _line(by_bytes, run.test, "accuracy", "bytes", looks[run.name], thin=False)
     for axes, against in ((by_step, "step"), (by_bytes, "bytes")):
         _cut(axes)

@@ -67,6 +67,13 @@ class Run(NamedTuple):
         return self.header["label"]
 
     @property
+    def called(self) -> str:
+        """The codec without its settings, such as "topk", or "topk, every 10" with outer steps."""
+        codec = self.header["codec"]
+        every = self.header["settings"].get(f"{codec}_every", 1)
+        return codec if every == 1 else f"{codec}, every {every}"
+
+    @property
     def accuracy(self) -> float:
         """The accuracy on the test split at the last evaluation, between 0 and 1."""
         return self.test[-1]["accuracy"] if self.test else float("nan")

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+from typing import Any
 
 import jax
 import optax
@@ -10,7 +11,7 @@ from absl import flags
 from jax.sharding import Mesh
 
 from experiments import codecs, loop, optimizers
-from gradcomp_jax import delayed, make_mesh, measured
+from gradcomp_jax import delayed, make_mesh, measured, outer
 
 FLAGS = flags.FLAGS
 
@@ -46,6 +47,7 @@ flags.DEFINE_float("weight_decay", 1e-4, "Of kernels, added to the aggregated gr
 SHOWN = (
     "codec",
     "delayed",
+    "every",
     "workers",
     "epochs",
     "batch_size",
@@ -82,8 +84,13 @@ SETTINGS = (
 )
 
 
-def codec(name: str, task: loop.Task) -> optax.GradientTransformationExtraArgs:
+def codec(name: str, task: loop.Task, every: int = 1) -> optax.GradientTransformationExtraArgs:
     """The codec `name` with its flags.
+
+    Args:
+      name: a key of `codecs.CODECS`.
+      task: the task.
+      every: the steps from one exchange to the next.
 
     Raises:
       ValueError: the factory refuses a value.
@@ -91,18 +98,37 @@ def codec(name: str, task: loop.Task) -> optax.GradientTransformationExtraArgs:
     steps_per_epoch = task.examples // FLAGS.batch_size
     # A cosine falls in every step, so accordion would compress in none.
     schedule = learning_rate(steps_per_epoch) if FLAGS.schedule == "step" else None
-    made = codecs.from_flags(name, FLAGS.seed, codecs.Course(steps_per_epoch, schedule))
+    made = codecs.from_flags(
+        name, FLAGS.seed, codecs.Course(steps_per_epoch // every, schedule if every == 1 else None)
+    )
     if FLAGS.measured and name != "none":  # none loses nothing
         made = measured(made)
     return delayed(made) if FLAGS.delayed else made
 
 
-def label(name: str) -> str:
+def label(name: str, every: int = 1) -> str:
     """The codec's name, with the settings that are not at their defaults."""
-    return codecs.label(name) + " delayed" * FLAGS.delayed
+    return codecs.label(name) + " delayed" * FLAGS.delayed + f" every={every}" * (every > 1)
 
 
-def plan(name: str, codec: optax.GradientTransformationExtraArgs, task: loop.Task, mesh: Mesh) -> loop.Plan:
+def require_outer(task: loop.Task, model: str) -> None:
+    """Raises ValueError for flags that ask for outer steps where there can be none.
+
+    Args:
+      task: the task.
+      model: the flag that gave its network, such as "--model=resnet8".
+    """
+    several = [every for every in FLAGS.every if int(every) > 1]
+    if several and jax.tree.leaves(task.model_state):
+        raise ValueError(
+            f"--every={several[0]}: between exchanges the batch statistics of {model} would differ from worker to "
+            "worker; --model=resnet8gn has none, nor has --model=vgg12, for images of 15x15 or more"
+        )
+    if several and FLAGS.delayed:
+        raise ValueError(f"--delayed is for exchanges in each step, and not for --every={several[0]}")
+
+
+def plan(name: str, codec: Any, task: loop.Task, mesh: Mesh, every: int = 1) -> loop.Plan:
     """The training of a task with one codec, as the flags say.
 
     Args:
@@ -110,14 +136,19 @@ def plan(name: str, codec: optax.GradientTransformationExtraArgs, task: loop.Tas
       codec: the codec.
       task: the task.
       mesh: the mesh of the workers.
+      every: the steps from one exchange to the next. Above 1 the flags' optimiser makes the local steps of `outer`.
     """
     steps_per_epoch = task.examples // FLAGS.batch_size
     schedule = learning_rate(steps_per_epoch)
-    tx = optimizers.optimizer(FLAGS.optimizer, codec, schedule, FLAGS.momentum, FLAGS.weight_decay)
+    first = codec if every == 1 else optax.identity()
+    tx = optimizers.optimizer(FLAGS.optimizer, first, schedule, FLAGS.momentum, FLAGS.weight_decay)
+    if every > 1:
+        tx = outer(tx, every=every, codec=codec)
     settings = {key: FLAGS[key].value for key in SETTINGS} | codecs.settings(name)
-    settings |= {f"{name}_delayed": FLAGS.delayed}  # in a comparison it is a setting of the codec, like the others
+    # In a comparison these are settings of the codec, like the others.
+    settings |= {f"{name}_delayed": FLAGS.delayed, f"{name}_every": every}
     steps = FLAGS.epochs * steps_per_epoch
-    return loop.Plan(name, label(name), settings, tx, schedule, steps, FLAGS.batch_size, mesh)
+    return loop.Plan(name, label(name, every), settings, tx, schedule, steps, FLAGS.batch_size, mesh)
 
 
 def learning_rate(steps_per_epoch: int) -> optax.Schedule:

@@ -46,6 +46,7 @@ ROOT = pathlib.Path(__file__).parent.parent
         ("onebit", ["--optimizer=adagrad"]),
         ("adaptive", ["--delayed"]),
         ("accordion", ["--ef21"]),
+        ("topk", ["--every=5", "--optimizer=adam"]),
     ],
 )
 def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path):
@@ -53,9 +54,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path)
     given(tmp_path / "whole", *args, codec=codec)
     train()
     given(tmp_path / "stopped", *args, codec=codec)
-    with pytest.raises(
-        loop.InterruptedRunError, match=r"at step 9 of 12; the same command goes on from .*checkpoints"
-    ):
+    with pytest.raises(loop.InterruptedRunError, match=r"at step 9 of 12; the same command goes on from .*checkpoints"):
         train(regression(stop_at=8))
     assert [line["step"] for line in train().resumed] == [9]
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
