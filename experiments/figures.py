@@ -36,7 +36,7 @@ HUES = (
 # The codecs of these hues, in their order; the last hue is for all codecs that are not listed.
 CODECS = (
     *("powersgd", "qsgd", "gradiveq", "topk", "signnorm", "onebit"),
-    *("accordion", "adaptive", "randomk", "randomblock", "cast", "float4"),
+    *("accordion", "adaptive", "randomk", "randomblock", "cast", "float4", "statistical"),
 )
 # Methods with outer steps, whose colors are codecs' that are seldom beside them.
 METHODS = dict(zip(("diloco", "sparseloco", "muloco", "streaming_diloco"), HUES[1:5], strict=True))

@@ -44,6 +44,9 @@ CODECS: dict[str, tuple[Callable[..., gc.Compressor], Sequence[str]]] = {
     "onebit": (gc.onebit, TWO_WAYS),
     "signnorm": (gc.signnorm, TWO_WAYS),
     "topk, 1 %": (gc.topk, TWO_WAYS),
+    "topk, 64 of 4096": (lambda aggregate: gc.topk(chunk=4096, k=64, aggregate=aggregate), TWO_WAYS),
+    "float4": (gc.float4, TWO_WAYS),
+    "statistical": (gc.statistical, TWO_WAYS),
     "adaptive, 1 of 32": (gc.adaptive, TWO_WAYS),
 }
 NOTE = (

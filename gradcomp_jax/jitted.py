@@ -32,10 +32,13 @@ class Jitted:
         self._processes = len({device.process_index for device in devices})
         self._one_at_a_time = not isinstance(mesh, int) and emulates(mesh)
 
-    def run(self, step: Any, args: Sequence[Any], awaited: Callable[[Any], Any]) -> Any:
-        """The results of a step; `awaited` picks the result that the next step waits for."""
+    def run(self, step: Any, args: Sequence[Any], awaited: Callable[[Any], Any], alone: bool = False) -> Any:
+        """The results of a step; `awaited` picks the result that the next step waits for.
+
+        A step in which no device waits for another is `alone`, and need not wait itself.
+        """
         last, self._last = self._last, None
-        if last is not None and not last.is_deleted():
+        if last is not None and not alone and not last.is_deleted():
             jax.block_until_ready(last)
         try:
             results = in_automatic_axes(self._mesh, step)(*args)

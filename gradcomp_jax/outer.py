@@ -31,7 +31,7 @@ from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.feedback import Feedback
 from gradcomp_jax.periods import QUIET, Moment, Period, in_fragments
 from gradcomp_jax.sharding import OWN, PerWorker
-from gradcomp_jax.views import halved, narrow, wide, widen
+from gradcomp_jax.views import halved, narrow, once_stored, wide, widen
 
 Weigh = Callable[[Any], Any]
 Moves = dict[str, jax.Array]
@@ -150,24 +150,26 @@ class Method:
 
     def init(self, params: Any) -> OuterState:
         """The first state, in local form."""
-        named = not isinstance(params, PLACEHOLDER)
-        count = self._count(params) if named else 1
-        part = lambda f: self._part(params, f) if named and count > 1 else params  # noqa: E731
-        if compressor_states(inner := self.inner.init(params)):
-            raise ValueError(
-                "outer: inner holds a codec, and a local step exchanges nothing: give the codec as codec=, and the "
-                "inner optimiser without one, as in outer(optax.adamw(4e-4), every=30, codec=topk(0.01))"
-            )
-        own = jax.tree.map(lambda x: jnp.array(x, copy=True), params) if named else params  # donated by itself
-        zero = jnp.int32(0)
-        worker = Worker(own, inner, zero, zero, jnp.zeros(count, jnp.float32), jnp.float32(0), jnp.float32(0))
-        anchors = [jax.tree.map(widen, part(f)) if named else params for f in range(count)]
-        halves = {path: x for path, x in flatten(params)[0].items() if wide(x.dtype) != x.dtype} if named else {}
+        if isinstance(params, PLACEHOLDER):
+            parts, own, halves = [params], params, {}
+        else:
+            parts = [jax.tree.map(widen, self._part(params, f)) for f in range(self._count(params))]
+            own = jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # because each may be donated
+            halves = {path: x for path, x in flatten(params)[0].items() if wide(x.dtype) != x.dtype}
+        inner, outers = self.inner.init(params), tuple(map(self.outer.init, parts))
+        for name, state in (("inner", inner), ("outer=", outers)):
+            if compressor_states(state):
+                raise ValueError(
+                    f"{name} holds a codec, and only the codec of outer(...) exchanges anything: give optimisers "
+                    "without one, as in outer(optax.adamw(4e-4), every=30, codec=topk(0.01))"
+                )
+        none, zero = jnp.int32(0), jnp.float32(0)
+        worker = Worker(own, inner, none, none, jnp.zeros(len(parts), jnp.float32), zero, zero)
         return OuterState(
             PerWorker(worker, self.axis, OWN),
-            jnp.int32(0),
-            tuple(self._codec_of(params).init(anchor) for anchor in anchors),
-            tuple(self.outer.init(anchor) for anchor in anchors),
+            none,
+            tuple(map(self._codec_of(params).init, parts)),
+            outers,
             {path: jnp.zeros(x.shape, jnp.float32) for path, x in halves.items()},
             jnp.float32(jnp.nan),
         )
@@ -238,10 +240,10 @@ class Method:
         grads, loss, weight = self._of_worker((grads, jnp.float32(loss), jnp.float32(weight)))
         finite = ways.agreed([ways.within(x, 1) for x in jax.tree.leaves(grads)])
         changes, inner = self.inner.update(grads, mine.inner, mine.params, value=loss, **(extra_args or {}))
-        counts = finite & jnp.isfinite(loss)
+        counts, params = finite & jnp.isfinite(loss), optax.apply_updates(mine.params, changes)
         worker = mine._replace(
-            params=_where(finite, optax.apply_updates(mine.params, changes), mine.params),
-            inner=_where(finite, inner, mine.inner),
+            params=_where(finite, params, mine.params),
+            inner=_where(once_stored(finite, params), inner, mine.inner),
             held=mine.held + jnp.where(finite, 0, 1),
             weight=mine.weight + jnp.where(finite, weight, 0),
             loss=mine.loss + jnp.where(counts, loss, 0),
@@ -319,6 +321,8 @@ class Method:
         losses, count = delivered.beside
         none = collectives.vary(jnp.float32(0), self.axis)
         worker = mine._replace(weight=mine.weight.at[fragment].set(0), loss=none, steps=none)
+        # Local steps after this wait for the short message only. So the long one begins before them, not after.
+        worker, _ = jax.lax.optimization_barrier((worker, everyone))
         state = state._replace(
             worker=state.worker._replace(value=worker),
             codec=_with(state.codec, fragment, codec),
@@ -366,7 +370,12 @@ class Method:
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, jnp.asarray(o, jnp.result_type(n))), new, old)
+    """`new` if the condition holds, else `old`.
+
+    Between steps, what a worker has of its own has an axis for the workers, [1, ...] on each. The selection is in that
+    shape, because XLA's CPU backend reuses a given buffer only for results of its own shape.
+    """
+    return jax.tree.map(lambda n, o: jnp.where(condition, n[None], jnp.asarray(o, n.dtype)[None])[0], new, old)
 
 
 def _with(items: tuple[Any, ...], index: int, item: Any) -> tuple[Any, ...]:

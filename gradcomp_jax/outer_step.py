@@ -337,7 +337,8 @@ class OuterStep(Jitted):
         program = self._program(moments)
         if {*moments} == {QUIET}:
             given = opt_state.worker, opt_state.place
-            worker, place, aux = self.run(program, (*given, *rest), lambda results: results[1])
+            alone = self._programs.method.codec.settings.fast is None
+            worker, place, aux = self.run(program, (*given, *rest), lambda results: results[1], alone)
             opt_state = opt_state._replace(worker=worker, place=place)
         else:
             both = params, _without_loss(opt_state)
@@ -391,26 +392,37 @@ class OuterStep(Jitted):
             )
         return self._compiled[moments]
 
-    def lower(self, *args: Any, exchange: bool | None = None) -> Any:
-        """As jax.jit's `lower`: of the program with the next exchange, or of local steps alone.
+    def lower(self, *args: Any, exchange: bool = True) -> Any:
+        """As jax.jit's `lower`, of the program of a call with an exchange, or of local steps alone.
 
         Args:
           *args: the step's arguments, or their shapes.
-          exchange: whether with an exchange; None: the program with branches, for calls inside jit.
+          exchange: whether the call has an exchange.
+
+        Raises:
+          ValueError: all calls have one, or none has; or the arguments do not fit.
         """
+        program, given = self._of(args, exchange)
+        return in_automatic_axes(self._mesh, program.lower)(*given)
+
+    def trace(self, *args: Any, exchange: bool = True) -> Any:
+        """As jax.jit's `trace`; see `lower`."""
+        program, given = self._of(args, exchange)
+        return in_automatic_axes(self._mesh, program.trace)(*given)
+
+    def _of(self, args: tuple[Any, ...], exchange: bool) -> tuple[Any, tuple[Any, ...]]:
+        """The program of a call with an exchange, or without, and its arguments."""
         if args and is_train_state(args[0]):
             args = (args[0].params, args[0].opt_state, *args[1:])
         self._require(args)
         params, opt_state, *rest = args
-        if exchange is None:
-            return in_automatic_axes(self._mesh, self._program(None).lower)(params, opt_state, *rest)
         period = self._programs.method.period(params)
-        calls = (period.moments(place, self._settings.steps) for place in list(period.places)[period.every :])
-        wanted = [found for found in calls if ({*found} != {QUIET}) == exchange]
+        calls = [period.moments(place, self._settings.steps) for place in list(period.places)[period.every :]]
+        wanted = [found for found in calls if any(x.before or x.after for x in found) == exchange]
         if not wanted:
             kind = "with" if exchange else "without"
-            raise ValueError(f"exchange={exchange}: there is no call {kind} an exchange, at every={period.every}")
-        lower = in_automatic_axes(self._mesh, self._program(wanted[0]).lower)
-        if exchange:
-            return lower(params, _without_loss(opt_state), *rest)
-        return lower(opt_state.worker, opt_state.place, *rest)
+            raise ValueError(f"exchange={exchange}: no call is {kind} an exchange, at every={period.every}")
+        program = self._program(wanted[0])
+        if {*wanted[0]} == {QUIET}:
+            return program, (opt_state.worker, opt_state.place, *rest)
+        return program, (params, _without_loss(opt_state), *rest)

@@ -37,10 +37,7 @@ from gradcomp_jax.outer import Outer, require_whole_optimiser
 from gradcomp_jax.outer_step import OuterStep, Settings, outer_step
 from gradcomp_jax.placing import require_parts
 from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
-from gradcomp_jax.views import always, on_cpus, others_are_automatic, widen
-
-# With fewer elements, copying a parameter's optimiser state takes less time than compiling what saves the copy.
-LARGE = 2**15
+from gradcomp_jax.views import once_stored, widen
 
 
 def train_step(
@@ -340,19 +337,6 @@ def _is_delivered(x: Any) -> bool:
 def keep(kept: jax.Array, new: Any, old: Any) -> Any:
     """`new`, or `old` if the step was skipped."""
     return jax.tree.map(lambda n, o: jnp.where(kept, n, o if o.dtype == n.dtype else o.astype(n.dtype)), new, old)
-
-
-def once_stored(kept: jax.Array, params: Any) -> jax.Array:
-    """`kept`; on CPUs it is known only once the new parameters exist.
-
-    The new parameters are computed from the optimiser's state before the step. The selection by this flag overwrites
-    that state. Without this order XLA's CPU backend begins each step with a copy of the state. Small parameters do not
-    get the order, so their state may be copied.
-    """
-    large = [x for x in jax.tree.leaves(params) if x.size >= LARGE]
-    if not large or not on_cpus() or others_are_automatic():
-        return kept
-    return jax.lax.cond(kept, always, lambda _: jnp.array(False), large)
 
 
 def keep_state(kept: jax.Array, new: Any, old: Any) -> Any:

@@ -13,6 +13,8 @@ from jax.sharding import AxisType
 
 # XLA's CPU backend sums up to so many numbers as written.
 STEP = 32
+# With fewer elements, copying a parameter's optimiser state takes less time than compiling what saves the copy.
+LARGE = 2**15
 # The types of 16 bits in which gradients may travel and be summed.
 HALVES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -105,6 +107,19 @@ def always(results: Any) -> jax.Array:
     return (functools.reduce(jnp.bitwise_or, bits) & 1) < 2
 
 
+def once_stored(kept: jax.Array, params: Any) -> jax.Array:
+    """`kept`; on CPUs it is known only once the new parameters exist.
+
+    The new parameters are computed from the optimiser's state before the step. The selection by this flag overwrites
+    that state. Without this order XLA's CPU backend begins each step with a copy of the state. Small parameters do not
+    get the order, so their state may be copied.
+    """
+    large = [x for x in jax.tree.leaves(params) if x.size >= LARGE]
+    if not large or not on_cpus() or others_are_automatic():
+        return kept
+    return lax.cond(kept, always, lambda _: kept, large)
+
+
 def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]:
     """`x` in pieces of these sizes along an axis, from the front on; the rest of `x` is left out.
 
@@ -116,6 +131,29 @@ def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]
     places = known_late(list(itertools.accumulate(sizes[:-1], initial=0)), x)
     cut = functools.partial(lax.dynamic_slice_in_dim, x, axis=axis, allow_negative_indices=False)
     return [cut(place, size) for place, size in zip(places, sizes, strict=True)]
+
+
+def late_zeros(length: int, x: jax.Array) -> jax.Array:
+    """Zeros [length] in the type of `x`, which XLA knows only once it has `x`.
+
+    It writes known zeros as large first, and keeps them and a copy of them until they are needed.
+    """
+    return jnp.broadcast_to(jnp.where(always(x), jnp.zeros((), x.dtype), 1), length)
+
+
+def joined(parts: Sequence[jax.Array], length: int) -> jax.Array:
+    """Vectors of one type, one after another, filled up with zeros to `length`; the inverse of `split`.
+
+    On CPUs each is written where it belongs. XLA's CPU backend would first write all vectors, and then copy them.
+    """
+    parts = [part for part in parts if part.size]
+    if not on_cpus() or len(parts) < 2:
+        return filled(jnp.concatenate(parts) if len(parts) > 1 else parts[0], length)
+    whole = late_zeros(length, parts[0])
+    starts = list(itertools.accumulate((part.size for part in parts[:-1]), initial=0))
+    for part, start in zip(parts, known_late(starts, parts[0]), strict=True):
+        whole = lax.dynamic_update_slice(whole, part, (start,), allow_negative_indices=False)
+    return whole
 
 
 def known_late(numbers: Sequence[int], x: jax.Array) -> list[jax.Array]:

@@ -74,3 +74,13 @@ def several(mesh):
         return sum(lax.psum(x[i::4] * (i + 1), "node").sum() for i in range(4))[None]
 
     return collective(mesh, jnp.float32, sums)
+
+
+def streaming(mesh, codec):
+    """A call of local steps beside an exchange of what was moved before them, long enough to be worth overlapping."""
+    params = {f"w{i}": jax.ShapeDtypeStruct((2 * SIZE, 2 * SIZE), jnp.float32) for i in range(8)}
+    tx = gc.streaming_diloco(optax.sgd(1e-3, momentum=0.9), every=20, fragments=2, delay=5, codec=codec)
+    params, state, _ = shapes(tx, params, (), mesh)
+    lies = NamedSharding(mesh, P(None, mesh.axis_names))
+    batch = jax.ShapeDtypeStruct((5, 4 * mesh.size, 2 * SIZE), jnp.float32, sharding=lies)
+    return gc.train_step(loss_fn, tx, mesh, steps=5), (params, state, batch)

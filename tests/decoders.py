@@ -237,6 +237,17 @@ def float4(bucket):
     return decode
 
 
+def statistical(payload, shapes, shards):
+    """A table of four values a tensor, and two bits an element that say which."""
+    reader, shard = Reader(payload), {}
+    sizes = {path: -(-elements(shapes[path]) // shards) for path in sorted(shapes)}
+    tables = reader.take(4 * len(shapes), np.float32).reshape(-1, 4)
+    codes = reader.fields(sum(sizes.values()), 2)
+    for (path, size), table in zip(sizes.items(), tables, strict=True):
+        shard[path], codes = table.astype(np.float64)[codes[:size]], codes[size:]
+    return reader.read(shard)
+
+
 def adaptive(capacity):
     """Sparse columns: starts and two values a column, then row << 1 | side for each element; (n, m) -> capacity."""
 

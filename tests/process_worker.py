@@ -14,10 +14,12 @@ import traceback
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gc
-from tests import problem
+from gradcomp_jax.testing import trees
+from tests import networks, problem
 from tests.table import AMONG_PROCESSES
 
 # What is summed in 16 bits, or is not on CPUs.
@@ -32,6 +34,8 @@ NARROW = {
 STEPS = 10
 # Two megabytes, and a vector that travels dense.
 TRAFFIC = {"kernel": (2**16, 8), "bias": (2**10,)}
+# Of 2.9 million parameters, small leaves and all; and the local steps of a period.
+TRANSFORMER, EVERY = networks.transformer(layers=4, width=208), 2
 # Where Linux's struct tcp_info has the counts of bytes: given but not sent yet, sent, of that sent again.
 NOT_SENT, SENT, SENT_AGAIN = 144, 200, 208
 
@@ -80,6 +84,26 @@ def traffic(tx, mesh, rank, coordinator):
         sent.append(bytes_written(coordinator) - before)
         declared.append(gc.wire_bits(state).last)
     return {"declared": declared, "total": gc.wire_bits(state).total, "sent": sent}
+
+
+def periods(mesh, coordinator):
+    """For each step of two periods of SparseLoCo, all bits declared so far and the bytes that this process sent."""
+    tx = gc.sparseloco(optax.sgd(0.1), every=EVERY)
+
+    def loss(params, rows):
+        waves = (jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape) for x in jax.tree.leaves(params))
+        return jnp.mean(rows) * sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(params), waves, strict=True))
+
+    params = gc.place(trees.zeros(TRANSFORMER), mesh)
+    step, state = gc.train_step(loss, tx, mesh), gc.init(tx, params, mesh)
+    rows = gc.shard_batch(np.float32([1 + jax.process_index()]), mesh)
+    declared, sent = [], []
+    for _ in range(2 * EVERY):
+        before = bytes_written(coordinator)
+        params, state, _ = jax.block_until_ready(step(params, state, rows))
+        sent.append(bytes_written(coordinator) - before)
+        declared.append(gc.wire_bits(state).total)
+    return {"declared": declared, "sent": sent}
 
 
 def bytes_written(coordinator):
@@ -138,6 +162,7 @@ def main(file, rank, processes, port):
             results[row.id].update(traffic(row.make(), mesh, int(rank), int(port)))
     if mesh.size > 2 and kernel_counts_bytes():
         results |= {id: traffic(tx, mesh, int(rank), int(port)) for id, tx in NARROW.items()}
+        results["sparseloco"] = periods(mesh, int(port))
     with open(file, "wb") as out:
         pickle.dump(results, out)
 

@@ -297,6 +297,10 @@ def size_signnorm(shapes, shards):
     return 4 * len(shapes) + -(-sum(-(-elements(shape) // shards) for shape in shapes) // 8)
 
 
+def size_statistical(shapes, shards):
+    return sum(16 + -(-2 * -(-elements(shape) // shards) // 8) for shape in shapes)
+
+
 def size_cast(dtype):
     def size(shapes, shards):
         return sum(4 + jnp.dtype(dtype).itemsize * -(-elements(shape) // shards) for shape in shapes)

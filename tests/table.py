@@ -1,6 +1,6 @@
 """The table of codecs, over which every law is tested. A new codec adds its rows here and inherits all."""
 
-from gradcomp_jax import EF21, Feedback, randomblock, randomk, signnorm, topk
+from gradcomp_jax import EF21, Feedback, randomblock, randomk, signnorm, statistical, topk
 from tests import decoders
 from tests.gradiveq_rows import Cycle, accordion_gradiveq_row, gradiveq_row, quantized_gradiveq_row
 from tests.rows import (
@@ -25,6 +25,7 @@ from tests.rows import (
     shared_row,
     size_qsgd,
     size_signnorm,
+    size_statistical,
     size_topk,
     subset_row,
     switched_coded_row,
@@ -101,6 +102,10 @@ ROWS = [
     coded_row("signnorm", signnorm, decoders.signnorm, size_signnorm, "gather")._replace(beside=("two", "small")),
     coded_row("signnorm-shuffle", signnorm, decoders.signnorm, size_signnorm, "shuffle"),
     coded_row("signnorm-vote", signnorm, decoders.signnorm, size_signnorm, "shuffle", majority=True),
+    coded_row("statistical", statistical, decoders.statistical, size_statistical, "gather")._replace(
+        beside=("two", *TINY)
+    ),
+    coded_row("statistical-shuffle", statistical, decoders.statistical, size_statistical, "shuffle"),
     switched_powersgd_row("accordion-powersgd", (4, 1), ACCORDION),
     switched_coded_row("accordion-topk", topk, (0.3, 0.1), decoders.topk, size_topk, "shuffle", ACCORDION),
     switched_coded_row(
@@ -134,6 +139,7 @@ EACH = [
         "topk-shuffle",
         "topk-chunks",
         "float4",
+        "statistical-shuffle",
         "randomk",
         "signnorm",
         "accordion-powersgd",

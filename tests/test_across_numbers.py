@@ -69,6 +69,7 @@ def by_hand(tx, by_columns):
     [
         *("none-ring", "cast-e4m3", "topk", "topk-shuffle", "signnorm-vote", "onebit-mean", "adaptive"),
         *("qsgd-4-ef", "qsgd-2-ef-shuffle", "qsgd-4-ring", "qsgd-shared"),
+        *("topk-chunks", "topk-chunks-shuffle", "float4-ef"),
     ],
 )
 def test_of_the_codec_run_by_hand_on_shards(id, monkeypatch):

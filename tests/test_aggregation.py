@@ -28,6 +28,8 @@ CODECS = {
     "onebit": (gc.onebit, "shuffle"),
     "signnorm": (gc.signnorm, "shuffle"),
     "topk": (lambda **kwargs: gc.topk(0.1, **kwargs), "shuffle"),
+    "topk-chunks": (lambda **kwargs: gc.topk(chunk=36, k=5, **kwargs), "shuffle"),
+    "float4": (lambda **kwargs: gc.float4(32, **kwargs), "shuffle"),
     "adaptive": (lambda **kwargs: gc.adaptive(8, **kwargs), "shuffle"),
     "qsgd": (lambda **kwargs: gc.qsgd(bucket_size=32, min_size=0, **kwargs), "ring"),
     "qsgd-shared": (lambda **kwargs: gc.qsgd(bucket_size=32, min_size=0, shared_scale=True, **kwargs), "psum"),
@@ -127,7 +129,7 @@ def temporary_bytes(tx, size, workers):
     return jax.jit(function).lower(grads, state).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("name", ["onebit", "qsgd"])
+@pytest.mark.parametrize("name", ["onebit", "qsgd", "topk-chunks", "float4"])
 def test_gather_decodes_one_worker_after_another(name):
     """Memory of eight workers is that of four, and four payloads more, held twice: not four decoded gradients.
 

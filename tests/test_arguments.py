@@ -21,6 +21,7 @@ SETTINGS = {
     "onebit": {"axis": np.int64(-1), "second_residual": np.True_},
     "signnorm": {"majority": np.True_},
     "topk": {"fraction": np.float32(0.25), "min_size": np.int64(0)},
+    "float4": {"bucket_size": np.int64(64)},
     "adaptive": {"proportion": np.int64(16), "capacity": np.float32(2), "sample": np.True_},
     "randomk": {"fraction": np.float64(0.1)},
     "randomblock": {"rank": np.array(2)},
@@ -44,6 +45,12 @@ def test_settings_of_numpy(name):
     assert codec == gc.CODECS[name](**{key: value.item() for key, value in given.items()})
     assert "np." not in repr(codec)
     assert "array" not in repr(codec)
+
+
+def test_settings_of_numpy_for_chunks():
+    codec = gc.topk(chunk=np.int64(64), k=np.uint8(8), bits=np.int32(2), levels=np.str_("sigma"))
+    assert codec == gc.topk(chunk=64, k=8, bits=2, levels="sigma")
+    assert "np." not in repr(codec)
 
 
 def test_settings_of_numpy_around_codecs():

@@ -57,7 +57,8 @@ class TestOrder:
 
 
 EXACT = ["none", "cast-e4m3", "powersgd-4", "gradiveq-ef", "onebit-mean", "adaptive", "topk-shuffle", "accordion-topk"]
-DRAWING = ["qsgd-4-ef", "qsgd-elias-shuffle", "randomk", "powersgd-2-qsgd"]
+# What draws, and what joins the leaves of a bucket to one stream.
+OTHERS = ["qsgd-4-ef", "qsgd-elias-shuffle", "randomk", "powersgd-2-qsgd", "topk-chunks-shuffle", "float4-ef"]
 
 
 @functools.cache
@@ -75,11 +76,11 @@ class TestNumbers:
         got, want = seen(id, 3), seen(id, 1)
         slices.assert_same(id, (got.updates, got.states.residual), (want.updates, want.states.residual))
 
-    @pytest.mark.parametrize("id", DRAWING)
-    def test_what_draws_conserves(self, id):
+    @pytest.mark.parametrize("id", OTHERS)
+    def test_what_gives_others_conserves(self, id):
         require_conserved(make(id, 3), GRADS, seen(id, 3), 1e-4)
 
-    @pytest.mark.parametrize("id", [*EXACT, *DRAWING])
+    @pytest.mark.parametrize("id", [*EXACT, *OTHERS])
     def test_as_much_is_sent(self, id):
         """But for what fills shards up, and is asked beforehand."""
         np.testing.assert_allclose(bits(seen(id, 3)), bits(seen(id, 1)), rtol=0.02, atol=2 * 2 * 48)
@@ -98,7 +99,7 @@ class TestNumbers:
             got = run(codec(min_size=0, buckets=2), grads, "vmap").updates
             assert (got["a"] != got["b"]).any()
 
-    @pytest.mark.parametrize("id", [*EXACT, *DRAWING])
+    @pytest.mark.parametrize("id", [*EXACT, *OTHERS])
     def test_what_is_not_finite_in_one_skips_all(self, id):
         for path, value in (("a", np.nan), ("gain", np.inf)):
             grads = jax.tree.map(np.copy, GRADS)

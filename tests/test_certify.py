@@ -190,3 +190,37 @@ class TestTPU:
         assert "merged" in codes(report_of(certified.in_buckets, "v5e:2x4", 2))
         quantised = {"xla_tpu_quantized_all_reduce_level": "1"}
         assert "quantised" in codes(report_of(certified.across, "v5e:2x4", 2, compiler_options=quantised))
+
+
+CODECS = {
+    "float4": lambda axis: gc.float4(aggregate="gather", axis_name=axis),
+    "none": lambda axis: gc.none(axis_name=axis),
+}
+
+
+def order_of(compiled, *kinds):
+    """The operations of these kinds, in the order of the compiled program."""
+    text = compiled.as_text()
+    text = text[text.index("\nENTRY ") :]
+    return re.findall(rf" ({'|'.join(kinds)})\(", text)
+
+
+@gpu
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_exchange_spans_the_local_steps_beside_it_on_gpus(codec):
+    """It starts before the loop of local steps, and ends after it; a short message before tells who takes part."""
+    mesh = absent_mesh("h100:1x8")
+    step, args = certified.streaming(mesh, CODECS[codec](mesh.axis_names))
+    kind = "all-reduce" if codec == "none" else "all-gather"
+    found = order_of(step.lower(*args).compile(), "all-[a-z]+-start", "all-[a-z]+-done", "while")
+    assert found[:5] == ["all-reduce-start", "all-reduce-done", f"{kind}-start", "while", f"{kind}-done"]
+
+
+@tpu
+@pytest.mark.parametrize("codec", CODECS)
+def test_an_exchange_spans_the_local_steps_beside_it_between_slices(codec):
+    mesh = absent_mesh("v5e:2x4", 2)
+    step, args = certified.streaming(mesh, gc.across(CODECS[codec]("node")))
+    found = order_of(step.lower(*args).compile(), "send", "recv", "send-done", "recv-done", "while")
+    short = ["send", "recv", "send-done", "recv-done"]
+    assert found[:9] == [*short, "send", "recv", "while", "send-done", "recv-done"]

@@ -294,7 +294,7 @@ class TestText:
             ),
             (
                 gcj.per_layer({"b": gcj.none(), "": gcj.topk()}),
-                "per_layer({'b': none(aggregate='psum'), '': topk(fraction=0.01)})",
+                "per_layer({'b': none(aggregate='psum'), '': topk()})",
             ),
             (
                 gcj.scheduled([gcj.topk(0.1), gcj.topk(0.2)], schedule=optax.constant_schedule(1)),

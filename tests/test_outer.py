@@ -191,7 +191,9 @@ def own_step(tx, mesh, static):
             updates, state = tx.update(grads, state, params, value=loss, place=place)
             return optax.apply_updates(params, updates), gcj.global_state(state), state.loss
 
-        mapped = jax.shard_map(worker, mesh=mesh, in_specs=(spec(), specs, spec("data")), out_specs=(spec(), specs, spec()))
+        mapped = jax.shard_map(
+            worker, mesh=mesh, in_specs=(spec(), specs, spec("data")), out_specs=(spec(), specs, spec())
+        )
         return jax.jit(mapped)
 
     def step(params, state, rows):
@@ -287,11 +289,13 @@ class TestForms:
                 args = batch(place), jax.random.key(place), jnp.float32(1)
                 params, state, loss, aux = step(params, state, *args)
             found.append((params, loss, aux))
-            assert aux["rows"].shape == (WORKERS, 2) and len(np.unique(aux["rows"])) == 2 * WORKERS
+            assert aux["rows"].shape == (WORKERS, 2)
+            assert len(np.unique(aux["rows"])) == 2 * WORKERS
         chex.assert_trees_all_close(*found, atol=1e-5)
         several = gcj.train_step(drawn, tx, mesh, **settings, steps=3)
         got = several(PARAMS, gcj.init(tx, PARAMS, mesh), batch(0, 3), jax.random.key(0), jnp.float32(1))
-        assert got[3]["rows"].shape == (WORKERS, 3, 2) and len(np.unique(got[3]["rows"])) == 6 * WORKERS
+        assert got[3]["rows"].shape == (WORKERS, 3, 2)
+        assert len(np.unique(got[3]["rows"])) == 6 * WORKERS
 
     def test_data_parallel(self):
         """A whole step of one's own."""
@@ -315,7 +319,8 @@ class TestLocalSteps:
         tx, mesh = made("topk"), gcj.make_mesh(WORKERS)
         step, state = gcj.train_step(loss_fn, tx, mesh), gcj.init(tx, PARAMS, mesh)
         quiet = step.lower(PARAMS, state, batch(0), exchange=False).compile()
-        assert not collective_bytes(quiet) and "conditional" not in quiet.as_text()
+        assert not collective_bytes(quiet)
+        assert "conditional" not in quiet.as_text()
         own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.worker)) // WORKERS
         rows = sum(x.nbytes for x in batch(0)) // WORKERS
         assert quiet.memory_analysis().argument_size_in_bytes == own + 4 + rows
@@ -330,3 +335,102 @@ class TestLocalSteps:
         rows = sum(x.nbytes for x in batch(0)) // WORKERS
         small = compiled.memory_analysis().argument_size_in_bytes - (params + worker + residual + momentum + rows)
         assert 0 <= small < 100
+
+
+def batch_norm(params, model_state, rows):
+    return loss_fn(params, rows), model_state
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"every": 0}, "every=0 must be a whole number of at least 1"),
+            ({"delay": 4}, "delay=4 must be below every=4"),
+            ({"delay": -1}, "delay=-1 must be a whole number of at least 0"),
+            ({"alpha": 1.5}, "alpha=1.5 must be from 0 to 1"),
+            ({"weigh": "tokens"}, "weigh='tokens' must be None, 'steps', or a function"),
+            ({"fragments": 0}, "fragments=0 must be a whole number of at least 1"),
+            ({"codec": optax.sgd(0.1)}, "must be a codec, such as topk"),
+            ({"codec": gcj.delayed(gcj.onebit())}, "must be a codec, such as topk"),
+            ({"residual_decay": 0.9}, "residual_decay=0.9 is for a codec with error feedback"),
+            ({"residual_decay": 0.0, "codec": gcj.topk()}, "decay=0.0 must be above 0"),
+            ({"outer": gcj.powersgd(2)}, "outer=.* exchanges gradients"),
+            ({"inner": gcj.powersgd(2)}, "inner=.* exchanges gradients"),
+            ({"codec": gcj.across(gcj.none(), slow="data", fast="local", inside=False)}, "parameters in shards"),
+        ],
+    )
+    def test_settings(self, settings, message):
+        settings = {"inner": optax.sgd(0.1), "every": 4, "codec": gcj.none()} | settings
+        with pytest.raises(ValueError, match=message):
+            gcj.outer(settings.pop("inner"), **settings)
+
+    @pytest.mark.parametrize(
+        ("tx", "message"),
+        [
+            (lambda: optax.chain(nothing(), optax.scale(0.5)), "outer\\(...\\) is a whole optimiser"),
+            (lambda: gcj.loss_scaled(nothing()), "outer\\(...\\) is a whole optimiser"),
+            (lambda: nothing(fragments=4), "fragments=4 is more than the 3 layers"),
+            (lambda: nothing(fragments=lambda path: 1), "puts no leaf into fragment 0"),
+            (lambda: nothing(fragments=lambda path: path), "must return an index from 0"),
+            (
+                lambda: gcj.outer(optax.chain(gcj.none(), optax.sgd(1.0)), every=4, codec=gcj.none()),
+                "inner holds a codec",
+            ),
+            (
+                lambda: gcj.outer(optax.sgd(1.0), every=4, codec=gcj.none(), outer=optax.chain(gcj.none())),
+                "outer= holds a codec",
+            ),
+        ],
+    )
+    def test_optimisers(self, tx, message):
+        with pytest.raises(ValueError, match=message):
+            gcj.init(tx(), PARAMS, WORKERS)
+
+    @pytest.mark.parametrize(
+        ("loss", "settings", "message"),
+        [
+            (batch_norm, {"has_state": True}, "a model state would differ from worker to worker"),
+            (lambda p, b: (loss_fn(p, b), 0), {"has_aux": True, "reduce_aux": "mean"}, "auxiliary outputs are each"),
+            (loss_fn, {"steps": 0}, "steps=0 must be a whole number"),
+        ],
+    )
+    def test_steps(self, loss, settings, message):
+        with pytest.raises(ValueError, match=message):
+            gcj.train_step(loss, nothing(), gcj.make_mesh(WORKERS), **settings)
+
+    def test_steps_of_other_optimisers(self):
+        with pytest.raises(ValueError, match="steps=2 is for outer"):
+            gcj.simulate(loss_fn, optax.chain(gcj.none(), optax.sgd(0.1)), WORKERS, steps=2)
+
+    def test_arguments(self):
+        tx, mesh = nothing(), gcj.make_mesh(WORKERS)
+        state = gcj.init(tx, PARAMS, mesh)
+        step, several = gcj.train_step(loss_fn, tx, mesh), gcj.train_step(loss_fn, tx, mesh, steps=2)
+        for call, message in (
+            (lambda: step(PARAMS), "a step takes"),
+            (lambda: step(state, PARAMS, batch(0)), "opt_state is dict"),
+            (lambda: step(PARAMS, state, batch(0), 3), "takes \\(params, opt_state, batch\\)"),
+            (lambda: step(PARAMS, state, jax.tree.map(lambda x: x[:4], batch(0))), "does not divide among"),
+            (lambda: step(PARAMS, tx.init(PARAMS), batch(0)), "local form"),
+            (lambda: step(PARAMS, gcj.init(tx, PARAMS, 2), batch(0)), "opt_state is of"),
+            (lambda: several(PARAMS, state, batch(0)), "does not begin with an axis of steps=2"),
+            (lambda: jax.jit(several)(PARAMS, state, batch(0, 2)), "called inside a jit"),
+            (lambda: gcj.flush(tx, PARAMS, state, mesh, learning_rate=0.1), "learning_rate= is for other optimisers"),
+            (lambda: gcj.local_params(optax.sgd(0.1).init(PARAMS)), "opt_state is not of an outer"),
+            (lambda: tx.update(PARAMS, tx.init(PARAMS)), "outer needs the anchor"),
+            (lambda: step.lower(PARAMS, state), "takes \\(params, opt_state, batch\\)"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                call()
+
+    def test_another_mesh(self):
+        with pytest.raises(ValueError, match="between workers along \\('data',\\), and the mesh has the axes"):
+            gcj.train_step(loss_fn, nothing(), gcj.make_mesh({"node": 2, "data": 2}))
+        slices = gcj.outer(optax.sgd(0.1), every=2, codec=gcj.across(gcj.none()))
+        with pytest.raises(ValueError, match="across slices"):
+            gcj.init(slices, PARAMS, WORKERS)
+
+    def test_sparseloco_by_shuffle(self):
+        with pytest.raises(ValueError, match="aggregate='gather'"):
+            gcj.sparseloco(optax.sgd(0.1), codec=gcj.topk(0.1, aggregate="shuffle"))

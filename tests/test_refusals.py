@@ -64,13 +64,13 @@ class TestArguments:
         with refuses("aggregate='scatter'", "'qsgd'", "use 'gather'"):
             gc.qsgd(aggregate="scatter")
 
-    @pytest.mark.parametrize("codec", [gc.qsgd, gc.onebit, gc.signnorm, gc.topk, gc.adaptive])
+    @pytest.mark.parametrize("codec", [gc.qsgd, gc.onebit, gc.signnorm, gc.topk, gc.adaptive, gc.float4])
     def test_a_sum_of_codes(self, codec):
         name = codec.__name__
         with refuses(f"'{name}' is not linear", "aggregate='psum' would add packed codes", "use 'gather', 'shuffle'"):
             codec(aggregate="psum")
 
-    @pytest.mark.parametrize("codec", [gc.onebit, gc.signnorm, gc.topk, gc.adaptive])
+    @pytest.mark.parametrize("codec", [gc.onebit, gc.signnorm, gc.topk, gc.adaptive, gc.float4])
     def test_a_ring_of_codes_of_large_error(self, codec):
         with refuses(
             f"codec '{codec.__name__}' loses too much", "aggregate='ring' would encode", "use 'gather', 'shuffle'"
@@ -94,6 +94,47 @@ class TestArguments:
     def test_fraction(self, codec, fraction):
         with refuses(f"fraction={fraction} must be above 0 and at most 1"):
             codec(fraction)
+
+    @pytest.mark.parametrize(
+        ("given", "words"),
+        [
+            ({"fraction": 0.01, "chunk": 64, "k": 8}, "fraction=0.01 does not go with chunk=64 and k=8"),
+            ({"fraction": 0.01, "k": 8}, "fraction=0.01 does not go with chunk=None and k=8"),
+            ({"chunk": 64}, "chunk= goes with k=, as in topk(chunk=4096, k=64)"),
+            ({"k": 8}, "k= goes with chunk="),
+            ({"chunk": 0, "k": 1}, "chunk=0 must be a whole number of at least 1"),
+            ({"chunk": 64.0, "k": 8}, "chunk=64.0 must be a whole number of at least 1"),
+            ({"chunk": 64, "k": 0}, "k=0 must be a whole number of at least 1"),
+            ({"chunk": 64, "k": 65}, "k=65 must be at most chunk=64"),
+            ({"chunk": 64, "k": 8, "bits": 4}, "bits=4 of codec 'topk' must be 2, or None for whole float32 values"),
+            ({"chunk": 64, "k": 8, "bits": 2.0}, "bits=2.0 of codec 'topk' must be 2"),
+            ({"chunk": 64, "k": 8, "levels": "mean"}, "levels='mean' must be one of 'chunk', 'sigma'"),
+            ({"chunk": 64, "k": 8, "bits": None, "levels": "sigma"}, "levels='sigma' is for values of 2 bits"),
+            ({"bits": None}, "bits=None and levels='chunk' are for chunks: give chunk= and k= too"),
+            ({"fraction": 0.1, "levels": "sigma"}, "bits=2 and levels='sigma' are for chunks"),
+        ],
+        ids=str,
+    )
+    def test_chunks(self, given, words):
+        with refuses(words):
+            gc.topk(**given)
+
+    def test_a_chunk_has_no_strength_to_switch(self):
+        pair = [gc.topk(chunk=64, k=k) for k in (8, 4)]
+        for around in (lambda: gc.accordion(*pair, interval=2), lambda: gc.scheduled(pair, lambda step: step)):
+            with refuses("codec 'topk' in these settings has one strength only", "the fraction of topk"):
+                around()
+
+    def test_a_stream_that_no_int32_can_number(self):
+        tx, leaves = gc.topk(chunk=4096, k=64), {name: jax.ShapeDtypeStruct((2**20, 2**10), "float32") for name in "ab"}
+        with refuses("a stream of 2147483648 elements has more than an int32 can number", "with buckets="):
+            gc.describe(tx, leaves, 2)
+        assert gc.describe(gc.topk(chunk=4096, k=64, buckets=2), leaves, 2).totals.sent == 2**19 * 83
+
+    @pytest.mark.parametrize("bucket_size", [0, 3, 8.0, -2])
+    def test_bucket_size_of_float4(self, bucket_size):
+        with refuses(f"bucket_size={bucket_size} must be a"):
+            gc.float4(bucket_size=bucket_size)
 
     @pytest.mark.parametrize("codec", [gc.randomk, gc.randomblock])
     def test_fraction_or_rank(self, codec):

@@ -10,10 +10,14 @@ import pytest
 import gradcomp_jax as gc
 from experiments.models import resnet18_shapes
 from gradcomp_jax import views
+from gradcomp_jax.codecs.chunked import Chunks
 from gradcomp_jax.testing import trees
 from gradcomp_jax.testing.contexts import run
 from gradcomp_jax.testing.exchanges import declared, exchanged, means
 from gradcomp_jax.wire.packing import fields_bytes
+from gradcomp_jax.wire.places import pack_places, places_bytes, unpack_places
+from gradcomp_jax.wire.values import Levels, Sigmas
+from tests import networks
 
 
 def resnet18_sizes():
@@ -61,6 +65,157 @@ class TestTopK:
             mean = sent.mean(0)
             mean[np.argsort(-np.abs(mean))[8:]] = 0
             np.testing.assert_allclose(shard, mean, atol=1e-7)
+
+
+SPARSELOCO = {"chunk": 4096, "k": 64, "aggregate": "gather"}
+
+
+def kept_of(x, k):
+    """Rows with their k largest magnitudes alone; of equal ones the first."""
+    places = np.argsort(-np.abs(x), axis=1, kind="stable")[:, :k]
+    kept = np.zeros_like(x)
+    np.put_along_axis(kept, places, np.take_along_axis(x, places, 1), 1)
+    return kept
+
+
+def of_rows(x, **settings):
+    """What the codec makes of rows that are its chunks, as the only worker."""
+    tx = gc.topk(chunk=x.shape[1], aggregate="gather", **settings)
+    return exchanged(tx, {"w": x.reshape(1, -1)}).own["w"].reshape(x.shape)
+
+
+class TestChunks:
+    """SparseLoCo's codec."""
+
+    def test_bytes_of_a_chunk(self):
+        """64 x 6 low bits, 128 bits of unary, 64 codes of 2 bits, and the levels; of 4096 float32."""
+        each = 64 * 6 // 8 + (64 + 64) // 8 + 64 * 2 // 8 + 3
+        assert each == 83
+        assert declared(gc.topk(**SPARSELOCO), {"w": (64 * 5, 64)}, 2) == 8 * 5 * each
+        assert declared(gc.topk(chunk=4096, k=4096, aggregate="gather"), {"w": (64, 64)}, 2) == 8 * (4096 // 4 + 3)
+        assert declared(gc.topk(**SPARSELOCO, levels="sigma"), {"w": (64, 64)}, 2) == 8 * (48 + 16 + 16 + 16)
+
+    def test_a_transformer_shrinks_195_times(self):
+        """Small leaves, scales and the filled up last chunk included."""
+        shapes = networks.transformer(layers=2, width=256)
+        sizes = [math.prod(shape) for shape in jax.tree.leaves(shapes, is_leaf=trees.is_shape)]
+        assert (sum(sizes), sum(size for size in sizes if size < 4096)) == (2_890_752, 7_168)
+        sent = declared(gc.topk(**SPARSELOCO), shapes, 2)
+        assert sent == 8 * 83 * -(-sum(sizes) // 4096)
+        assert 32 * sum(sizes) / sent > 197
+
+    @pytest.mark.parametrize(
+        ("n", "k", "size"),
+        [
+            (4096, 64, 64),
+            (4096, 1, 3),
+            (4096, 4095, 1024),
+            (100, 7, 6),
+            (1000, 41, 34),
+            (2**16, 64, 96),
+            (70_000, 3, 7),
+        ],
+    )
+    def test_places_are_exact(self, n, k, size):
+        """At random, all in front, all at the end, spread out, none at all, and few."""
+        rng = np.random.default_rng(n + k)
+        rows = [np.sort(rng.permutation(n)[:k]) for _ in range(8)]
+        rows += [np.arange(k), np.arange(n - k, n), np.arange(k) * (n // k), np.full(k, n), np.minimum(np.arange(k), n)]
+        rows[-1][k // 2 :] = n
+        places = np.stack(rows).astype(np.int32)
+        packed = pack_places(places, n)
+        assert packed.shape == (len(rows), size)
+        assert places_bytes(k, n) == size
+        np.testing.assert_array_equal(unpack_places(packed, k, n), places)
+
+    def test_foreign_bytes_are_places_that_are_not_negative(self):
+        data = np.random.default_rng(3).integers(0, 256, (20, places_bytes(7, 100)), np.uint8)
+        data[0], data[1] = 0, 255
+        assert (np.asarray(unpack_places(data, 7, 100)) >= 0).all()
+
+    @pytest.mark.parametrize(
+        ("values", "most", "of_the_authors"),
+        [("standard_normal", 0.0062, 0.0123), ("laplace", 0.013, 0.037), ("t", 0.053, 0.34)],
+    )
+    def test_squared_error_of_two_bits(self, values, most, of_the_authors):
+        """Relative to the kept values', of chunks whose scales differ if their tails are heavy."""
+        rng = np.random.default_rng(5)
+        if values == "t":
+            x = rng.standard_t(4, (400, 4096)) * np.exp(rng.standard_normal((400, 1)))
+        else:
+            x = getattr(rng, values)(size=(400, 4096))
+        kept = kept_of(x.astype(np.float32), 64)
+        error = {
+            levels: np.sum((of_rows(x.astype(np.float32), k=64, levels=levels) - kept) ** 2) / np.sum(kept**2)
+            for levels in ("chunk", "sigma")
+        }
+        assert error["chunk"] < most
+        np.testing.assert_allclose(error["sigma"], of_the_authors, rtol=0.15)
+
+    def test_the_largest_of_equal_ones_the_first(self):
+        x = np.random.default_rng(1).integers(-3, 4, (6, 100)).astype(np.float32)
+        got = of_rows(x, k=9, bits=None)
+        np.testing.assert_array_equal(got, kept_of(x, 9))
+        np.testing.assert_array_equal(np.sign(of_rows(x, k=9)), np.sign(got))
+
+    @pytest.mark.parametrize("levels", ["chunk", "sigma"])
+    def test_zeros_stay_zeros(self, levels):
+        """In chunks of fewer values than are kept; two values of one sign and magnitude are exact."""
+        x = np.zeros((5, 64), np.float32)
+        x[1, 63], x[2, [0, 7]], x[3, ::9] = 3, [-2, -2], np.arange(8) - 10
+        got = of_rows(x, k=8, levels=levels)
+        np.testing.assert_array_equal(got[x == 0], 0)
+        assert (np.sign(got) == np.sign(x)).all()
+        if levels == "chunk":
+            np.testing.assert_array_equal(got[:3], x[:3])
+
+    def test_all_values_of_a_chunk(self):
+        """Sign and level of each; the error is that of the best two levels, nearly."""
+        x = np.random.default_rng(2).standard_normal((200, 256)).astype(np.float32)
+        got = of_rows(x, k=256)
+        assert all(len(set(np.abs(row))) == 2 for row in got)
+        assert 0.115 < np.sum((got - x) ** 2) / np.sum(x**2) < 0.122  # 0.1175 by Lloyd and Max
+
+    def test_levels_of_the_authors(self):
+        """round((v - mean) / (1.5 sigma)) + 2 within 0..3, and a table of the bins' means."""
+        kept = np.random.default_rng(4).standard_t(5, (30, 16)).astype(np.float32)
+        values, all_sent = Sigmas(), np.full(kept.shape, True)
+        got = values.restore(jax.jit(values.encode)(kept, all_sent), 16)
+        v = kept.astype(np.float64)
+        codes = np.clip(np.round((v - v.mean()) / (1.5 * v.std(ddof=1))) + 2, 0, 3)
+        assert len({*codes.reshape(-1)}) == 4
+        means = {code: v[codes == code].mean() for code in range(4)}
+        np.testing.assert_allclose(got, np.vectorize(means.get)(codes), rtol=1e-5)
+
+    def test_a_chunk_is_a_block_of_a_matrix(self):
+        """Eight by eight; what is beside and below of all leaves shares chunks, and the last one is filled up."""
+        x = trees.noise({"a": (3, 6, 19), "b": (5,), "c": (8, 40)}, 6, (1,))
+        got = exchanged(gc.topk(chunk=64, k=1, aggregate="gather"), x).own
+        sent = {path: y[0].reshape(-1, y.shape[-1]) != 0 for path, y in got.items()}
+        blocks = [sent["a"][8 * i : 8 * i + 8, 8 * j : 8 * j + 8] for i in range(2) for j in range(2)]
+        blocks += np.split(sent["c"], 5, axis=1)
+        assert [count(block) for block in blocks] == [1] * 9
+        rest = np.concatenate([sent["a"][:16, 16:].reshape(-1), sent["a"][16:].reshape(-1), sent["b"].reshape(-1)])
+        assert [count(part) for part in np.split(rest, [64])] == [1, 1]
+        assert declared(gc.topk(chunk=64, k=1, aggregate="gather"), {p: y.shape[1:] for p, y in x.items()}, 2) == (
+            8 * 11 * (places_bytes(1, 64) + 1 + 3)
+        )
+
+    def test_what_travels_to_other_workers_is_whole_chunks(self):
+        """Of eleven chunks among four workers three each, and one more that is filled up; told for each leaf."""
+        shapes = {"a": (64, 10), "b": (64,)}
+        told = gc.describe(gc.topk(chunk=64, k=8, aggregate="shuffle"), trees.zeros(shapes), 4)
+        each = Chunks(64, 8, Levels()).chunk_bytes
+        assert told.totals.sent == 2 * 3 * 3 * each
+        a, b = told.rows
+        assert (a.sent, b.sent) == (2 * 3 / 4 * 10 * each, 2 * 3 / 4 * each)
+        assert a.view == "the largest 8 of each 64 numbers"
+
+    def test_two_numbers_of_chunks_by_path_are_two_codecs(self):
+        tx = gc.per_layer({"a": gc.topk(chunk=64, k=8), "": gc.topk(chunk=64, k=4)})
+        got = run(tx, trees.noise({"a": (64, 2), "b": (64, 2)}, 7, (1, 2)), "vmap").updates
+        assert {path: count(x[0, 0]) for path, x in got.items()}.keys() == {"a", "b"}
+        assert count(got["a"][0, 0]) > count(got["b"][0, 0]) > 0
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tests.table import BY_ID, EACH
 STEPS, WORKERS = 5, 2
 each_codec = pytest.mark.parametrize("row", EACH, ids=lambda row: row.id)
 FURTHER = [BY_ID[id] for id in ("randomblock", "qsgd-shared", "qsgd-4-hadamard", "gradiveq-holdout", "signnorm-vote")]
+FURTHER += [BY_ID[id] for id in ("topk-chunks-all", "topk-chunks-sigma", "float4-ef")]
 DRAWING = [BY_ID[id] for id in ("qsgd-4", "adaptive-shuffle", "randomblock")]
 
 

@@ -10,14 +10,13 @@ begins with the whole blocks of sqrt(c) x sqrt(c) of all matrices, one chunk eac
 follows, flat. If c is not a square there are no blocks. Only the last chunk is filled up, with zeros.
 
 Two bits are a sign, and one of two levels of the chunk. The kept magnitudes form a lower and an upper group, and the
-levels are the groups' means (`two_means`). The upper level travels in the 16 bits of a bfloat16, which has the range of
-float32, and the lower level as a share of it, in 8 bits. The authors' own rule for the values is `Sigmas`.
+levels are the groups' means (`wire.values`). The upper level travels in the 16 bits of a bfloat16, which has the range
+of float32, and the lower level as a share of it, in 8 bits. The authors' own rule for the values is `Sigmas` there.
 
 The places of a chunk travel in rising order, by Elias-Fano's code. A value of zero is not sent. If k = c, all values
 are sent, zeros too, and no places.
 """
 
-import abc
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -29,157 +28,12 @@ from jax import lax
 
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.contract import Sparse, require_indexable, require_whole
-from gradcomp_jax.views import filled, inverse_power, max_norm, split
-from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
+from gradcomp_jax.views import joined, split
 from gradcomp_jax.wire.places import pack_places, places_bytes, unpack_places
+from gradcomp_jax.wire.values import LEVELS, Values, Whole
 
-# Rounds of Lloyd's algorithm for two groups: more change the error by less than a tenth.
-ROUNDS = 3
-# The width of the authors' bins, in standard deviations, and their number.
-WIDTH, BINS = 1.5, 4
 # An index that is beyond the end of every stream, in whichever shard.
 NOWHERE = 2**31 - 1
-
-
-def two_means(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Splits each row of magnitudes into two groups, around whose means they vary little.
-
-    Args:
-      x: magnitudes below 4, float32 [rows, k].
-      counted: which of them count, bool [rows, k].
-
-    Returns:
-      Which are in the upper group, [rows, k], and the means of the upper and the lower group, [rows, 1]; 0 for a group
-      without members.
-    """
-
-    def mean(of: jax.Array, y: jax.Array) -> jax.Array:
-        count = jnp.sum(of, axis=-1, keepdims=True, dtype=jnp.int32)
-        return jnp.sum(jnp.where(of, y, 0), axis=-1, keepdims=True) / jnp.maximum(count, 1).astype(jnp.float32)
-
-    middle = mean(counted, x)
-    spread = jnp.sqrt(mean(counted, jnp.square(x - middle)))
-    # Rounded up it could be above all.
-    threshold = jnp.minimum(middle + spread, jnp.max(x, axis=-1, keepdims=True))
-    for _ in range(ROUNDS):
-        upper = x >= threshold
-        threshold = (mean(counted & upper, x) + mean(counted & ~upper, x)) / 2
-    upper = x >= threshold
-    return upper, mean(counted & upper, x), mean(counted & ~upper, x)
-
-
-class Values(abc.ABC):
-    """How kept values travel; frozen dataclasses without state."""
-
-    scales: ClassVar[tuple[str, ...]]
-    """The names of the arrays that bound the values, like `Coder.scales`."""
-
-    @abc.abstractmethod
-    def encode(self, kept: jax.Array, sent: jax.Array) -> Message:
-        """The message of values, float32 [rows, k]; only those count that are `sent`, bool [rows, k]."""
-
-    @abc.abstractmethod
-    def restore(self, message: Message, k: int) -> jax.Array:
-        """The values that a message stands for, float32 [rows, k]."""
-
-    @abc.abstractmethod
-    def size(self, rows: int, k: int) -> int:
-        """The bytes of a message."""
-
-    def bounds(self, message: Message) -> jax.Array:
-        """Numbers that bound the values in magnitude."""
-        return message[self.scales[0]].reshape(-1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Whole(Values):
-    """Whole float32 values."""
-
-    scales: ClassVar[tuple[str, ...]] = ("values",)
-
-    def encode(self, kept: jax.Array, sent: jax.Array) -> Message:
-        return {"values": kept}
-
-    def restore(self, message: Message, k: int) -> jax.Array:
-        return message["values"]
-
-    def size(self, rows: int, k: int) -> int:
-        return 4 * rows * k
-
-
-@dataclasses.dataclass(frozen=True)
-class Levels(Values):
-    """A sign and one of two levels of the row; the levels take three bytes."""
-
-    scales: ClassVar[tuple[str, ...]] = ("upper",)
-
-    def encode(self, kept: jax.Array, sent: jax.Array) -> Message:
-        down = inverse_power(max_norm(kept))
-        above, upper, lower = two_means(jnp.abs(kept) * down, sent)
-        # The bits of a bfloat16: a conversion there and back could be dropped by a compiler.
-        lost = jnp.sum(0 * kept, axis=-1, keepdims=True)  # NaN, where anything is not finite
-        rounded = lax.reduce_precision(upper / down + lost, exponent_bits=8, mantissa_bits=7)
-        bits = (lax.bitcast_convert_type(rounded, jnp.uint32) >> 16).astype(jnp.uint16)
-        base = rounded * down
-        share = jnp.where(base > 0, jnp.round(255 * (lower / base)), 0)
-        codes = (kept < 0).astype(jnp.uint8) | above.astype(jnp.uint8) << 1
-        shares = jnp.clip(share, 0, 255).astype(jnp.uint8)
-        return {"codes": jnp.concatenate([pack_fields(codes, 2), shares], axis=-1), "upper": bits}
-
-    def restore(self, message: Message, k: int) -> jax.Array:
-        codes, share = message["codes"][..., :-1], message["codes"][..., -1:]
-        upper = self.upper(message)
-        lower = upper * (share.astype(jnp.float32) / 255)
-        codes = unpack_fields(codes, k, 2)
-        magnitude = jnp.where(codes >= 2, upper, lower)
-        return jnp.where(codes & 1 == 1, -magnitude, magnitude)
-
-    def upper(self, message: Message) -> jax.Array:
-        """The upper level of each row, float32 [rows, 1]."""
-        return lax.bitcast_convert_type(message["upper"].astype(jnp.uint32) << 16, jnp.float32)
-
-    def bounds(self, message: Message) -> jax.Array:
-        return self.upper(message).reshape(-1)
-
-    def size(self, rows: int, k: int) -> int:
-        return rows * (fields_bytes(k, 2) + 3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sigmas(Values):
-    """The authors' rule: bins of 1.5 standard deviations around the mean, and a table of the bins' means.
-
-    Mean, deviation and table are those of all rows of a message. The authors have a table for each tensor.
-    """
-
-    scales: ClassVar[tuple[str, ...]] = ("table",)
-
-    def encode(self, kept: jax.Array, sent: jax.Array) -> Message:
-        down = inverse_power(max_norm(kept.reshape(1, -1)))
-        unit = kept * down
-        count = jnp.sum(sent, dtype=jnp.int32)
-        size = jnp.maximum(count, 1).astype(jnp.float32)
-        middle = jnp.sum(jnp.where(sent, unit, 0)) / size
-        spread = jnp.sum(jnp.where(sent, jnp.square(unit - middle), 0)) / jnp.maximum(size - 1, 1)
-        width = jnp.where(spread > 0, WIDTH * jnp.sqrt(spread), 1)
-        codes = jnp.clip(jnp.round((unit - middle) / width) + BINS // 2, 0, BINS - 1).astype(jnp.uint8)
-        table = []
-        for code in range(BINS):
-            here = sent & (codes == code)
-            members = jnp.maximum(jnp.sum(here, dtype=jnp.int32), 1).astype(jnp.float32)
-            table.append(jnp.sum(jnp.where(here, unit, 0)) / members)
-        lost = jnp.sum(0 * kept)  # NaN, where anything is not finite
-        return {"codes": pack_fields(codes, 2), "table": jnp.stack(table) / down.reshape(-1) + lost}
-
-    def restore(self, message: Message, k: int) -> jax.Array:
-        codes = unpack_fields(message["codes"], k, 2).astype(jnp.int32)
-        return message["table"].at[codes].get(mode="promise_in_bounds", wrap_negative_indices=False)
-
-    def size(self, rows: int, k: int) -> int:
-        return rows * fields_bytes(k, 2) + 4 * BINS
-
-
-LEVELS: dict[str, Values] = {"chunk": Levels(), "sigma": Sigmas()}
 
 
 class Blocks(NamedTuple):
@@ -275,7 +129,8 @@ class Chunks(Coder):
                 "with buckets="
             )
         tiles, rest = zip(*(b.apart(x.astype(jnp.float32)) for b, x in zip(blocks, xs, strict=True)), strict=True)
-        return [filled(jnp.concatenate([*tiles, *rest]), -(-total // self.chunk) * self.chunk)]
+        # What is left over is little, of many leaves.
+        return [joined([*tiles, jnp.concatenate(rest)], -(-total // self.chunk) * self.chunk)]
 
     def unlay_all(self, ys: Sequence[jax.Array], likes: Sequence[Any]) -> list[jax.Array]:
         blocks = [Blocks.of(like.shape, self.chunk) for like in likes]

@@ -17,39 +17,37 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gradcomp_jax.arguments import factory
-from gradcomp_jax.codecs.chunked import Sigmas
 from gradcomp_jax.coder import Coder, Coding, Message, Part
 from gradcomp_jax.compressor import Compressor, compressor
 from gradcomp_jax.contract import AxisName, Bucketing, Predicate
 from gradcomp_jax.exchange.plan import Settings, require_aggregate
 from gradcomp_jax.feedback import EF21, Feedback, feedback
+from gradcomp_jax.wire.packing import Field, fields_bytes
+from gradcomp_jax.wire.values import BINS, binned, of_bins
 
 
 @dataclasses.dataclass(frozen=True)
 class Binned(Coder):
-    """The codes of a flat tensor, or of a shard of it, and the table of the bins' means.
-
-    Attributes:
-      bins: the bins.
-    """
-
-    bins: Sigmas
+    """The bins of a flat tensor, or of a shard of it, and the table of their means."""
 
     name: ClassVar[str] = "statistical"
     scales: ClassVar[tuple[str, ...]] = ("table",)
     indexes: ClassVar[bool] = False
 
     def encode(self, y: jax.Array, part: Part) -> Message:
-        inside = jnp.arange(y.size, dtype=jnp.int32) < part.valid(y.size)
-        return self.bins.encode(y[None], inside[None])
+        bins, table = binned(y, self._inside(y.size, part))
+        return {"bins": Field(bins, 2), "table": table}
 
     def restore(self, message: Message, shape: tuple[int, ...], part: Part) -> jax.Array:
-        values = self.bins.restore(message, *shape)[0]
-        # What fills up a shard stays zero.
-        return jnp.where(jnp.arange(values.size, dtype=jnp.int32) < part.valid(values.size), values, 0)
+        values = of_bins(message["bins"].values, message["table"])
+        return jnp.where(self._inside(values.size, part), values, 0)
+
+    def _inside(self, size: int, part: Part) -> jax.Array:
+        """Which places are not there to fill up the last shard."""
+        return jnp.arange(size, dtype=jnp.int32) < part.valid(size)
 
     def size(self, shape: tuple[int, ...]) -> int:
-        return self.bins.size(1, *shape)
+        return fields_bytes(shape[0], 2) + 4 * BINS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +109,7 @@ def statistical(
     >>> tx = optax.chain(gcj.statistical(), optax.sgd(0.1))
     """
     del seed
-    coder = Binned(Sigmas())
+    coder = Binned()
     require_aggregate("statistical", coder, aggregate)
     kept = feedback(error_feedback)
     return compressor(

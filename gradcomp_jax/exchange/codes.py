@@ -30,7 +30,7 @@ from gradcomp_jax.exchange.shards import (
     uncut,
 )
 from gradcomp_jax.exchange.ways import Sent, agreed, parts_of, sizes_of, within
-from gradcomp_jax.views import add_window, halved, pack_front, unpack_front, widen
+from gradcomp_jax.views import add_window, halved, late_zeros, pack_front, unpack_front, widen
 from gradcomp_jax.wire.packing import pack_arrays, pack_terms, unpack_arrays, unpack_sum
 
 
@@ -261,7 +261,8 @@ def _all_unlaid(coder: Coder, xs: Sequence[Any], says: Sequence[Say]) -> list[An
     if xs[0] is None:
         return [None] * len(says)
     if coder.joins:
-        return coder.unlay_all([dense(x) for x in xs], [say.x for say in says])
+        whole = [x.added_to(late_zeros(x.shape[0], x.values)) if isinstance(x, Sparse) else x for x in xs]
+        return coder.unlay_all(whole, [say.x for say in says])
     return [_unlaid(coder, x, say.x) for x, say in zip(xs, says, strict=True)]
 
 

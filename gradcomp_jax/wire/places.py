@@ -33,6 +33,11 @@ def places_bytes(k: int, n: int) -> int:
     return fields_bytes(k, low_bits(k, n)) + -(-row_bits(k, n) // 8)
 
 
+def _ranks(shape: tuple[int, ...]) -> jax.Array:
+    """0, 1, 2, ... along the last axis, int32 of this shape."""
+    return lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+
+
 def pack_places(places: jax.Array, n: int) -> jax.Array:
     """Packs places.
 
@@ -45,10 +50,10 @@ def pack_places(places: jax.Array, n: int) -> jax.Array:
     """
     k = places.shape[-1]
     low, bits = low_bits(k, n), row_bits(k, n)
-    at = (places >> low) + lax.iota(jnp.int32, k)
+    at = (places >> low) + _ranks(places.shape)
     one = jnp.uint32(1) << (at & 31).astype(jnp.uint32)
     # By comparison with each word: a scatter of single bits takes far longer. The sum of different bits joins them.
-    in_word = (at >> 5)[..., None] == lax.iota(jnp.int32, -(-bits // 32))
+    in_word = (at >> 5)[..., None] == _ranks((*(1,) * at.ndim, -(-bits // 32)))
     words = jnp.sum(jnp.where(in_word, one[..., None], 0), axis=-2, dtype=jnp.uint32)
     row = lax.bitcast_convert_type(words, jnp.uint8).reshape(*words.shape[:-1], -1)[..., : -(-bits // 8)]
     fields = (places & (1 << low) - 1).astype(jnp.uint8 if low <= 8 else jnp.uint32)
@@ -65,5 +70,5 @@ def unpack_places(data: jax.Array, k: int, n: int) -> jax.Array:
     row = filled(data[..., begin:], 4 * count)
     words = lax.bitcast_convert_type(row.reshape(*row.shape[:-1], count, 4), jnp.uint32)
     index, bit = jax.vmap(set_bits, (0, None))(words, lax.iota(jnp.int32, k))
-    high = jnp.maximum(32 * index + bit - lax.iota(jnp.int32, k), 0)
+    high = jnp.maximum(32 * index + bit - _ranks(index.shape), 0)
     return high << low | unpack_fields(data[..., :begin], k, low).astype(jnp.int32)
