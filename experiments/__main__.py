@@ -7,11 +7,12 @@ import ast
 import pathlib
 
 BEGIN = """\
-Begin with one of these; the first two take the handwritten digits that come with scikit-learn:
+Begin with one of these; the first two take the handwritten digits that come with scikit-learn, the last a text:
 
   make demo                                                      eight codecs, some minutes, a table and a figure
   python -m experiments.cifar --codec=none,powersgd --epochs=5   two codecs, less than a minute
   python -m experiments.cifar --codec=powersgd --help            what can be set
+  python -m experiments.lm --method=diloco --width=128           a language model with outer steps, some minutes
 
 The programs, each of which has --help:
 """

@@ -4,6 +4,7 @@
     python -m experiments.cifar --codec=none,qsgd --qsgd_bits=2 --dataset=cifar10 --model=resnet20
 
 All codecs start from the same parameters, and see the same batches at the same learning rates. Nothing else differs.
+With --every=1,10 each codec exchanges gradients in each step, and then, every 10 steps, how far the workers have moved.
 The workers are the accelerators of the machine, or devices that the CPU emulates. With --checkpoint_dir a stopped run
 (by Ctrl-C or by anything else) goes on where it was when the same command is given again.
 """
@@ -21,19 +22,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints, command, data, display, figures, models, records, training
+from experiments import checkpoints, command, data, display, figures, loop, models, records, training
 
 FLAGS = flags.FLAGS
 
 for name in training.SHOWN:  # in --help
     flags.declare_key_flag(name)
 flags.DEFINE_enum("dataset", "digits", data.DATASETS, "What to train on; digits needs no files and no network.")
-flags.DEFINE_string(
-    "data_dir",
-    None,
-    "Where the data set's folder is, such as cifar-10-batches-py; by default GRADCOMP_DATA_DIR of the environment, or "
-    "else it is downloaded.",
-)
 flags.DEFINE_enum("model", "resnet8", list(models.NAMES), "The network.")
 flags.DEFINE_boolean(
     "augment", None, "Random crops and flips of the images to train on; by default those of CIFAR, not the digits."
@@ -68,10 +63,12 @@ def main() -> None:
         training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
         task = classification(dataset, mesh)
         training.learning_rate(task.examples // FLAGS.batch_size)  # it may be refused, and then it is refused now
-        compressors = {name: training.codec(name, task) for name in FLAGS.codec}
-        for codec in compressors.values():
+        training.require_outer(task, f"--model={FLAGS.model}")
+        ways = [(name, every) for name in FLAGS.codec for every in map(int, FLAGS.every)]
+        plans = [training.plan(name, training.codec(name, task, every), task, mesh, every) for name, every in ways]
+        for plan in plans:
             # A codec that refuses this network does so now, not after the codecs before it have trained.
-            jax.eval_shape(codec.init, task.params)
+            jax.eval_shape(plan.tx.init, task.params)
     except (ValueError, data.DataError) as error:
         sys.exit(f"error: {error}")
     out_dir = command.directory("out_dir", FLAGS.out_dir)
@@ -80,10 +77,10 @@ def main() -> None:
         told = f"--epochs={FLAGS.epochs} ends within --warmup_epochs={FLAGS.warmup_epochs:g}"
         screen.print(f"{told}: the learning rate only rises", soft_wrap=True)
     try:
-        runs = [training.train(name, codec, task, mesh, screen) for name, codec in compressors.items()]
+        runs = [loop.train(plan, task, screen) for plan in plans]
     except (checkpoints.CheckpointError, records.RecordsError) as error:
         sys.exit(f"error: {error}")
-    except training.InterruptedRunError as interrupt:
+    except loop.InterruptedRunError as interrupt:
         screen.print(str(interrupt), soft_wrap=True)
         sys.exit(130)
 
@@ -96,7 +93,7 @@ def main() -> None:
     screen.print(f"Figure: {figure}; the records are beside it", soft_wrap=True)
 
 
-def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:
+def classification(dataset: data.Dataset, mesh: Mesh) -> loop.Task:
     """The task of classifying the images of a data set with the network of --model."""
     train, workers = dataset.train, NamedSharding(mesh, P(mesh.axis_names))
     augment = dataset.augment if FLAGS.augment is None else FLAGS.augment
@@ -131,7 +128,7 @@ def classification(dataset: data.Dataset, mesh: Mesh) -> training.Task:
     }
     name = f"{FLAGS.dataset}-{FLAGS.model}"
     evaluate = evaluation(graphdef, dataset, mesh)
-    return training.Task(name, settings, params, stats, loss_fn, batches, len(train.labels), evaluate)
+    return loop.Task(name, settings, params, stats, loss_fn, batches, len(train.labels), evaluate)
 
 
 def crop_and_flip(key: jax.Array, images: jax.Array) -> jax.Array:
@@ -187,4 +184,4 @@ def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[An
 
 
 if __name__ == "__main__":
-    command.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=loop.command_line(sys.argv))

@@ -110,12 +110,22 @@ CODECS: dict[str, Callable[..., Compressor]] = {**gradcomp_jax.CODECS, "accordio
 
 def define_flags() -> None:
     """Defines `--codec`, and `--<codec>_<keyword>` for every codec."""
+    define_choice()
+    define_settings()
+
+
+def define_choice() -> None:
+    """Defines `--codec`."""
     flags.DEFINE_list(
         "codec",
         ["none"],
         f"Codecs to train with, one after another: {', '.join(CODECS)}. --codec=NAME --help shows its settings.",
     )
     flags.register_validator("codec", _require_known)
+
+
+def define_settings() -> None:
+    """Defines `--<codec>_<keyword>` for every codec, and the flags of error feedback."""
     for name, factory in CODECS.items():
         helps = argument_help(factory) | {"quantizer_bits": QUANTIZER_BITS_HELP}
         for keyword, (kind, default) in keywords(factory).items():
@@ -127,7 +137,7 @@ def define_flags() -> None:
 
 def show_settings(argv: Sequence[str]) -> None:
     """Adds the settings of the codecs in a command line to the --help of its program."""
-    given = re.findall(r" --?codec[= ](\S+)", " ".join(argv))
+    given = re.findall(r" --?(?:codec|method)[= ](\S+)", " ".join(argv))
     named = [name for names in given for name in names.split(",") if name in CODECS]
     settings = [f"{name}_{keyword}" for name in named for keyword in keywords(CODECS[name])]
     for flag in [*settings, *FEEDBACK] if named else ():

@@ -53,7 +53,7 @@ def table(runs: Sequence[Run], title: str) -> Table:
     for run in runs:
         megabytes = run.end["bytes"] / 1e6
         out.add_row(
-            run.header["codec"],
+            run.called,
             f"{run.accuracy:.2%}",
             f"{megabytes / run.step:.4f}",
             f"{megabytes:.2f}",
@@ -82,6 +82,8 @@ def notes(runs: Sequence[Run]) -> list[str]:
             warmup = next((key for key in header["settings"] if key.endswith("_warmup_steps")), None)
             why = f": see --{warmup.removeprefix('accordion_')}" if warmup else ""
             found.append(f"{name} sent less than dense in none of the {run.step} steps{why}.")
+        if left := run.step % header["settings"].get(f"{name}_every", 1):
+            found.append(f"{run.called}: the last {left} steps came after its last exchange, and count for nothing.")
         if run.ratio < 0.995:  # as the table shows it
             found.append(
                 f"{name} does not pay here: over {header['workers']} workers it sends {1 / run.ratio:.2f} times as "

@@ -1,4 +1,4 @@
-"""Archives from their official sites: pooch downloads each once and verifies it; then it is unpacked into a cache."""
+"""Files from their official sites: pooch downloads each once and verifies it; archives are unpacked into a cache."""
 
 import os
 import pathlib
@@ -28,6 +28,22 @@ class Archive(NamedTuple):
     files: tuple[str, ...]
 
 
+class File(NamedTuple):
+    """A single file.
+
+    Attributes:
+      url: the address of the file.
+      sha256: its SHA-256, in hexadecimal digits.
+      folder: the folder in the cache that it is kept in.
+      name: its name there.
+    """
+
+    url: str
+    sha256: str
+    folder: str
+    name: str
+
+
 def cache_dir() -> pathlib.Path:
     """The folder of downloads: gradcomp_jax in $XDG_CACHE_HOME, by default in ~/.cache."""
     return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "gradcomp_jax")
@@ -49,8 +65,7 @@ def fetch(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
     folder = cache / archive.folder
     if folder.is_dir():
         return folder
-    file, downloader = archive.url.rpartition("/")[2], pooch.HTTPDownloader(sys.stderr.isatty(), 2**18, timeout=TIMEOUT)
-    packed = pooch.retrieve(archive.url, archive.sha256, file, cache, downloader=downloader)
+    packed = _retrieve(archive.url, archive.sha256, archive.url.rpartition("/")[2], cache)
     with tempfile.TemporaryDirectory(prefix="unpacking-", dir=cache) as temporary, tarfile.open(packed) as tar:
         unpacked = pathlib.Path(temporary, archive.folder)
         unpacked.mkdir()
@@ -66,3 +81,18 @@ def fetch(archive: Archive, cache: pathlib.Path) -> pathlib.Path:
             if not folder.is_dir():  # otherwise another run was first, and its folder is the same
                 raise
     return folder
+
+
+def fetch_file(file: File, cache: pathlib.Path) -> pathlib.Path:
+    """The path of `file` in `cache`; if it is not there, or is damaged, it is downloaded.
+
+    Raises:
+      OSError: the file cannot be downloaded or stored.
+      ValueError: it is not the expected one.
+    """
+    return _retrieve(file.url, file.sha256, file.name, cache / file.folder)
+
+
+def _retrieve(url: str, sha256: str, name: str, folder: pathlib.Path) -> pathlib.Path:
+    downloader = pooch.HTTPDownloader(sys.stderr.isatty(), 2**18, timeout=TIMEOUT)
+    return pathlib.Path(pooch.retrieve(url, sha256, name, folder, downloader=downloader))

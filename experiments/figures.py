@@ -23,6 +23,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import AutoLocator, LogLocator, NullFormatter, NullLocator, PercentFormatter
 from matplotlib.transforms import Bbox
 
+from experiments.link import Row
 from experiments.records import Record, Run
 
 # Okabe and Ito's colors, which differ for all kinds of color vision. Their yellow is left out: it is too pale for a
@@ -37,7 +38,9 @@ CODECS = (
     *("powersgd", "qsgd", "gradiveq", "topk", "signnorm", "onebit"),
     *("accordion", "adaptive", "randomk", "randomblock", "cast", "float4", "statistical"),
 )
-HUE = {"none": "#1a1a1a", **dict(zip(CODECS, HUES, strict=False))}
+# Methods with outer steps, whose colors are codecs' that are seldom beside them.
+METHODS = dict(zip(("diloco", "sparseloco", "muloco", "streaming_diloco"), HUES[1:5], strict=True))
+HUE = {"none": "#1a1a1a", "dense": "#1a1a1a", **dict(zip(CODECS, HUES, strict=False)), **METHODS}
 MARKERS = "osD^vPX<>p"
 MEGABYTES = "MB sent by one worker (10⁶ bytes, log scale)"
 # The labels of the values that `curves` draws.
@@ -224,13 +227,39 @@ def accuracy(runs: Sequence[Run], title: str, path: pathlib.Path) -> None:
     by_step, by_bytes = figure.subplots(1, 2, sharey=True)
     for run in runs:
         (line,) = _line(by_step, run.test, "accuracy", "step", looks[run.name], thin=False)
-        line.set_label(f"{run.header['codec']} ({run.test[-1]['bytes'] / 1e6:.3g} MB in all)")
+        line.set_label(f"{run.called} ({run.test[-1]['bytes'] / 1e6:.3g} MB in all)")
         _line(by_bytes, run.test, "accuracy", "bytes", looks[run.name], thin=False)
     for axes, against in ((by_step, "step"), (by_bytes, "bytes")):
         _cut(axes)
         _scales(axes, "accuracy", against)
     by_bytes.set_ylabel("")
     figure.legend(loc="outside lower center", ncols=min(4, len(runs)))
+    figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+@matplotlib.rc_context(STYLE)
+def losses(rows: Sequence[Row], title: str, path: pathlib.Path) -> None:
+    """Writes a figure of validation loss against tokens, bytes, and simulated time, as a PNG."""
+    looks = styles({row.name: row.method for row in rows})
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
+    for row in rows:
+        look: dict[str, Any] = {"color": looks[row.name].color, "marker": looks[row.name].marker, "markersize": 4}
+        for place, run in enumerate(row.runs):
+            size = run.header["batch_size"]
+            columns = [(x["step"] * size / 1e6, x["bytes"] / 1e6, row.minutes(x), x["loss"]) for x in run.test]
+            sent = [column for column in columns if column[1]]  # nothing before the first exchange
+            for axis, axes in enumerate(panels):
+                shown = sent if axis == 1 else columns
+                (line,) = axes.plot([c[axis] for c in shown], [c[3] for c in shown], **look, linewidth=1.2, alpha=0.85)
+                line.set_label("_" if axis or place else f"{row.name} ({run.end['bytes'] / 1e6:.3g} MB in all)")
+    for axes, label in zip(panels, ("millions of tokens", MEGABYTES, "simulated minutes (a model)"), strict=True):
+        axes.set(xlabel=label)
+    panels[0].set(ylabel="validation loss, nats a character")
+    _log(panels[1], "x")
+    figure.legend(loc="outside lower center", ncols=min(4, len(rows)), fontsize=8)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

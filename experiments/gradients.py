@@ -30,7 +30,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from experiments import bases, cifar, command, data, display, models, training
+from experiments import bases, cifar, command, data, display, loop, models, training
 from gradcomp_jax import init, none, place, train_step
 from gradcomp_jax.codecs.gradiveq import slice_length
 from gradcomp_jax.compressor import flatten
@@ -69,7 +69,7 @@ NOTES = (
 )
 
 
-def record(task: training.Task, mesh: Mesh, layers: Sequence[str], screen: display.Console) -> dict[str, np.ndarray]:
+def record(task: loop.Task, mesh: Mesh, layers: Sequence[str], screen: display.Console) -> dict[str, np.ndarray]:
     """Trains, and returns the mean gradients of the kernels `layers` in the steps after the warm-up, by path."""
     recorded = FLAGS.train_steps + FLAGS.compress_steps
     steps = FLAGS.warmup_steps + recorded
@@ -229,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=loop.command_line(sys.argv))

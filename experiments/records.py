@@ -2,7 +2,7 @@
 
 Each line has a "kind":
 
-- run, the first line: the settings of the run, see `training.header`;
+- run, the first line: the settings of the run, see `loop.header`;
 - train, every --log_every steps: means over the steps since the line before;
 - test, at every evaluation;
 - leaves, after a line "test", if codecs are measured: "error", "residual" and "residual_norm" by path;
@@ -67,6 +67,13 @@ class Run(NamedTuple):
         return self.header["label"]
 
     @property
+    def called(self) -> str:
+        """The codec without its settings, such as "topk", or "topk, every 10" with outer steps."""
+        codec = self.header["codec"]
+        every = self.header["settings"].get(f"{codec}_every", 1)
+        return codec if every == 1 else f"{codec}, every {every}"
+
+    @property
     def accuracy(self) -> float:
         """The accuracy on the test split at the last evaluation, between 0 and 1."""
         return self.test[-1]["accuracy"] if self.test else float("nan")
@@ -91,9 +98,9 @@ class Run(NamedTuple):
     def compressed_ratio(self) -> float | None:
         """How many times fewer bytes than dense these steps sent; None if there are none, or if the workers changed.
 
-        If they changed, a dense step sent more, or less, at first than later.
+        If they changed, a dense step sent more, or less, at first than later. None too if these steps sent nothing.
         """
-        if not self.compressed_share or any(line["workers"] != self.header["workers"] for line in self.resumed):
+        if not self.end["compressed_bytes"] or any(line["workers"] != self.header["workers"] for line in self.resumed):
             return None
         return self.end["dense_bytes"] * self.compressed_share / self.end["compressed_bytes"]
 
@@ -178,6 +185,7 @@ class Recorder:
             "dense_bits": 0,
             "compressed_steps": 0,
             "compressed_bits": 0,
+            "exchanges": 0,  # steps that sent something
             "seconds": {},  # by kind of work
         }
         with _named(path):
@@ -207,12 +215,14 @@ class Recorder:
     def count(self, wire: WireBits, dense_bits: int, loss: float, accuracy: float, ms: float) -> None:
         """Counts a step."""
         state = self.state
+        sent = wire.total - state["bits"]  # not wire.last, which local steps leave as it was
         state["step"] += 1
         state["bits"] = wire.total
         state["dense_bits"] += dense_bits
-        if wire.last < dense_bits:
+        state["exchanges"] += sent > 0
+        if sent < dense_bits:
             state["compressed_steps"] += 1
-            state["compressed_bits"] += wire.last
+            state["compressed_bits"] += sent
         state["recent"].append([loss, accuracy, ms])
 
     def train(self, **values: float) -> None:
@@ -235,6 +245,7 @@ class Recorder:
             "end",
             compressed_steps=self.state["compressed_steps"],
             compressed_bytes=self.state["compressed_bits"] // 8,
+            exchanges=self.state["exchanges"],
             **values,
             seconds={kind: _rounded(value) for kind, value in self.state["seconds"].items()},
         )

@@ -1,6 +1,7 @@
-"""Runs a grid of trainings, one after another, each in a process of its own.
+"""Runs a grid of trainings, each in a process of its own.
 
     python -m experiments.sweep --grid=experiments/sweeps/cifar10.toml --out_dir=out/cifar10
+    python -m experiments.sweep --grid=experiments/sweeps/lm.toml --out_dir=out/lm --jobs=2
 
 The grid is a TOML file. Every [[grid]] in it stands for all combinations of its presets, codecs and seeds:
 
@@ -8,6 +9,8 @@ The grid is a TOML file. Every [[grid]] in it stands for all combinations of its
     presets = ["experiments/presets/cifar10.flags"]
     codecs = ["none", "powersgd --powersgd_rank=1", "qsgd --qsgd_bits=8"]
     seeds = [0, 1, 2]
+
+With `methods` in the place of `codecs` the runs are of `experiments.lm`.
 
 A run that has reached its end is skipped. A run that has not goes on from its checkpoint. A run that fails does not
 keep the others from running. So after a failure or an interruption the same command finishes the work. Each run has a
@@ -26,6 +29,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 from absl import flags
@@ -36,6 +40,8 @@ from experiments.interrupts import interruptible
 FLAGS = flags.FLAGS
 
 KEYS = {"presets": str, "codecs": str, "seeds": int}
+# What tells the runs of a grid apart: the program, and its flag.
+PROGRAMS = {"codecs": ("cifar", "codec"), "methods": ("lm", "method")}
 # A flag without characters that are special in a shell or in a file name.
 FLAG = re.compile(r"--(?:no)?(\w+?)(=[\w.+-]+)?")
 POLL_SECONDS = 1.0
@@ -50,13 +56,15 @@ class Cell(NamedTuple):
 
     Attributes:
       preset: the path of a flagfile.
-      codec: the codec's name, and the flags of its settings.
+      codec: the name of the codec or method, and the flags of its settings.
       seed: the seed of the run.
+      kind: "codecs" or "methods".
     """
 
     preset: str
     codec: str
     seed: int
+    kind: str = "codecs"
 
     @property
     def name(self) -> str:
@@ -67,19 +75,24 @@ class Cell(NamedTuple):
     def command(self, out_dir: pathlib.Path) -> list[str]:
         """The command to run; `out_dir` is the sweep's."""
         codec, *settings = self.codec.split()
-        folder = out_dir / self.name
+        folder, (program, flag) = out_dir / self.name, PROGRAMS[self.kind]
         return [
-            *(sys.executable, "-m", "experiments.cifar", f"--flagfile={self.preset}", f"--codec={codec}", *settings),
+            *(sys.executable, "-m", f"experiments.{program}", f"--flagfile={self.preset}", f"--{flag}={codec}"),
+            *settings,
             *(f"--seed={self.seed}", f"--out_dir={folder}", f"--checkpoint_dir={folder / 'checkpoints'}"),
         ]
 
 
-def is_codec(text: str) -> bool:
-    """Whether a text is a codec with its own flags; accordion's flags include those of the codec inside."""
+def is_codec(text: str, kind: str = "codecs") -> bool:
+    """Whether a text is a codec, or a method, with its own flags.
+
+    Accordion's flags include those of the codec inside, and streaming_diloco's begin with "streaming".
+    """
     name, *given = text.split(" ")
-    prefixes = tuple(f"{prefix}_" for prefix in ([name] if name != "accordion" else codecs.CODECS))
+    own = codecs.CODECS if name == "accordion" else [name, name.removesuffix("_diloco")]
+    prefixes, shared = tuple(f"{prefix}_" for prefix in own), ("every", "delayed" if kind == "codecs" else "every")
     flags = [match[1] if (match := FLAG.fullmatch(flag)) else "" for flag in given]
-    return name.isidentifier() and all(flag == "delayed" or flag.startswith(prefixes) for flag in flags)
+    return name.isidentifier() and all(flag in shared or flag.startswith(prefixes) for flag in flags)
 
 
 def read(path: pathlib.Path) -> list[Cell]:
@@ -97,24 +110,32 @@ def read(path: pathlib.Path) -> list[Cell]:
         raise GridError(f"{path}: expected [[grid]] and nothing else at the top, got {', '.join(content) or 'nothing'}")
     cells: list[Cell] = []
     for grid in grids:
-        if set(grid) != set(KEYS):
-            raise GridError(f"{path}: a [[grid]] has {', '.join(KEYS)}, got {', '.join(grid) or 'nothing'}")
-        for key, kind in KEYS.items():
-            value = grid[key]
-            if not isinstance(value, list) or not value or not all(type(x) is kind for x in value):
-                raise GridError(f"{path}: {key} must be a list of {kind.__name__}, got {value!r}")
-        cells += itertools.starmap(Cell, itertools.product(*(grid[key] for key in KEYS)))
+        cells += _cells(path, grid)
     for cell in cells:
-        if not is_codec(cell.codec):
+        if not is_codec(cell.codec, cell.kind):
             raise GridError(
-                f"{path}: {cell.codec!r} is not a codec with its own settings, such as 'qsgd --qsgd_bits=8'; what all "
-                "codecs share belongs into a preset"
+                f"{path}: {cell.codec!r} is not a {cell.kind[:-1]} with its own settings, such as "
+                f"'qsgd --qsgd_bits=8'; what all {cell.kind} share belongs into a preset"
             )
         if not pathlib.Path(cell.preset).is_file():
             raise GridError(f"{path}: there is no preset {cell.preset}")
         if (count := [other.name for other in cells].count(cell.name)) > 1:
             raise GridError(f"{path}: there are {count} runs of the name {cell.name}")
     return cells
+
+
+def _cells(path: pathlib.Path, grid: dict[str, list]) -> list[Cell]:
+    """The runs of one [[grid]]."""
+    kind = "methods" if "methods" in grid else "codecs"
+    keys = {kind if key == "codecs" else key: type_ for key, type_ in KEYS.items()}
+    if set(grid) != set(keys):
+        raise GridError(f"{path}: a [[grid]] has {', '.join(keys)}, got {', '.join(grid) or 'nothing'}")
+    for key, type_ in keys.items():
+        value = grid[key]
+        if not isinstance(value, list) or not value or not all(type(x) is type_ for x in value):
+            raise GridError(f"{path}: {key} must be a list of {type_.__name__}, got {value!r}")
+    combinations = itertools.product(*(grid[key] for key in keys))
+    return [Cell(preset, codec, seed, kind) for preset, codec, seed in combinations]
 
 
 def settings(cell: Cell) -> str:
@@ -182,13 +203,14 @@ def run(cell: Cell, out_dir: pathlib.Path, interrupted: Callable[[], bool], show
     return f"exit code {process.returncode}, {last!r}; see {folder / 'log.txt'}"
 
 
-def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) -> list[str]:
+def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console, jobs: int = 1) -> list[str]:
     """Runs the runs that are not done yet.
 
     Args:
       grid: the file.
       out_dir: the directory of the runs' directories.
       screen: the console to show progress on.
+      jobs: the number of runs at a time.
 
     Returns:
       The runs that failed, each with the reason.
@@ -202,41 +224,49 @@ def sweep(grid: pathlib.Path, out_dir: pathlib.Path, screen: display.Console) ->
         require_same(cell, out_dir / cell.name)
     todo = [cell for cell in cells if not ((found := recorded(out_dir / cell.name)) and found.end)]
     screen.print(f"{len(cells)} runs, {len(cells) - len(todo)} of them done before", soft_wrap=True)
-    failures = []
     began, before = time.perf_counter(), sum(part(out_dir / cell.name) for cell in todo)
-    with interruptible() as interrupted, display.progress(screen) as progress:
+    with interruptible() as interrupted, display.progress(screen) as progress, ThreadPoolExecutor(jobs) as pool:
         bar = progress.add_task("sweep", total=len(todo), status="")
 
         def left() -> str:
             """The remaining time in words, at the speed since the beginning."""
             now = sum(part(out_dir / cell.name) for cell in todo)
+            progress.update(bar, completed=now)
             if now == before:
                 return "time left unknown"
             seconds = (time.perf_counter() - began) / (now - before) * (len(todo) - now)
             return f"{datetime.timedelta(seconds=round(seconds))} left"
 
-        for number, cell in enumerate(todo):
-
-            def show(part: float, number: int = number, cell: Cell = cell) -> None:
-                progress.update(bar, completed=number + part, status=f"{cell.name} {part:.0%}, {left()}")
-
+        def one(number: int, cell: Cell) -> str:
+            """Runs a cell, unless the user interrupts; returns the failure, or nothing."""
+            if interrupted():
+                return ""
+            show = lambda part: progress.update(bar, status=f"{cell.name} {part:.0%}, {left()}")  # noqa: E731
             failure = run(cell, out_dir, interrupted, show)
             if interrupted():
-                break
+                return ""
             found = recorded(out_dir / cell.name)
-            outcome = f"failed, {failure}" if failure or not found else f"test accuracy {found.accuracy:.2%}"
-            screen.print(f"{number + 1}/{len(todo)} {cell.name}: {outcome}; {left()}", soft_wrap=True)
-            failures += [f"{cell.name}: {failure}"] * bool(failure)
+            outcome = f"failed, {failure}" if failure or not found else reached(found)
+            screen.print(f"{number}/{len(todo)} {cell.name}: {outcome}; {left()}", soft_wrap=True)
+            return f"{cell.name}: {failure}" if failure else ""
+
+        failures = [failure for failure in pool.map(one, itertools.count(1), todo) if failure]
     if interrupted():
         raise KeyboardInterrupt
     return failures
+
+
+def reached(found: records.Run) -> str:
+    """What a run reached, in words."""
+    return f"test loss {found.test[-1]['loss']:.4f}, test accuracy {found.accuracy:.2%}"
 
 
 def main() -> None:
     """Runs the grid, and reports the failures."""
     screen = display.console()
     try:
-        failures = sweep(pathlib.Path(FLAGS.grid), command.directory("out_dir", FLAGS.out_dir), screen)
+        out_dir = command.directory("out_dir", FLAGS.out_dir)
+        failures = sweep(pathlib.Path(FLAGS.grid), out_dir, screen, FLAGS.jobs)
     except (GridError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
@@ -252,4 +282,5 @@ if __name__ == "__main__":
     # Not at import: other experiments have flags with the same names.
     flags.DEFINE_string("grid", None, "The TOML file of what to run.", required=True)
     flags.DEFINE_string("out_dir", "out", "The directory of the runs' directories.")
+    flags.DEFINE_integer("jobs", 1, "Runs at a time; each takes all the cores that it gets.", lower_bound=1)
     command.run(main)

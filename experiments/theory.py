@@ -32,14 +32,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullFormatter, PercentFormatter
 from rich.table import Table
 
-from experiments import command, data, display, training
+from experiments import command, data, display, loop
 from experiments.figures import HUES, STYLE
 from gradcomp_jax.codecs.qsgd import NORMS, quantize
 from gradcomp_jax.wire import elias
 
 FLAGS = flags.FLAGS
 
-# absl lets a flag be defined only once; the training command defines these.
+# absl lets a flag be defined only once; the training loop defines these.
 for name in ("seed", "out_dir"):
     flags.declare_key_flag(name)
 flags.DEFINE_integer("draws", 4, "Vectors of --dimension values that are rounded.", lower_bound=1)
@@ -370,4 +370,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, argv=training.command_line(sys.argv))
+    command.run(main, argv=loop.command_line(sys.argv))

@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import display, records, training
+from experiments import display, loop, records, training
 from tests import problem
 
 FLAGS = flags.FLAGS
@@ -80,7 +80,7 @@ def regression(stop_at=None):
 
     def loss_fn(params, state, batch):
         loss = problem.loss_fn(with_kernel(params, (64, 64)), batch)
-        return loss, ({"seen": state["seen"] + 1}, loss)
+        return loss, ({name: seen + 1 for name, seen in state.items()}, loss)
 
     def batches(done):
         for number, batch in enumerate(problem.batches(100)):
@@ -93,16 +93,18 @@ def regression(stop_at=None):
         return {"loss": float(sum(jnp.sum(x**2) for x in jax.tree.leaves(params))), "accuracy": 0.5}
 
     params, state = with_kernel(problem.params(), (2, 2, 16, 64)), {"seen": jnp.zeros((), jnp.int32)}
-    return training.Task("regression", {}, params, state, loss_fn, batches, 32 * STEPS_PER_EPOCH, evaluate)
+    state = state if FLAGS.every == ["1"] else {}  # outer steps have none
+    return loop.Task("regression", {}, params, state, loss_fn, batches, 32 * STEPS_PER_EPOCH, evaluate)
 
 
 def train(task=None, said=None):
     """Trains as the flags say."""
-    (name,) = FLAGS.codec
+    (name,), (every,) = FLAGS.codec, map(int, FLAGS.every)
     screen = display.Console(file=said, width=1000) if said else display.console()
     mesh = training.worker_mesh(FLAGS.workers)
     task = task or regression()
-    return training.train(name, training.codec(name, task), task, mesh, screen)
+    plan = training.plan(name, training.codec(name, task, every), task, mesh, every)
+    return loop.train(plan, task, screen)
 
 
 def only_run(folder):

@@ -19,7 +19,7 @@ from absl.testing import flagsaver
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import cifar, codecs, data, display, models, records, training
+from experiments import cifar, codecs, data, display, lm, loop, models, records, training
 from gradcomp_jax import (
     EF21,
     DelayedState,
@@ -265,7 +265,7 @@ def test_an_unknown_codec_is_told_which_there_are(given):
 @pytest.mark.parametrize("argv", [["--codec=qsgd", "--flagfile=P"], ["--flagfile=P", "--codec=qsgd"]])
 def test_what_is_typed_beside_a_preset_wins_in_any_order(argv):
     argv = [arg.replace("P", str(ROOT / "experiments/presets/digits.flags")) for arg in argv]
-    FLAGS(training.command_line(["test", *argv]))
+    FLAGS(loop.command_line(["test", *argv]))
     assert FLAGS.codec == ["qsgd"]
 
 
@@ -274,8 +274,11 @@ def test_presets_parse_and_tell_what_they_reached(preset):
     FLAGS(["test", f"--flagfile={preset}"])
     comments = " ".join(line for line in preset.read_text().splitlines() if line.startswith("#"))
     assert f"--flagfile=experiments/presets/{preset.name}" in comments
-    assert "%" in comments
     assert "MB" in comments
+    if preset.name == "lm.flags":
+        assert [plan.name for name in FLAGS.method for plan in lm.plans_of(name, [15])] == FLAGS.method
+        return
+    assert "%" in comments
     for name in FLAGS.codec:
         codecs.from_flags(name, 0, COURSE)
 
@@ -324,6 +327,21 @@ def test_a_short_training_gives_a_table_and_a_figure(tmp_path):
         expected, dense = (sent(codecs.CODECS[codec](), params, 2, stats) for codec in (name, "none"))
         assert accuracy.endswith("%")
         assert (step, total, ratio) == (f"{expected:.4f}", f"{2 * expected:.2f}", f"{dense / expected:.2f}")
+
+
+def test_codecs_train_with_outer_steps_beside_those_in_each_step(tmp_path):
+    args = ["--codec=topk", "--every=1,3", "--model=resnet8gn", "--workers=2", "--epochs=4", "--batch_size=512"]
+    done = run(*args, "--warmup_epochs=0", "--eval_every=8", f"--out_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    sent = {}
+    for path in tmp_path.glob("*.jsonl"):
+        found = records.read(path)
+        sent[found.name] = found.end["bytes"]
+        assert (found.end["step"], found.end["exchanges"]) == (8, 2 if "every=3" in found.name else 8)
+        assert len(re.findall(rf"^│ {found.called} .*", done.stdout, re.MULTILINE)) == 1
+    assert {*sent} == {"topk", "topk every=3"}
+    assert sent["topk every=3"] == pytest.approx(sent["topk"] / 4, rel=1e-2)  # the values beside differ
+    assert "topk, every 3: the last 2 steps came after its last exchange, and count for nothing." in done.stdout
 
 
 def recorded(codec, label, sent, dense=2.0, skipped=0, settings=None):
@@ -408,6 +426,8 @@ def test_a_training_sees_the_same_batches_from_wherever_it_goes_on():
         (["--dataset=cifar10", "--data_dir=/nowhere"], "cannot read /nowhere/cifar-10-batches-py/data_batch_1"),
         (["--codec=qsgd", "--qsgd_bits=3"], "bits=3 must be 2, 4 or 8"),
         (["--codec=none,qsgd", "--qsgd_min_size=99999"], "'qsgd' would compress none of the 23 leaves"),
+        (["--every=1,10"], "--every=10: between exchanges the batch statistics of --model=resnet8 would differ"),
+        (["--every=10", "--delayed", "--model=resnet8gn"], "--delayed is for exchanges in each step, and not for --ev"),
         (["--workers=9"], "--workers=9: jax has 8 devices"),
         (["--schedule=step"], "--decay_epochs=150,250 are not reached in --epochs=10"),
         (["--model=vgg19"], "VGG-19-bn needs images of 32x32 or more, got 8x8"),
@@ -415,7 +435,7 @@ def test_a_training_sees_the_same_batches_from_wherever_it_goes_on():
     ],
 )
 def test_wrong_settings_end_in_a_message(args, message):
-    argv = training.command_line(["cifar", *args])
+    argv = loop.command_line(["cifar", *args])
     FLAGS(argv)
     with pytest.raises(SystemExit, match=re.escape(message)):
         cifar.main()

@@ -36,6 +36,7 @@ def images(image_shape):
     [
         # He et al., Table 6: 0.27M, 0.46M, 1.7M. ResNet-8 is none of theirs.
         ("resnet8", 23, 75_290),
+        ("resnet8gn", 23, 75_290),
         ("resnet20", 59, 269_722),
         ("resnet32", 95, 464_154),
         ("resnet110", 329, 1_727_962),
@@ -57,7 +58,7 @@ def test_parameters(name, tensors, parameters):
 
 
 def test_every_network_has_its_title():
-    assert len(set(models.NAMES.values())) == len(models.NAMES) == 9
+    assert len(set(models.NAMES.values())) == len(models.NAMES) == 10
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import cifar, display, sweep
+from experiments import cifar, display, lm, sweep
 
-assert cifar  # whose flags the runs have
+assert {cifar, lm}  # whose flags the runs have
 FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).parent.parent
 GRID = """
@@ -34,7 +34,7 @@ if (folder.parent / "SLOW").exists():
     (folder.parent / "STARTED").touch()
     time.sleep(60)
 at = {"step": 3, "bytes": 8, "dense_bytes": 16}
-lines = [{"kind": "run", "steps": 3}, {"kind": "test", **at, "accuracy": 0.5}, {"kind": "end", **at}]
+lines = [{"kind": "run", "steps": 3}, {"kind": "test", **at, "loss": 1.0, "accuracy": 0.5}, {"kind": "end", **at}]
 (folder / "run.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in lines))
 """
 
@@ -60,8 +60,8 @@ def grid(tmp_path):
     return path
 
 
-def run(grid):
-    return sweep.sweep(grid, grid.parent / "out", display.console())
+def run(grid, jobs=1):
+    return sweep.sweep(grid, grid.parent / "out", display.console(), jobs)
 
 
 def calls(tmp_path):
@@ -78,7 +78,7 @@ def test_a_sweep_runs_every_combination_once(grid, tmp_path, capsys):
     assert calls(tmp_path) == dict.fromkeys(EVERY, 1)
     shown = capsys.readouterr().out
     assert "4 runs, 0 of them done before" in shown
-    assert re.search(r"4/4 small-qsgd_qsgd_bits=8-seed1: test accuracy 50.00%; 0:00:00 left", shown)
+    assert re.search(r"4/4 small-qsgd_qsgd_bits=8-seed1: test loss 1.0000, test accuracy 50.00%; 0:00:00 left", shown)
     run(grid)
     assert calls(tmp_path) == dict.fromkeys(EVERY, 1)
     assert "4 runs, 4 of them done before" in capsys.readouterr().out
@@ -92,6 +92,15 @@ def test_a_failure_is_told_and_keeps_no_other_run_from_its_end(grid, tmp_path):
     assert re.fullmatch(r".*seed0: exit code 1, 'no luck \[/at:0\]'; see .*log.txt", failures[0])
     (tmp_path / "out" / "FAIL").unlink()
     run(grid)
+    assert calls(tmp_path) == dict(zip(EVERY, [1, 1, 2, 2], strict=True))
+
+
+def test_runs_at_a_time_are_each_run_once(grid, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "FAIL").touch()
+    assert [failure.split(": ")[0] for failure in run(grid, jobs=3)] == EVERY[2:]
+    (tmp_path / "out" / "FAIL").unlink()
+    assert not run(grid, jobs=3)
     assert calls(tmp_path) == dict(zip(EVERY, [1, 1, 2, 2], strict=True))
 
 
@@ -137,6 +146,16 @@ def test_the_command_of_a_run_is_one_of_the_experiment(tmp_path):
         assert (FLAGS.codec, FLAGS.qsgd_bits, FLAGS.seed, FLAGS.epochs) == (["qsgd"], 8, 3, 40)
         assert FLAGS.out_dir == str(tmp_path / cell.name)
         assert FLAGS.checkpoint_dir == str(tmp_path / cell.name / "checkpoints")
+
+
+def test_the_command_of_a_method_is_one_of_the_language_model(tmp_path):
+    preset = str(ROOT / "experiments/presets/lm.flags")
+    cell = sweep.Cell(preset, "sparseloco --every=30", 2, "methods")
+    python, dash_m, module, *args = COMMAND(cell, tmp_path)
+    assert (python, dash_m, module) == (sys.executable, "-m", "experiments.lm")
+    with flagsaver.flagsaver():
+        assert FLAGS(["test", *args]) == ["test"]
+        assert (FLAGS.method, FLAGS.every, FLAGS.seed, FLAGS.workers) == (["sparseloco"], ["30"], 2, 8)
 
 
 def test_runs_of_other_settings_are_not_taken_for_these(grid, tmp_path):
@@ -187,7 +206,22 @@ def test_a_codec_has_flags_of_its_own_and_accordion_those_of_what_it_switches(co
     assert sweep.is_codec(codec) == accepted
 
 
+@pytest.mark.parametrize(
+    ("method", "accepted"),
+    [
+        ("diloco --every=30", True),
+        ("streaming_diloco --every=30 --streaming_delay=5", True),
+        ("powersgd --powersgd_rank=2", True),
+        ("dense --delayed", False),
+        ("diloco --streaming_delay=5", False),
+    ],
+)
+def test_a_method_has_flags_of_its_own_and_every(method, accepted):
+    assert sweep.is_codec(method, "methods") == accepted
+
+
 def test_the_grid_of_the_results_is_one():
     cells = sweep.read(ROOT / "experiments" / "sweeps" / "cifar10.toml")
     assert len(cells) == 11
+    assert len(sweep.read(ROOT / "experiments" / "sweeps" / "lm.toml")) == 13
     assert json.dumps(cells[-1].name) == '"cifar10-gradiveq_gradiveq_error_feedback-seed0"'

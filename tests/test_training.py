@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from experiments import records, training
+from experiments import loop, records
 from gradcomp_jax import resize_workers
 from tests.small_training import (  # noqa: F401, used by every test here
     FLAGS,
@@ -46,6 +46,7 @@ ROOT = pathlib.Path(__file__).parent.parent
         ("onebit", ["--optimizer=adagrad"]),
         ("adaptive", ["--delayed"]),
         ("accordion", ["--ef21"]),
+        ("topk", ["--every=5", "--optimizer=adam"]),
     ],
 )
 def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path):
@@ -53,9 +54,7 @@ def test_an_interrupted_training_ends_as_one_that_was_not(codec, args, tmp_path)
     given(tmp_path / "whole", *args, codec=codec)
     train()
     given(tmp_path / "stopped", *args, codec=codec)
-    with pytest.raises(
-        training.InterruptedRunError, match=r"at step 9 of 12; the same command goes on from .*checkpoints"
-    ):
+    with pytest.raises(loop.InterruptedRunError, match=r"at step 9 of 12; the same command goes on from .*checkpoints"):
         train(regression(stop_at=8))
     assert [line["step"] for line in train().resumed] == [9]
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
@@ -114,7 +113,7 @@ def test_a_training_that_is_done_is_not_done_again(tmp_path):
 def test_without_a_directory_for_checkpoints_there_are_none(tmp_path):
     given(tmp_path)
     FLAGS.checkpoint_dir = None
-    with pytest.raises(training.InterruptedRunError, match="nothing is kept without --checkpoint_dir"):
+    with pytest.raises(loop.InterruptedRunError, match="nothing is kept without --checkpoint_dir"):
         train(regression(stop_at=2))
     assert train().train[0]["step"] == 2
     assert not (tmp_path / "checkpoints").exists()
@@ -122,7 +121,7 @@ def test_without_a_directory_for_checkpoints_there_are_none(tmp_path):
 
 def test_on_another_number_of_workers_it_goes_on_and_says_what_was_carried_over(tmp_path, monkeypatch):
     given(tmp_path, "--checkpoint_every=100", codec="qsgd")
-    with pytest.raises(training.InterruptedRunError):
+    with pytest.raises(loop.InterruptedRunError):
         train(regression(stop_at=5))
     resized = []
 
@@ -131,7 +130,7 @@ def test_on_another_number_of_workers_it_goes_on_and_says_what_was_carried_over(
         resized.append(jax.device_get(state))  # the next step consumes it
         return state
 
-    monkeypatch.setattr(training, "resize_workers", resize)
+    monkeypatch.setattr(loop, "resize_workers", resize)
     FLAGS.workers = 2
     said = io.StringIO()
     task = regression()
@@ -156,7 +155,7 @@ def test_what_dense_would_send_is_in_the_gradients_own_type():
     task = regression()
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), task.params)
     size = sum(x.size for x in jax.tree.leaves(params))
-    assert training.bits_of_pmean(task._replace(params=params), 4) == 8 * 1.5 * (2 * size + 4 * 2)
+    assert loop.bits_of_pmean(task._replace(params=params), 4) == 8 * 1.5 * (2 * size + 4 * 2)
 
 
 def events(path):
@@ -181,7 +180,7 @@ def scalars(folder):
 
 def test_tensorboard_shows_the_records_of_a_run_that_was_stopped(tmp_path):
     given(tmp_path, f"--tensorboard_dir={tmp_path / 'board'}")
-    with pytest.raises(training.InterruptedRunError):
+    with pytest.raises(loop.InterruptedRunError):
         train(regression(stop_at=8))
     run = train()
     # By the second alone, the names of the two could be one.

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from flax import nnx, traverse_util
 
-from experiments.models import densenet, resnet, senet, vgg
+from experiments.models import densenet, layers, resnet, senet, vgg
 
 
 class _Network(NamedTuple):
@@ -18,6 +18,7 @@ class _Network(NamedTuple):
 
 _NETWORKS = {
     "resnet8": _Network("ResNet-8", partial(resnet.of_depth, 8)),
+    "resnet8gn": _Network("ResNet-8 with group norms", partial(resnet.of_depth, 8, norm=layers.group_norm)),
     "resnet20": _Network("ResNet-20", partial(resnet.of_depth, 20)),
     "resnet32": _Network("ResNet-32", partial(resnet.of_depth, 32)),
     "resnet110": _Network("ResNet-110", partial(resnet.of_depth, 110)),

@@ -23,6 +23,11 @@ def norm(filters: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(filters, momentum=0.9, rngs=rngs)
 
 
+def group_norm(filters: int, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """Group normalization in groups of 8 (Wu and He, ECCV 2018, arXiv 1803.08494), [..., filters] -> [..., filters]."""
+    return nnx.GroupNorm(filters, num_groups=None, group_size=8, rngs=rngs)
+
+
 def linear(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer, [N, inputs] -> [N, outputs]."""
     return nnx.Linear(inputs, outputs, kernel_init=nnx.initializers.he_normal(), rngs=rngs)

@@ -18,7 +18,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from experiments.models.layers import conv, linear, norm
+from experiments.models import layers
+from experiments.models.layers import conv, linear
+
+Norm = Callable[[int, nnx.Rngs], nnx.Module]
 
 
 class Projection(nnx.Module):
@@ -26,7 +29,7 @@ class Projection(nnx.Module):
 
     def __init__(self, inputs: int, filters: int, stride: int, rngs: nnx.Rngs, use_bias: bool = False):
         self.conv = conv(inputs, filters, rngs, size=1, stride=stride, use_bias=use_bias)
-        self.norm = norm(filters, rngs)
+        self.norm = layers.norm(filters, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.norm(self.conv(x))
@@ -38,7 +41,7 @@ class Block(nnx.Module):
     The stride is 2 where the block widens, 1 elsewhere.
     """
 
-    def __init__(self, inputs: int, filters: int, rngs: nnx.Rngs, project: bool = False):
+    def __init__(self, inputs: int, filters: int, rngs: nnx.Rngs, project: bool = False, norm: Norm = layers.norm):
         self.stride = 1 if inputs == filters else 2
         self.new_channels = filters - inputs
         self.conv1 = conv(inputs, filters, rngs, stride=self.stride)
@@ -69,6 +72,7 @@ class ResNet(nnx.Module):
       classes: how many.
       rngs: for the initial parameters.
       use_bias: whether the first convolution has one.
+      norm: makes the normalization after the first convolution.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class ResNet(nnx.Module):
         classes: int,
         rngs: nnx.Rngs,
         use_bias: bool = False,
+        norm: Norm = layers.norm,
     ):
         self.conv = conv(image_shape[-1], widths[0], rngs, use_bias=use_bias)
         self.norm = norm(widths[0], rngs)
@@ -94,9 +99,11 @@ class ResNet(nnx.Module):
         return self.linear(jnp.mean(x, axis=(1, 2)))
 
 
-def of_depth(depth: int, image_shape: tuple[int, int, int], classes: int, rngs: nnx.Rngs) -> ResNet:
+def of_depth(
+    depth: int, image_shape: tuple[int, int, int], classes: int, rngs: nnx.Rngs, norm: Norm = layers.norm
+) -> ResNet:
     """The network of section 4.2, of depth 6 n + 2."""
-    return ResNet(Block, (16, 32, 64), (depth - 2) // 6, image_shape, classes, rngs)
+    return ResNet(partial(Block, norm=norm), (16, 32, 64), (depth - 2) // 6, image_shape, classes, rngs, norm=norm)
 
 
 def resnet18(image_shape: tuple[int, int, int], classes: int, rngs: nnx.Rngs) -> ResNet:
