@@ -240,9 +240,10 @@ class Method:
         grads, loss, weight = self._of_worker((grads, jnp.float32(loss), jnp.float32(weight)))
         finite = ways.agreed([ways.within(x, 1) for x in jax.tree.leaves(grads)])
         changes, inner = self.inner.update(grads, mine.inner, mine.params, value=loss, **(extra_args or {}))
-        counts, params = finite & jnp.isfinite(loss), optax.apply_updates(mine.params, changes)
+        counts = finite & jnp.isfinite(loss)
+        params = _where(finite, optax.apply_updates(mine.params, changes), mine.params)
         worker = mine._replace(
-            params=_where(finite, params, mine.params),
+            params=params,
             inner=_where(once_stored(finite, params), inner, mine.inner),
             held=mine.held + jnp.where(finite, 0, 1),
             weight=mine.weight + jnp.where(finite, weight, 0),
