@@ -102,7 +102,8 @@ def plain(mesh: Mesh, inner: optax.GradientTransformation) -> Case:
         return jax.tree.map(lambda x: x[None], (params, state, loss))
 
     each = P("data")
-    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=each, out_specs=each), donate_argnums=(0, 1))
+    # Without donation, which on CPUs would copy what it gives away.
+    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=each, out_specs=each))
     first = jax.shard_map(
         lambda: jax.tree.map(lambda x: x[None], (weights(), inner.init(weights()))),
         mesh=mesh,
@@ -120,9 +121,7 @@ def trained(mesh: Mesh, tx: optax.GradientTransformation, steps: int) -> Case:
     replicated = jax.sharding.NamedSharding(mesh, P())
     params = jax.jit(weights, out_shardings=replicated)()
     state = gcj.init(tx, params, mesh)
-    return Case(
-        gcj.train_step(loss_fn, tx, mesh, donate=True), params, state, steps, lambda s: gcj.wire_bits(s).total / 8
-    )
+    return Case(gcj.train_step(loss_fn, tx, mesh), params, state, steps, lambda s: gcj.wire_bits(s).total / 8)
 
 
 def cases(mesh: Mesh) -> dict[str, Case]:
