@@ -44,9 +44,8 @@ flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", l
 flags.DEFINE_list(
     "every",
     ["1"],
-    "Steps from one exchange to the next, several with commas between them. At 1 gradients are exchanged in each step. "
-    "Above 1 each worker trains on its own meanwhile, and the workers exchange how far they have moved, see "
-    "gradcomp_jax.outer.",
+    "Steps from one exchange to the next, several with commas between them. Above 1 workers train on their own "
+    "meanwhile, and exchange how far they moved.",
 )
 flags.register_validator(
     "every",

@@ -28,8 +28,8 @@ LINKS = ("between", "inside")
 TREE = {"conv": (3, 3, 8, 16), "filled": (33, 24), "flat": (5, 64), "bias": (24,), "gain": ()}
 TX = {row.id: gc.across(row.make()) for row in ROWS}
 DIVIDING = {"a": (64, 64), "conv": (3, 3, 16, 32), "bias": (64,)}
-# What is filled up even there, as a share: groups of slices do not tile the shards.
-PADDING = {"gradiveq-ef": 0.1}
+# What is added even there, as a share: groups of slices do not tile the shards, and each shard has a table of its own.
+PADDING = {"gradiveq-ef": 0.1, "statistical-shuffle": 0.05}
 GRADS = trees.noise(TREE, 1, (STEPS, SLICES, CHIPS))
 
 
