@@ -16,7 +16,7 @@ from gradcomp_jax import delayed, make_mesh, measured, outer
 FLAGS = flags.FLAGS
 
 codecs.define_choice()
-flags.DEFINE_boolean("delayed", False, "Exchange in each step the gradients of the one before, with every codec.")
+flags.DEFINE_boolean("delayed", False, "Exchange in each step the gradients of the one before.")
 flags.DEFINE_boolean("measured", True, "Record what codecs lose and owe; a step takes a little longer for it.")
 flags.DEFINE_integer("epochs", 10, "Passes over the training split.", lower_bound=1)
 flags.DEFINE_integer("batch_size", 128, "Examples a step, over all workers; a multiple of --workers.", lower_bound=1)
