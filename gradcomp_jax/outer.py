@@ -35,6 +35,8 @@ from gradcomp_jax.views import halved, narrow, once_stored, wide, widen
 
 Weigh = Callable[[Any], Any]
 Moves = dict[str, jax.Array]
+# The weight of a worker that did no step since the last exchange: if no worker did any, all count alike.
+LEAST = 1e-20
 
 
 class Worker(NamedTuple):
@@ -304,7 +306,7 @@ class Method:
         wire, mine = self.wire, state.worker.value
         delta = _difference(anchor, mine.params)
         weight = mine.weight[fragment] if self.weigh else jnp.float32(1)
-        weight = jnp.where(_moderate(delta, wire.workers), weight, 0)
+        weight = jnp.where(_moderate(delta, wire.workers), jnp.maximum(weight, LEAST), 0)
         everyone, bits = wire.total(weight)
         share = jnp.where(everyone > 0, wire.workers * weight / everyone, 0)
         given = jax.tree.map(lambda d: jnp.where(share > 0, d * share.astype(d.dtype), 0), delta)

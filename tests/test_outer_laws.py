@@ -117,6 +117,25 @@ class TestPoison:
             weight = np.array([2, 1, 2])[:, None, None]
             np.testing.assert_allclose(-params[path], RATE * np.sum(weight * weight * g, 0) / 5, atol=1e-5)
 
+    def test_without_a_step_all_weigh_alike(self):
+        """What alpha left to the workers is not lost in a flush right after an exchange."""
+        ends = []
+        for weigh in (None, "steps"):
+            settings = {"every": 4, "delay": 1, "alpha": 0.5, "outer": optax.sgd(0.5), "weigh": weigh}
+            tx, grads = gcj.outer(optax.sgd(RATE), codec=gcj.none(), **settings), trees.noise(TREE, 7, (3,))
+            step, params, state = (
+                gcj.simulate(loss_of_gradients, tx, 3),
+                trees.zeros(TREE),
+                gcj.init(tx, trees.zeros(TREE), 3),
+            )
+            for _ in range(5):
+                params, state, _ = step(params, state, grads)
+            mine = state.worker.value
+            state = state._replace(worker=state.worker._replace(value=mine._replace(weight=0 * mine.weight)))
+            ends.append(gcj.flush(tx, params, state, 3)[0])
+        chex.assert_trees_all_close(*ends, atol=1e-6)
+        assert np.max(np.abs(ends[0]["a"] - params["a"])) > 0.1
+
     def test_weighed_by_a_function(self):
         tx = gcj.outer(optax.sgd(RATE), every=1, codec=gcj.none(), weigh=lambda rows: jnp.mean(rows["tokens"]))
 
