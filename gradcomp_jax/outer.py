@@ -196,12 +196,12 @@ class Method:
         zeros = {path: jnp.zeros_like(x) for path, x in leaves.items()}
         if place is not None:
             moment = period.at(place)
-            state, first = self.exchanged(moment.before, params, state)
+            state, first = self.begin(moment, params, state)
             state = self.local(state, period, updates, value, weight, extra_args)
             state, then = self.end(moment, plus(params, first), state)
             return jax.tree.unflatten(treedef, (zeros | first | then).values()), state
         at, moments = state.place, [period.at(one) for one in period.places]
-        begin = lambda moment, state: self.exchanged(moment.before, params, state)  # noqa: E731
+        begin = lambda moment, state: self.begin(moment, params, state)  # noqa: E731
         state, first = self._at(at, [m._replace(after=(), adopted=()) for m in moments], begin, state, zeros)
         anchor = plus(params, first)
         end = lambda moment, state: self.end(moment, anchor, state)  # noqa: E731
@@ -225,7 +225,14 @@ class Method:
         return self.wire.switch(table[place], [functools.partial(branch, kind) for kind in kinds])
 
     def local(
-        self, state: OuterState, period: Period, grads: Any, loss: Any, weight: Any, extra_args: Any = None
+        self,
+        state: OuterState,
+        period: Period,
+        grads: Any,
+        loss: Any,
+        weight: Any,
+        extra_args: Any = None,
+        in_place: bool = True,
     ) -> OuterState:
         """A local step: the inner optimiser moves the worker's own parameters, unless a gradient is not finite.
 
@@ -236,6 +243,7 @@ class Method:
           loss: the loss, or None.
           weight: the weight of the step, or None for 1.
           extra_args: further arguments for the inner optimiser's update.
+          in_place: whether the new state may take the memory of the old one.
         """
         mine = state.worker.value
         loss, weight = jnp.nan if loss is None else loss, 1 if weight is None else weight
@@ -244,9 +252,10 @@ class Method:
         changes, inner = self.inner.update(grads, mine.inner, mine.params, value=loss, **(extra_args or {}))
         counts = finite & jnp.isfinite(loss)
         params = _where(finite, optax.apply_updates(mine.params, changes), mine.params)
+        kept = once_stored(finite, params) if in_place else finite
         worker = mine._replace(
             params=params,
-            inner=_where(once_stored(finite, params), inner, mine.inner),
+            inner=_where(kept, inner, mine.inner),
             held=mine.held + jnp.where(finite, 0, 1),
             weight=mine.weight + jnp.where(finite, weight, 0),
             loss=mine.loss + jnp.where(counts, loss, 0),
@@ -262,13 +271,17 @@ class Method:
         sent = ways.exact([], [widen(x) for x in leaves], self.wire.inside, [], ring=False, before=None, checked=0)
         return jax.tree.unflatten(treedef, [m.astype(x.dtype) for m, x in zip(sent.rode, leaves, strict=True)])
 
+    def begin(self, moment: Moment, anchor: Any, state: OuterState) -> tuple[OuterState, Moves]:
+        """What happens before a step; as `end`."""
+        return self.exchanged(moment.before, anchor, state, self._alive(anchor, state))
+
     def exchanged(
-        self, fragments: Sequence[int], anchor: Any, state: OuterState, flush: bool = False
+        self, fragments: Sequence[int], anchor: Any, state: OuterState, alive: jax.Array, flush: bool = False
     ) -> tuple[OuterState, Moves]:
-        """The exchanges of some fragments, one after another; see `exchange`."""
+        """The exchanges of some fragments, one after another; see `_exchange`."""
         moves: Moves = {}
         for fragment in fragments:
-            state, more = self.exchange(fragment, plus(anchor, moves), state, flush)
+            state, more = self._exchange(fragment, plus(anchor, moves), state, alive, flush)
             moves |= more
         return state, moves
 
@@ -283,12 +296,20 @@ class Method:
         Returns:
           The state, and by path what is to be added to the anchor, for the leaves that move.
         """
-        state, moves = self.exchanged(moment.after, anchor, state)
+        alive = self._alive(anchor, state)
+        state, moves = self.exchanged(moment.after, anchor, state, alive)
         if moment.adopted:
-            state = self.adopt(moment.adopted, plus(anchor, moves), state, self.alpha)
+            state = self._adopt(moment.adopted, plus(anchor, moves), state, alive, self.alpha)
         return state, moves
 
-    def exchange(self, fragment: int, anchor: Any, state: OuterState, flush: bool = False) -> tuple[OuterState, Moves]:
+    def _alive(self, anchor: Any, state: OuterState) -> jax.Array:
+        """Whether a worker's difference is finite, and small enough for error feedback at any weight."""
+        differences = jax.tree.leaves(_difference(anchor, state.worker.value.params))
+        return ways.agreed([jnp.all(jnp.abs(x) <= MOST / self.wire.workers) for x in differences])
+
+    def _exchange(
+        self, fragment: int, anchor: Any, state: OuterState, alive: jax.Array, flush: bool
+    ) -> tuple[OuterState, Moves]:
         """The workers exchange their differences from the anchor, and the outer optimiser moves it.
 
         A worker whose difference is not finite is absent: it hands zeros to the codec. Differences count by weight: the
@@ -298,6 +319,7 @@ class Method:
           fragment: the index of the fragment.
           anchor: the anchor.
           state: the state.
+          alive: whether this worker takes part.
           flush: whether the codec sends all that is owed, uncompressed.
 
         Returns:
@@ -306,7 +328,7 @@ class Method:
         wire, mine = self.wire, state.worker.value
         delta = _difference(anchor, mine.params)
         weight = mine.weight[fragment] if self.weigh else jnp.float32(1)
-        weight = jnp.where(_moderate(delta, wire.workers), jnp.maximum(weight, LEAST), 0)
+        weight = jnp.where(alive, jnp.maximum(weight, LEAST), 0)
         everyone, bits = wire.total(weight)
         share = jnp.where(everyone > 0, wire.workers * weight / everyone, 0)
         given = jax.tree.map(lambda d: jnp.where(share > 0, d * share.astype(d.dtype), 0), delta)
@@ -335,20 +357,20 @@ class Method:
         )
         return state, {path: step for path, (step, _) in steps.items()}
 
-    def adopt(self, fragments: tuple[int, ...], anchor: Any, state: OuterState, alpha: float) -> OuterState:
+    def _adopt(
+        self, fragments: tuple[int, ...], anchor: Any, state: OuterState, alive: jax.Array, alpha: float
+    ) -> OuterState:
         """Each worker goes on from the anchor, or from a mix of its own parameters and the anchor.
-
-        A worker whose parameters are not finite begins anew: all of them are the anchor's, and its inner optimiser's
-        state is fresh.
 
         Args:
           fragments: the fragments of which it does so.
           anchor: the anchor.
           state: the state.
+          alive: whether this worker does. Otherwise it begins anew: all of its parameters are the anchor's, and its
+            inner optimiser's state is fresh.
           alpha: the share of a worker's own parameters.
         """
         mine, of = state.worker.value, self._fragment_of(anchor)
-        alive = _moderate(_difference(anchor, mine.params), self.wire.workers)
 
         def adopted(path: str, own: jax.Array, of_all: jax.Array) -> jax.Array:
             if of[path] not in fragments:
@@ -367,9 +389,10 @@ class Method:
     def flush(self, anchor: Any, state: OuterState) -> tuple[Any, OuterState]:
         """Ends a period early: exchanges all that is owed, uncompressed; gives the anchor and the state."""
         every = tuple(range(self.period(anchor).fragments))
-        state, moves = self.exchanged(every, anchor, state, flush=True)
+        alive = self._alive(anchor, state)
+        state, moves = self.exchanged(every, anchor, state, alive, flush=True)
         anchor = plus(anchor, moves)
-        return anchor, self.adopt(every, anchor, state, 0.0)._replace(place=jnp.zeros_like(state.place))
+        return anchor, self._adopt(every, anchor, state, alive, 0.0)._replace(place=jnp.zeros_like(state.place))
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -393,11 +416,6 @@ def plus(params: Any, moves: Moves) -> Any:
 
 def _difference(anchor: Any, own: Any) -> Any:
     return jax.tree.map(lambda a, b: widen(a) - widen(b), anchor, own)
-
-
-def _moderate(delta: Any, workers: int) -> jax.Array:
-    """Whether a worker's difference is finite, and small enough for error feedback at any weight."""
-    return ways.agreed([jnp.all(jnp.abs(x) <= MOST / workers) for x in jax.tree.leaves(delta)])
 
 
 def _step(x: jax.Array, rest: jax.Array | None, change: jax.Array, ok: jax.Array) -> tuple[jax.Array, Any]:

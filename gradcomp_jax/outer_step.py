@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from gradcomp_jax.by_parameter import ByParameter
 from gradcomp_jax.entry import Form, require_rest
 from gradcomp_jax.exchange import collectives
 from gradcomp_jax.jitted import Jitted, emulates
@@ -129,7 +130,9 @@ class _Programs:
             return state.worker, state.place, aux
 
         specs = specs_of(worker), P()
-        return self._mapped(on_worker, (*specs, *self._rest_specs), (*specs, P(self.method.axes)), worker, place, *rest)
+        out_specs = *specs, P(self.method.axes)
+        worker, place, aux = self._mapped(on_worker, (*specs, *self._rest_specs), out_specs, worker, place, *rest)
+        return ByParameter.of(worker, worker.value.params), place, aux
 
     def at(self, moments: tuple[Moment, ...], params: Any, state: OuterState, *rest: Any) -> Any:
         """Local steps, and what happens around each: (params, state, rest) -> (params, state, loss, aux. outputs).
@@ -141,7 +144,7 @@ class _Programs:
             auxs, first = [], 0
             while first < len(moments):
                 last = _last_of_run(moments, first)
-                state, moves = self.method.exchanged(moments[first].before, params, state)
+                state, moves = self.method.begin(moments[first], params, state)
                 params = plus(params, moves)
                 state, aux = self._steps(state, self._part(rest, first, last + 1), last + 1 - first, first)
                 state, moves = self.method.end(moments[last], params, state)
@@ -220,7 +223,8 @@ class _Programs:
     def _one(self, state: OuterState, rest: Any) -> tuple[OuterState, Any]:
         grads, loss, weight, aux = self._gradients(state, rest)
         period = self.method.period(state.worker.value.params)
-        return self.method.local(state, period, grads, loss, weight), aux
+        in_place = self.settings.donate or self.settings.steps > 1
+        return self.method.local(state, period, grads, loss, weight, in_place=in_place), aux
 
     def _gradients(self, state: OuterState, rest: Any) -> tuple[Any, Any, Any, PerWorker]:
         """Gradients, loss and weight of a step, at the worker's own parameters; and its auxiliary outputs."""
@@ -320,9 +324,9 @@ class OuterStep(Jitted):
             return state.replace(step=count, params=params, opt_state=opt_state), *others
         self._require(args)
         params, opt_state, *rest = args
-        params = self.placed(params)
         self.require_of_all(rest[0])
         if isinstance(opt_state.place, jax.core.Tracer):
+            params = self.placed(params)
             params, opt_state, aux = in_automatic_axes(self._mesh, self._program(None))(params, opt_state, *rest)
         else:
             params, opt_state, aux = self._done(params, opt_state, rest)
@@ -331,6 +335,7 @@ class OuterStep(Jitted):
     def _done(self, params: Any, opt_state: OuterState, rest: list[Any]) -> tuple[Any, OuterState, Any]:
         """What the program of this call gives."""
         if opt_state.place is not self._seen:  # a first call, or a state from elsewhere
+            params = self.placed(params)
             require_state(self._programs.tx, params, opt_state, self._mesh)
             self._period, self._place = self._programs.method.period(params), int(opt_state.place)
         moments = self._period.moments(self._place, self._settings.steps)
@@ -339,9 +344,9 @@ class OuterStep(Jitted):
             given = opt_state.worker, opt_state.place
             alone = self._programs.method.codec.settings.fast is None
             worker, place, aux = self.run(program, (*given, *rest), lambda results: results[1], alone)
-            opt_state = opt_state._replace(worker=worker, place=place)
+            opt_state = opt_state._replace(worker=worker.tree, place=place)
         else:
-            both = params, _without_loss(opt_state)
+            both = self.placed(params), _without_loss(opt_state)
             params, after, loss, aux = self.run(program, (*both, *rest), lambda results: results[1].place)
             opt_state = after._replace(loss=opt_state.loss if loss is None else loss)
         self._seen = opt_state.place

@@ -133,12 +133,12 @@ def split(x: jax.Array, sizes: Sequence[int], axis: int = -1) -> list[jax.Array]
     return [cut(place, size) for place, size in zip(places, sizes, strict=True)]
 
 
-def late_zeros(length: int, x: jax.Array) -> jax.Array:
-    """Zeros [length] in the type of `x`, which XLA knows only once it has `x`.
+def late_zeros(like: Any, x: jax.Array) -> jax.Array:
+    """Zeros in the shape and type of `like`, which XLA knows only once it has `x`.
 
     It writes known zeros as large first, and keeps them and a copy of them until they are needed.
     """
-    return jnp.broadcast_to(jnp.where(always(x), jnp.zeros((), x.dtype), 1), length)
+    return jnp.broadcast_to(jnp.where(always(x), jnp.zeros((), like.dtype), 1), like.shape)
 
 
 def joined(parts: Sequence[jax.Array], length: int) -> jax.Array:
@@ -149,7 +149,7 @@ def joined(parts: Sequence[jax.Array], length: int) -> jax.Array:
     parts = [part for part in parts if part.size]
     if not on_cpus() or len(parts) < 2:
         return filled(jnp.concatenate(parts) if len(parts) > 1 else parts[0], length)
-    whole = late_zeros(length, parts[0])
+    whole = late_zeros(jax.ShapeDtypeStruct((length,), parts[0].dtype), parts[0])
     starts = list(itertools.accumulate((part.size for part in parts[:-1]), initial=0))
     for part, start in zip(parts, known_late(starts, parts[0]), strict=True):
         whole = lax.dynamic_update_slice(whole, part, (start,), allow_negative_indices=False)

@@ -231,8 +231,9 @@ class TestForms:
         want = train(gcj.train_step(loss_fn, tx, mesh), tx, mesh, 13)
         first = jax.tree.map(jnp.array, PARAMS), gcj.init(tx, PARAMS, mesh)
         got = train(gcj.train_step(loss_fn, tx, mesh, donate=True), tx, mesh, 13, first)
-        chex.assert_trees_all_equal(got[:2], want[:2])
-        np.testing.assert_array_equal(got[2], want[2])
+        # Another program, in which products and sums may be contracted otherwise.
+        chex.assert_trees_all_close(got[:2], want[:2], atol=1e-6)
+        np.testing.assert_allclose(got[2], want[2], rtol=1e-6)
 
     def test_inside_jit(self):
         tx, mesh = made("topk"), gcj.make_mesh(WORKERS)

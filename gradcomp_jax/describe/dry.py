@@ -196,7 +196,7 @@ def _traced(tx: Any, params: Any, mesh: AbstractMesh) -> Dry:
 
     def step(params: Any, state: Any) -> Any:
         if isinstance(tx, Outer):
-            state, _ = tx.method.exchanged(range(tx.method.period(params).fragments), params, state)
+            state, _ = tx.method.exchanged(range(tx.method.period(params).fragments), params, state, jnp.array(True))
         else:
             _, state = update_of(tx, mesh.shape, params, state, params, jnp.float32(0))
         after = compressor_states(state)

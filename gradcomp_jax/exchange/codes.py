@@ -261,7 +261,8 @@ def _all_unlaid(coder: Coder, xs: Sequence[Any], says: Sequence[Say]) -> list[An
     if xs[0] is None:
         return [None] * len(says)
     if coder.joins:
-        whole = [x.added_to(late_zeros(x.shape[0], x.values)) if isinstance(x, Sparse) else x for x in xs]
+        zeros = lambda x: late_zeros(jax.ShapeDtypeStruct(x.shape, x.values.dtype), x.values)  # noqa: E731
+        whole = [x.added_to(zeros(x)) if isinstance(x, Sparse) else x for x in xs]
         return coder.unlay_all(whole, [say.x for say in says])
     return [_unlaid(coder, x, say.x) for x, say in zip(xs, says, strict=True)]
 
@@ -331,8 +332,8 @@ def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int
                 sums.append([add(group, total[0], one, jnp.int32(0), 1 / n)])
         return sums
 
-    like = jax.tree.leaves(of(0))[0]  # has the type of the added arrays
-    zeros = [[vary_as(jnp.zeros(y.shape, y.dtype), like) for y in group.ys] for group in groups]
+    first = jax.tree.leaves(of(0))[0]
+    zeros = [[late_zeros(y, first) for y in group.ys] for group in groups]
     return functools.reduce(lambda t, w: added(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, added, zeros)
 
 

@@ -8,6 +8,7 @@ import abc
 import dataclasses
 import functools
 import itertools
+import math
 from typing import ClassVar
 
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from gradcomp_jax.coder import Message
-from gradcomp_jax.views import inverse_power, max_norm
+from gradcomp_jax.views import column_sums, inverse_power, max_norm
 from gradcomp_jax.wire.packing import fields_bytes, pack_fields, unpack_fields
 
 # Rounds of Lloyd's algorithm for two groups: more change the error by less than a tenth.
@@ -140,19 +141,27 @@ def binned(x: jax.Array, counted: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     down = inverse_power(max_norm(x.reshape(1, -1)))[0, 0]
     unit = x * down
-    size = jnp.maximum(jnp.sum(counted, dtype=jnp.int32), 1).astype(jnp.float32)
-    middle = jnp.sum(jnp.where(counted, unit, 0)) / size
-    spread = jnp.sum(jnp.where(counted, jnp.square(unit - middle), 0)) / jnp.maximum(size - 1, 1)
+    count, total = _totals(counted, jnp.where(counted, unit, 0))
+    middle = total / jnp.maximum(count, 1)
+    (variation,) = _totals(jnp.where(counted, jnp.square(unit - middle), 0))
+    spread = variation / jnp.maximum(count - 1, 1)
     width = jnp.where(spread > 0, WIDTH * jnp.sqrt(spread), 1)
-    # By comparisons, which are cheap to compute anew: divisions would be kept, in arrays of the size of x.
     edges = [middle + (edge - BINS / 2 + 0.5) * width for edge in range(BINS - 1)]
-    table = []
+    sums = []
     for low, high in itertools.pairwise([jnp.float32(-jnp.inf), *edges, jnp.float32(jnp.inf)]):
         here = counted & (unit >= low) & (unit < high)
-        members = jnp.maximum(jnp.sum(here, dtype=jnp.int32), 1).astype(jnp.float32)
-        table.append(jnp.sum(jnp.where(here, unit, 0)) / members)
+        sums += [here, jnp.where(here, unit, 0)]
+    sums = _totals(*sums)
+    table = [total / jnp.maximum(count, 1) for count, total in zip(sums[::2], sums[1::2], strict=True)]
     bins = functools.reduce(jnp.add, [(unit >= edge).astype(jnp.uint8) for edge in edges])
     return bins, jnp.stack(table) / down + jnp.sum(0 * x)
+
+
+def _totals(*parts: jax.Array) -> list[jax.Array]:
+    """The sums of all elements of arrays of one shape, in float32 and in one pass."""
+    columns = math.gcd(parts[0].size, 1024)
+    sums = column_sums(tuple(part.astype(jnp.float32).reshape(-1, columns) for part in parts))
+    return [jnp.sum(x) for x in sums]
 
 
 def of_bins(bins: jax.Array, table: jax.Array) -> jax.Array:
