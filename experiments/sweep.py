@@ -10,7 +10,7 @@ The grid is a TOML file. Every [[grid]] in it stands for all combinations of its
     codecs = ["none", "powersgd --powersgd_rank=1", "qsgd --qsgd_bits=8"]
     seeds = [0, 1, 2]
 
-With `methods` in the place of `codecs` the runs are of `experiments.lm`.
+With `methods` in the place of `codecs` the runs are of `experiments.lm`. Each method may have its learning rates, too.
 
 A run that has reached its end is skipped. A run that has not goes on from its checkpoint. A run that fails does not
 keep the others from running. So after a failure or an interruption the same command finishes the work. Each run has a
@@ -84,13 +84,14 @@ class Cell(NamedTuple):
 
 
 def is_codec(text: str, kind: str = "codecs") -> bool:
-    """Whether a text is a codec, or a method, with its own flags.
+    """Whether a text is a codec, or a method, with its own flags; those of a method may set its learning rates.
 
     Accordion's flags include those of the codec inside, and streaming_diloco's begin with "streaming".
     """
     name, *given = text.split(" ")
     own = codecs.CODECS if name == "accordion" else [name, name.removesuffix("_diloco")]
-    prefixes, shared = tuple(f"{prefix}_" for prefix in own), ("every", "delayed" if kind == "codecs" else "every")
+    prefixes = tuple(f"{prefix}_" for prefix in own)
+    shared = ("every", *(["delayed"] if kind == "codecs" else ["adamw_lr", "muon_lr"]))
     flags = [match[1] if (match := FLAG.fullmatch(flag)) else "" for flag in given]
     return name.isidentifier() and all(flag in shared or flag.startswith(prefixes) for flag in flags)
 

@@ -10,7 +10,11 @@ import optax
 import pytest
 
 import gradcomp_jax as gcj
+from gradcomp_jax.by_parameter import ByParameter
+from gradcomp_jax.exchange.ways import within
 from gradcomp_jax.hlo import collective_bytes
+from gradcomp_jax.testing import trees
+from tests import networks
 from tests import outer_reference as reference
 
 WORKERS, ROWS = 3, 4
@@ -336,6 +340,55 @@ class TestLocalSteps:
         rows = sum(x.nbytes for x in batch(0)) // WORKERS
         small = compiled.memory_analysis().argument_size_in_bytes - (params + worker + residual + momentum + rows)
         assert 0 <= small < 100
+
+    @pytest.mark.parametrize("shape", [(256, 256), (3, 3, 64, 64), (2**16,), (2**14, 4), (100, 16)])
+    def test_gradients_that_are_not_finite(self, shape):
+        """The test for finite numbers, which is a product for large matrices on CPUs."""
+        largest = jnp.full(shape, jnp.finfo(jnp.float32).max)
+        last = tuple(size - 1 for size in shape)
+        tested = jax.jit(lambda x: within(x, 1))
+        finite = largest, -largest, jnp.zeros(shape)
+        assert all(map(tested, finite))
+        assert not any(tested(x.at[last].set(wrong)) for x in finite for wrong in (jnp.inf, -jnp.inf, jnp.nan))
+
+    def test_results_are_parameter_by_parameter(self):
+        params = {"a": 1, "b": {"c": 2}}
+        tree = {"count": 0, "momentum": {"a": 3, "b": {"c": 4}}, "params": params}
+        ordered = ByParameter.of(tree, params)
+        assert ordered.arrays == [3, 1, 4, 2, 0]
+        assert ordered.tree == tree
+
+
+NESTEROV = optax.sgd(0.7, momentum=0.9, nesterov=True)
+METHODS = {
+    "diloco": functools.partial(gcj.diloco, every=4),
+    "streaming_diloco": functools.partial(gcj.streaming_diloco, every=4, fragments=2, delay=1),
+    "sparseloco": functools.partial(gcj.sparseloco, every=4),
+    "muloco": functools.partial(gcj.muloco, every=4),
+    "powersgd": functools.partial(gcj.outer, every=4, codec=gcj.powersgd(4), outer=NESTEROV),
+    "qsgd": functools.partial(gcj.outer, every=4, codec=gcj.qsgd(4, error_feedback=True), outer=NESTEROV),
+}
+
+
+class TestTransformer:
+    """An exchange of a transformer of 3 million parameters between 4 workers, as compiled."""
+
+    @pytest.mark.parametrize("name", METHODS)
+    def test_memory_and_bytes(self, name):
+        """Arguments are the anchor and the state, nothing twice; temporaries take at most 4 times the parameters."""
+        params, mesh = trees.zeros(networks.transformer(layers=4, width=208)), gcj.make_mesh(4)
+        loss = lambda params, rows: jnp.mean(rows) * sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(params))  # noqa: E731
+        tx = METHODS[name](optax.adam(1e-3))
+        rows = gcj.shard_batch(np.ones(4, np.float32), mesh)
+        given = gcj.place(params, mesh), gcj.init(tx, params, mesh)
+        with jax.numpy_dtype_promotion("standard"):
+            compiled = gcj.train_step(loss, tx, mesh).lower(*given, rows, exchange=True).compile()
+        memory, size = compiled.memory_analysis(), sum(x.nbytes for x in jax.tree.leaves(params))
+        held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves((given, rows)))
+        assert 0 <= held - memory.argument_size_in_bytes < 100  # the count of steps that nothing reads, and the loss
+        assert memory.temp_size_in_bytes <= 4 * size
+        if name == "sparseloco":
+            assert 97 * sum(x.ring_bytes for x in collective_bytes(compiled)) <= 2 * 3 / 4 * size
 
 
 def batch_norm(params, model_state, rows):

@@ -212,7 +212,9 @@ def test_a_codec_has_flags_of_its_own_and_accordion_those_of_what_it_switches(co
         ("diloco --every=30", True),
         ("streaming_diloco --every=30 --streaming_delay=5", True),
         ("powersgd --powersgd_rank=2", True),
+        ("muloco --every=30 --adamw_lr=4e-3 --muon_lr=0.01", True),
         ("dense --delayed", False),
+        ("dense --adamw_b2=0.99", False),
         ("diloco --streaming_delay=5", False),
     ],
 )
