@@ -360,7 +360,7 @@ class TestLocalSteps:
 
 
 NESTEROV = optax.sgd(0.7, momentum=0.9, nesterov=True)
-METHODS = {
+EXCHANGES = {
     "diloco": functools.partial(gcj.diloco, every=4),
     "streaming_diloco": functools.partial(gcj.streaming_diloco, every=4, fragments=2, delay=1),
     "sparseloco": functools.partial(gcj.sparseloco, every=4),
@@ -373,12 +373,12 @@ METHODS = {
 class TestTransformer:
     """An exchange of a transformer of 3 million parameters between 4 workers, as compiled."""
 
-    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("name", EXCHANGES)
     def test_memory_and_bytes(self, name):
         """Arguments are the anchor and the state, nothing twice; temporaries take at most 4 times the parameters."""
         params, mesh = trees.zeros(networks.transformer(layers=4, width=208)), gcj.make_mesh(4)
         loss = lambda params, rows: jnp.mean(rows) * sum(jnp.sum(jnp.sin(x)) for x in jax.tree.leaves(params))  # noqa: E731
-        tx = METHODS[name](optax.adam(1e-3))
+        tx = EXCHANGES[name](optax.adam(1e-3))
         rows = gcj.shard_batch(np.ones(4, np.float32), mesh)
         given = gcj.place(params, mesh), gcj.init(tx, params, mesh)
         with jax.numpy_dtype_promotion("standard"):
