@@ -200,7 +200,7 @@ class Method:
             state = self.local(state, period, updates, value, weight, extra_args)
             state, then = self.end(moment, plus(params, first), state)
             return jax.tree.unflatten(treedef, (zeros | first | then).values()), state
-        at, moments = state.place, [period.at(one) for one in period.places]
+        at, moments = period.folded(state.place), [period.at(one) for one in period.places]
         begin = lambda moment, state: self.begin(moment, params, state)  # noqa: E731
         state, first = self._at(at, [m._replace(after=(), adopted=()) for m in moments], begin, state, zeros)
         anchor = plus(params, first)

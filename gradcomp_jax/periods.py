@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gradcomp_jax.arguments import shown
@@ -64,6 +66,10 @@ class Period(NamedTuple):
     def after(self, place: Any) -> Any:
         """The place of the next step, for a number or an array."""
         return place + 1 - self.every * ((place + 1) // (2 * self.every))
+
+    def folded(self, place: jax.Array) -> jax.Array:
+        """A place in this plan, from one in a plan with a longer period, as after `swap`."""
+        return place - self.every * jnp.maximum(place // self.every - 1, 0)
 
     @property
     def places(self) -> range:

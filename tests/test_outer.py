@@ -252,6 +252,22 @@ class TestForms:
         want = train(step, tx, mesh, 9)
         chex.assert_trees_all_close(got[0], want[0], atol=1e-6)
 
+    @pytest.mark.parametrize("every", [2, 5])
+    def test_swapped(self, every):
+        """After another codec and another period took over, all forms agree; residuals and momentum go on."""
+        tx, mesh = made("topk", codec=lambda: gcj.powersgd(2)), gcj.make_mesh(WORKERS)
+        params, state, _ = train(gcj.train_step(loss_fn, tx, mesh), tx, mesh, 11)
+        new_tx = made("topk", every)
+        swapped = gcj.swap(tx, new_tx, params, state, mesh)
+        chex.assert_trees_all_equal(swapped.worker, state.worker)
+        chex.assert_trees_all_equal(
+            swapped.codec[0].residual.value["layer_0"], state.codec[0].residual.value["layer_0"]
+        )
+        want = train(gcj.train_step(loss_fn, new_tx, mesh), new_tx, mesh, 7, (params, swapped), at=11)
+        got = train(own_step(new_tx, mesh, static=False), new_tx, mesh, 7, (params, swapped), at=11)
+        chex.assert_trees_all_close(got[0], want[0], atol=1e-6)
+        assert gcj.wire_bits(got[1]) == gcj.wire_bits(want[1])
+
     def test_a_step_that_meets_other_states(self):
         """Two runs in turn by one step, and a run that is taken up in the middle, end as by steps of their own."""
         tx = made("delay")
