@@ -5,7 +5,7 @@
 
 One process stands for `--devices` workers, whose links are then memory. Started on several hosts, with the address of
 the first and the number of each, every host is a worker. All train one model of about three million parameters, by
-AdamW. The cases run in turn, round after round, each for a period of `--every` local steps:
+AdamW. The cases run in turn, round after round, each for a period of `--every` local steps, until all hosts are done:
 
 - plain: local steps by optax alone, without any exchange and without a test for finite gradients;
 - local steps: those of `outer`, in whose program there is no exchange;
@@ -157,25 +157,32 @@ def main() -> None:
             out_specs=P("data"),
         )
     )()
-    timed = cases(mesh)
+    times, sent = timings(cases(mesh), rows)
+    if jax.process_index() == 0:
+        show(mesh.size, times, sent)
+
+
+def timings(timed: dict[str, Case], rows: jax.Array) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """The seconds that a step of each case took, round by round; and the bytes that a worker sends in a period."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     held = {name: (case.params, case.state) for name, case in timed.items()}
     ready = jax.jit(lambda x: jnp.sum(x[:, :1]))  # over all workers, so that they begin and end together
     sent: dict[str, float] = {}
-    for turn in range(FLAGS.rounds + 1):
-        for name, case in timed.items():
-            jax.block_until_ready(ready(rows))
-            params, state = held[name]
-            before, began = case.bytes(state), time.perf_counter()
-            for _ in range(case.steps):
-                params, state, *_ = case.step(params, state, rows)
-            jax.block_until_ready((params, state))
-            jax.block_until_ready(ready(rows))  # the slowest host counts, as it does in an exchange
-            if turn:  # the first turn compiles
-                times[name].append((time.perf_counter() - began) / case.steps)
-            held[name], sent[name] = (params, state), (case.bytes(state) - before) * FLAGS.every / case.steps
-    if jax.process_index() == 0:
-        show(mesh.size, times, sent)
+    # Dense steps come last: what follows their long messages is slower. Every other round has the reverse order.
+    order = [[name for name in timed if (name == "dense") == last] for last in (False, True)]
+    turns = [(turn, name) for names in order for turn in range(FLAGS.rounds + 1) for name in names[:: (-1) ** turn]]
+    for turn, name in turns:
+        case, (params, state) = timed[name], held[name]
+        jax.block_until_ready(ready(rows))
+        before, began = case.bytes(state), time.perf_counter()
+        for _ in range(case.steps):
+            params, state, *_ = case.step(params, state, rows)
+        jax.block_until_ready((params, state))
+        jax.block_until_ready(ready(rows))  # the slowest host counts, as it does in an exchange
+        if turn:  # the first turn compiles
+            times[name].append((time.perf_counter() - began) / case.steps)
+        held[name], sent[name] = (params, state), (case.bytes(state) - before) * FLAGS.every / case.steps
+    return times, sent
 
 
 def shape() -> tuple[int, int]:

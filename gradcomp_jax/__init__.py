@@ -41,7 +41,8 @@ from gradcomp_jax.methods.sparseloco import sparseloco
 from gradcomp_jax.metrics import LeafMetrics, Metrics, measured, metrics
 from gradcomp_jax.momentum import EFMomentumState, ef_momentum
 from gradcomp_jax.options import compiler_options
-from gradcomp_jax.outer import Outer, OuterState, absent, held, local_params, outer
+from gradcomp_jax.outer import Outer, outer
+from gradcomp_jax.outer_state import OuterState, absent, held, local_params
 from gradcomp_jax.parallel import data_parallel
 from gradcomp_jax.per_layer import PerLayerState, per_layer
 from gradcomp_jax.placing import init, place, shard_batch

@@ -15,20 +15,21 @@ sees them, are the anchor. Each worker's own parameters are part of the optimise
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from gradcomp_jax.arguments import factory, require_transformation, shown, takes
-from gradcomp_jax.compressor import PLACEHOLDER, AnyState, Compressor, compressor, compressor_states, skipped_steps
+from gradcomp_jax.compressor import PLACEHOLDER, Compressor, compressor, compressor_states, skipped_steps
 from gradcomp_jax.contract import MOST, AxisName, require_whole
 from gradcomp_jax.exchange import collectives, ways
 from gradcomp_jax.exchange.bits import further_bits
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.feedback import Feedback
+from gradcomp_jax.outer_state import OuterState, Worker
 from gradcomp_jax.periods import QUIET, Moment, Period, in_fragments
 from gradcomp_jax.sharding import OWN, PerWorker
 from gradcomp_jax.views import halved, narrow, once_stored, wide, widen
@@ -37,48 +38,6 @@ Weigh = Callable[[Any], Any]
 Moves = dict[str, jax.Array]
 # The weight of a worker that did no step since the last exchange: if no worker did any, all count alike.
 LEAST = 1e-20
-
-
-class Worker(NamedTuple):
-    """What a worker has of its own between exchanges; a local step changes all of it, and nothing else but the place.
-
-    Attributes:
-      params: the worker's own parameters.
-      inner: the inner optimiser's state.
-      held: int32, the steps that were left out because this worker's gradient was not finite.
-      absent: int32, the exchanges in which this worker took no part because its difference was not finite.
-      weight: float32 [fragments], the weight of its steps since each fragment was last exchanged.
-      loss: float32, the sum of the finite losses since the last exchange.
-      steps: float32, the number of losses in that sum.
-    """
-
-    params: Any
-    inner: Any
-    held: jax.Array
-    absent: jax.Array
-    weight: jax.Array
-    loss: jax.Array
-    steps: jax.Array
-
-
-class OuterState(NamedTuple):
-    """State of `outer`.
-
-    Attributes:
-      worker: a `Worker`, what each worker has of its own.
-      place: int32, the place in the period, the same on all workers, see `gradcomp_jax.periods`.
-      codec: the state of the codec's transformation, for each fragment.
-      outer: the outer optimiser's state, for each fragment; the same on all workers.
-      rest: by path, for parameters of 16 bits, what the anchor has beyond them, float32.
-      loss: the mean loss over all workers and the steps of the last period; NaN before the first exchange.
-    """
-
-    worker: PerWorker
-    place: jax.Array
-    codec: tuple[AnyState, ...]
-    outer: tuple[Any, ...]
-    rest: dict[str, jax.Array]
-    loss: jax.Array
 
 
 class Outer(optax.GradientTransformationExtraArgs):
@@ -425,61 +384,6 @@ def _step(x: jax.Array, rest: jax.Array | None, change: jax.Array, ok: jax.Array
     whole = widen(x) + rest + change
     step = jnp.where(ok, halved(whole - widen(x), x.dtype), 0)
     return step, jnp.where(ok, whole - widen(halved(widen(x) + widen(step), x.dtype)), rest)
-
-
-def local_params(opt_state: Any) -> Any:
-    """Each worker's own parameters under `outer`, at which gradients are to be taken.
-
-    Args:
-      opt_state: the optimiser's state. Inside a shard_map of your own, in its local form, this worker's parameters
-        come out; outside, from the global form, those of all workers, with a leading axis for them.
-
-    Raises:
-      ValueError: `opt_state` is not of an `outer`.
-    """
-    return outer_state(opt_state).worker.value.params
-
-
-def held(opt_state: Any) -> jax.Array:
-    """The local steps that each worker left out because its gradient was not finite: int32 [workers], global form.
-
-    Raises:
-      ValueError: `opt_state` is not of an `outer`.
-    """
-    return outer_state(opt_state).worker.value.held
-
-
-def absent(opt_state: Any) -> jax.Array:
-    """The exchanges that each worker was absent from: int32 [workers], global form.
-
-    Raises:
-      ValueError: `opt_state` is not of an `outer`.
-    """
-    return outer_state(opt_state).worker.value.absent
-
-
-def outer_state(opt_state: Any) -> OuterState:
-    """The state of the `outer` in an optimiser's state; raises ValueError if there is none."""
-    found = outer_states(opt_state)
-    if not found:
-        raise ValueError(f"opt_state is not of an outer(...): got {type(opt_state).__name__}")
-    return found[0]
-
-
-def outer_states(tree: Any) -> list[OuterState]:
-    """The states of `outer` in a tree."""
-    is_outer = lambda x: isinstance(x, OuterState)  # noqa: E731
-    return [x for x in jax.tree.leaves(tree, is_leaf=is_outer) if is_outer(x)]
-
-
-def require_whole_optimiser(state: Any) -> None:
-    """Raises ValueError if an `outer` is only a part of the optimiser with this state."""
-    if not isinstance(state, OuterState) and outer_states(state):
-        raise ValueError(
-            "outer(...) is a whole optimiser, and tx has something around it, such as optax.chain: what comes after it "
-            "would move the anchor, and not the workers. Chain inside: outer(optax.chain(...), ...) for local steps, "
-            "outer=optax.chain(...) for outer steps"
-        )
 
 
 @factory

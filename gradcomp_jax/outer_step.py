@@ -33,7 +33,8 @@ from gradcomp_jax.loss import (
 from gradcomp_jax.mesh import in_automatic_axes
 from gradcomp_jax.modules import is_module
 from gradcomp_jax.notes import note
-from gradcomp_jax.outer import Method, Outer, OuterState, plus
+from gradcomp_jax.outer import Method, Outer, plus
+from gradcomp_jax.outer_state import OuterState
 from gradcomp_jax.periods import QUIET, Moment, Period
 from gradcomp_jax.placing import is_train_state, require_parts
 from gradcomp_jax.sharding import PerWorker, global_state, local_state, require_state, specs_of, state_specs

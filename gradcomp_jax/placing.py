@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.arguments import require_arrays, require_transformation
 from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
-from gradcomp_jax.outer import require_whole_optimiser
+from gradcomp_jax.outer_state import require_whole_optimiser
 from gradcomp_jax.sharding import (
     PerWorker,
     global_state,

@@ -33,7 +33,8 @@ from gradcomp_jax.loss_scale import is_loss_scale, loss_scale, loss_scales
 from gradcomp_jax.mesh import automatic, require_mesh
 from gradcomp_jax.modules import ModuleStep
 from gradcomp_jax.notes import note
-from gradcomp_jax.outer import Outer, require_whole_optimiser
+from gradcomp_jax.outer import Outer
+from gradcomp_jax.outer_state import require_whole_optimiser
 from gradcomp_jax.outer_step import OuterStep, Settings, outer_step
 from gradcomp_jax.placing import require_parts
 from gradcomp_jax.sharding import global_state, is_per_worker, local_state, require_state, state_specs
