@@ -173,7 +173,8 @@ def plans_of(name: str, everies: list[int]) -> list[loop.Plan]:
     shared = {key: FLAGS[key].value for key in SETTINGS} | {"batch": FLAGS.workers * FLAGS.sequences}
 
     def plan(label: str, own: dict[str, Any], tx: optax.GradientTransformation) -> loop.Plan:
-        label += f" adamw_lr={FLAGS.adamw_lr:g}" * (FLAGS.adamw_lr != FLAGS["adamw_lr"].default)
+        for rate in ("adamw_lr", "muon_lr") if f"{name}_muon_lr" in own else ("adamw_lr",):
+            label += f" {rate}={FLAGS[rate].value:g}" * (FLAGS[rate].value != FLAGS[rate].default)
         return loop.Plan(name, label, shared | own, tx, schedule, steps, batch_size, FLAGS.workers)
 
     if name not in OUTER:

@@ -206,17 +206,19 @@ class Method:
         """
         mine = state.worker.value
         loss, weight = jnp.nan if loss is None else loss, 1 if weight is None else weight
+        if jnp.shape(weight):
+            raise ValueError(f"the weight of a step has shape {jnp.shape(weight)}: weigh= must return one number")
         grads, loss, weight = self._of_worker((grads, jnp.float32(loss), jnp.float32(weight)))
         finite = ways.agreed([ways.within(x, 1) for x in jax.tree.leaves(grads)])
         changes, inner = self.inner.update(grads, mine.inner, mine.params, value=loss, **(extra_args or {}))
-        counts = finite & jnp.isfinite(loss)
+        counts, weighs = finite & jnp.isfinite(loss), finite & (weight >= 0) & (weight < jnp.inf)
         params = _where(finite, optax.apply_updates(mine.params, changes), mine.params)
         kept = once_stored(finite, params) if in_place else finite
         worker = mine._replace(
             params=params,
             inner=_where(kept, inner, mine.inner),
             held=mine.held + jnp.where(finite, 0, 1),
-            weight=mine.weight + jnp.where(finite, weight, 0),
+            weight=mine.weight + jnp.where(weighs, weight, 0),
             loss=mine.loss + jnp.where(counts, loss, 0),
             steps=mine.steps + jnp.where(counts, jnp.float32(1), 0),
         )
@@ -303,6 +305,7 @@ class Method:
         changes = flatten(changes)[0]
         steps = {path: _step(x, state.rest.get(path), changes[path], ok) for path, x in leaves.items()}
         losses, count = delivered.beside
+        loss = narrow(losses / count, jnp.float32)
         none = collectives.vary(jnp.float32(0), self.axis)
         worker = mine._replace(weight=mine.weight.at[fragment].set(0), loss=none, steps=none)
         # Local steps after this wait for the short message only. So the long one begins before them, not after.
@@ -312,7 +315,8 @@ class Method:
             codec=_with(state.codec, fragment, codec),
             outer=_with(state.outer, fragment, _where(ok, outer, state.outer[fragment])),
             rest=state.rest | {path: rest for path, (_, rest) in steps.items() if path in state.rest},
-            loss=narrow(losses / count, jnp.float32),
+            # A flush may come right after an exchange, and those of several fragments come at once.
+            loss=jnp.where(ok & (count > 0), loss, state.loss) if flush else loss,
         )
         return state, {path: step for path, (step, _) in steps.items()}
 
@@ -435,7 +439,8 @@ def outer(
       alpha: the share of a worker's own parameters in those it goes on with, own <- alpha own + (1 - alpha) anchor. At
         0 the steps done during the delay are lost.
       weigh: how much a worker counts in the mean: "steps", by the steps that it did not leave out; or (batch) -> the
-        weight of a step, such as its tokens; in a shard_map of your own give update `weight=`. None: all alike.
+        weight of a step, one number, such as its tokens; in a shard_map of your own give update `weight=`. A weight
+        that is negative or not finite counts as 0. None: all alike.
 
     Returns:
       An `Outer`, whose state is an `OuterState`. Its update takes further arguments: `value`, the loss; `weight`; and

@@ -136,6 +136,37 @@ class TestPoison:
         chex.assert_trees_all_close(*ends, atol=1e-6)
         assert np.max(np.abs(ends[0]["a"] - params["a"])) > 0.1
 
+    @pytest.mark.parametrize("wrong", [np.nan, np.inf, -1.0])
+    def test_a_weight_that_is_no_weight_counts_as_zero(self, wrong):
+        def moved_by(weights):
+            tx = gcj.outer(optax.sgd(RATE), every=1, codec=gcj.none(), weigh=lambda rows: jnp.mean(rows))
+            step = gcj.simulate(
+                lambda params, rows: jnp.sum(params["w"]) * (1 + jax.lax.axis_index("data").astype(jnp.float32)), tx, 3
+            )
+            params = {"w": jnp.ones(4)}
+            return step(params, gcj.init(tx, params, 3), np.array(weights, np.float32))[0]
+
+        chex.assert_trees_all_close(moved_by([1, wrong, 3]), moved_by([1, 0, 3]))
+
+    def test_a_weight_is_one_number(self):
+        tx = gcj.outer(optax.sgd(RATE), every=1, codec=gcj.none(), weigh=lambda rows: rows)
+        params = {"w": jnp.ones(4)}
+        with pytest.raises(ValueError, match=r"the weight of a step has shape \(2,\): weigh= must return one number"):
+            gcj.simulate(lambda params, rows: jnp.sum(params["w"]), tx, 2)(
+                params, gcj.init(tx, params, 2), np.ones(4, np.float32)
+            )
+
+    @pytest.mark.parametrize("fragments", [1, 2])
+    def test_a_flush_keeps_the_loss(self, fragments):
+        tx = gcj.outer(optax.sgd(RATE), every=2, codec=gcj.none(), fragments=fragments)
+        params = {"layer_0": jnp.ones(4), "layer_1": jnp.ones(4)}
+        step = gcj.simulate(lambda params, rows: jnp.mean(rows) * params["layer_0"][0], tx, 2)
+        state = gcj.init(tx, params, 2)
+        for _ in range(2):
+            params, state, loss = step(params, state, np.ones(4, np.float32))
+        assert np.isfinite(loss)
+        assert gcj.flush(tx, params, state, 2)[1].loss == loss
+
     def test_weighed_by_a_function(self):
         tx = gcj.outer(optax.sgd(RATE), every=1, codec=gcj.none(), weigh=lambda rows: jnp.mean(rows["tokens"]))
 

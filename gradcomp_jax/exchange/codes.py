@@ -332,7 +332,7 @@ def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int
                 sums.append([add(group, total[0], one, jnp.int32(0), 1 / n)])
         return sums
 
-    first = jax.tree.leaves(of(0))[0]
+    first = next(x for x in jax.tree.leaves(of(0)) if x.size)
     zeros = [[late_zeros(y, first) for y in group.ys] for group in groups]
     return functools.reduce(lambda t, w: added(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, added, zeros)
 
