@@ -22,6 +22,7 @@ as many floats as "beside" in the first line says. Figures that are not finite a
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -85,9 +86,9 @@ class Run(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times fewer bytes than dense the run sent."""
+        """How many times fewer bytes than dense the run sent; infinite if it sent nothing."""
         last = self.end or max((*self.train, *self.test), key=lambda record: record["step"])
-        return last["dense_bytes"] / last["bytes"]
+        return last["dense_bytes"] / last["bytes"] if last["bytes"] else math.inf
 
     @property
     def compressed_share(self) -> float:

@@ -286,6 +286,10 @@ class Codec(abc.ABC):
         """Raises ValueError, by name, for a tree of leaves that this codec cannot be meant for."""
         del paths
 
+    def of_part(self) -> "Codec":
+        """The codec for a part of the tree that it is meant for."""
+        return self
+
     def default(self, path: str, leaf: Any) -> bool:
         """Whether the paper compresses such a leaf; by default a leaf with two axes or more."""
         del path

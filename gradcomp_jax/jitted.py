@@ -70,6 +70,10 @@ class Jitted:
         lies = isinstance(first, jax.Array) and first.sharding.num_devices == self._devices
         return tree if lies else place(tree, self._mesh)
 
+    def by_compiler(self, rest: Any) -> bool:
+        """Whether XLA spreads simulated workers over devices, on which the step's arguments after the state lie."""
+        return isinstance(self._mesh, int) and any(map(_lies_on_several, jax.tree.leaves(rest)))
+
     def require_of_all(self, batch: Any) -> None:
         """Raises ValueError for a batch that one process holds alone, if there are several processes."""
         if self._processes > 1:
@@ -95,8 +99,8 @@ class Step(Jitted):
             f, donate_argnums=tuple(range(count + has_state)) if donate else (), compiler_options=compiler_options
         )
         self._apart, self._held = jitted(step, 2), jitted(held(step), 1)
-        by_compiler = _by_compiler(step)
-        self._spread = jitted(by_compiler, 2), jitted(held(by_compiler), 1)
+        spread = by_compiler(step)
+        self._spread = jitted(spread, 2), jitted(held(spread), 1)
 
     def __call__(self, *args: Any) -> tuple[Any, ...]:
         if args and is_module(args[0]):
@@ -115,7 +119,7 @@ class Step(Jitted):
 
     def _of(self, args: Sequence[Any]) -> Any:
         holds = bool(args) and is_train_state(args[0])
-        if isinstance(self._mesh, int) and any(map(_lies_on_several, jax.tree.leaves(args[2 - holds :]))):
+        if self.by_compiler(args[2 - holds :]):
             return self._spread[holds]
         return self._held if holds else self._apart
 
@@ -131,7 +135,7 @@ class Step(Jitted):
         return getattr(self._apart, name)
 
 
-def _by_compiler(step: Callable[..., Any]) -> Callable[..., Any]:
+def by_compiler(step: Callable[..., Any]) -> Callable[..., Any]:
     """A step of `simulate` whose workers XLA spreads over devices."""
 
     def only_sums(*args: Any) -> Any:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradcomp_jax.arguments import factory, require_transformation, shown, takes
+from gradcomp_jax.arguments import factory, shown, takes
 from gradcomp_jax.compressor import PLACEHOLDER, Compressor, compressor, compressor_states, skipped_steps
 from gradcomp_jax.contract import MOST, AxisName, require_whole
 from gradcomp_jax.exchange import collectives, ways
@@ -29,7 +29,7 @@ from gradcomp_jax.exchange.bits import further_bits
 from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.feedback import Feedback
-from gradcomp_jax.outer_state import OuterState, Worker
+from gradcomp_jax.outer_state import OuterState, Worker, on_schedule
 from gradcomp_jax.periods import QUIET, Moment, Period, in_fragments
 from gradcomp_jax.sharding import OWN, PerWorker
 from gradcomp_jax.views import halved, narrow, once_stored, wide, widen
@@ -101,7 +101,8 @@ class Method:
         if isinstance(params, PLACEHOLDER) or self._count(params) == 1:
             return self.codec
         jax.eval_shape(self.codec.init, params)  # may refuse
-        return compressor(self.codec.codec, self.codec.settings._replace(allow_dense=True)).named(self.codec.name)
+        settings = self.codec.settings._replace(allow_dense=True)
+        return compressor(self.codec.codec.of_part(), settings).named(self.codec.name)
 
     def _part(self, tree: Any, fragment: int) -> Any:
         """A tree with the leaves of one fragment; the others are None, which jax takes for no leaf."""
@@ -154,6 +155,9 @@ class Method:
         period = self.period(params)
         zeros = {path: jnp.zeros_like(x) for path, x in leaves.items()}
         if place is not None:
+            require_whole("place", place, 0)
+            if place not in period.places:
+                raise ValueError(f"place={place} must be below {len(period.places)}: give int(opt_state.place)")
             moment = period.at(place)
             state, first = self.begin(moment, params, state)
             state = self.local(state, period, updates, value, weight, extra_args)
@@ -305,7 +309,7 @@ class Method:
         changes = flatten(changes)[0]
         steps = {path: _step(x, state.rest.get(path), changes[path], ok) for path, x in leaves.items()}
         losses, count = delivered.beside
-        loss = narrow(losses / count, jnp.float32)
+        loss = jnp.where(ok, narrow(losses / count, jnp.float32), jnp.nan)
         none = collectives.vary(jnp.float32(0), self.axis)
         worker = mine._replace(weight=mine.weight.at[fragment].set(0), loss=none, steps=none)
         # Local steps after this wait for the short message only. So the long one begins before them, not after.
@@ -316,7 +320,7 @@ class Method:
             outer=_with(state.outer, fragment, _where(ok, outer, state.outer[fragment])),
             rest=state.rest | {path: rest for path, (_, rest) in steps.items() if path in state.rest},
             # A flush may come right after an exchange, and those of several fragments come at once.
-            loss=jnp.where(ok & (count > 0), loss, state.loss) if flush else loss,
+            loss=jnp.where(count > 0, loss, state.loss) if flush else loss,
         )
         return state, {path: step for path, (step, _) in steps.items()}
 
@@ -330,7 +334,7 @@ class Method:
           anchor: the anchor.
           state: the state.
           alive: whether this worker does. Otherwise it begins anew: all of its parameters are the anchor's, and its
-            inner optimiser's state is fresh.
+            inner optimiser's state is fresh, except that schedules and injected values go on.
           alpha: the share of a worker's own parameters.
         """
         mine, of = state.worker.value, self._fragment_of(anchor)
@@ -345,13 +349,24 @@ class Method:
         leaves, treedef = flatten(anchor)
         own = flatten(mine.params)[0]
         params = jax.tree.unflatten(treedef, [adopted(path, own[path], x) for path, x in leaves.items()])
-        inner = _where(alive, mine.inner, self.inner.init(anchor))
+        inner = _where(alive, mine.inner, on_schedule(self.inner.init(anchor), mine.inner))
         worker = mine._replace(params=params, inner=inner, absent=mine.absent + jnp.where(alive, 0, 1))
         return state._replace(worker=state.worker._replace(value=worker))
 
-    def flush(self, anchor: Any, state: OuterState) -> tuple[Any, OuterState]:
-        """Ends a period early: exchanges all that is owed, uncompressed; gives the anchor and the state."""
+    def flush(self, pending: tuple[int, ...], anchor: Any, state: OuterState) -> tuple[Any, OuterState]:
+        """Ends a period early: exchanges all that is owed, uncompressed; gives the anchor and the state.
+
+        What is on its way is adopted first. Otherwise the part of it that the codec did not send would be in the
+        difference as well as in the residual.
+
+        Args:
+          pending: the fragments that have been exchanged, and not adopted.
+          anchor: the anchor.
+          state: the state.
+        """
         every = tuple(range(self.period(anchor).fragments))
+        if pending:
+            state = self._adopt(pending, anchor, state, self._alive(anchor, state), self.alpha)
         alive = self._alive(anchor, state)
         state, moves = self.exchanged(every, anchor, state, alive, flush=True)
         anchor = plus(anchor, moves)
@@ -476,15 +491,20 @@ def _require_settings(
 ) -> Compressor:
     require_whole("every", every, 1)
     require_whole("delay", delay, 0)
-    for name, tx in (("inner", inner), ("outer", outer)):
+    for name, tx in (("inner", inner), ("outer", optax.identity() if outer is None else outer)):
         if isinstance(tx, Compressor | Outer):
             raise ValueError(f"{name}={shown(tx)} exchanges gradients: give an optimiser, and the codec as codec=")
-        if tx is not None:
-            require_transformation(tx)
+        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+            raise ValueError(f"{name}={shown(tx)} must be an optax optimiser, such as optax.adamw(4e-4)")
     if not isinstance(codec, Compressor):
-        raise ValueError(f"codec={shown(codec)} must be a codec, such as topk(0.01) or none()")
+        raise ValueError(
+            f"codec={shown(codec)} must be a codec, such as topk(0.01) or none(); chains, delayed(...), and per_layer "
+            "of several codecs are none"
+        )
     if codec.settings.inside is not True:
-        raise ValueError("codec is for parameters in shards, with across(..., inside=), and outer keeps whole ones")
+        raise ValueError(
+            f"codec={codec.name} is for parameters in shards, and outer keeps whole ones: leave out inside= of across"
+        )
     if delay >= every:
         raise ValueError(f"delay={delay} must be below every={every}: a fragment is adopted before it is taken again")
     if not 0 <= alpha <= 1:
@@ -494,6 +514,9 @@ def _require_settings(
     if residual_decay is None:
         return codec
     if not isinstance(codec.settings.error_feedback, Feedback):
-        raise ValueError(f"residual_decay={residual_decay} is for a codec with error feedback: codec={codec.name}")
+        raise ValueError(
+            f"residual_decay={residual_decay} is for a codec with error feedback, and codec={codec.name} keeps no "
+            "residuals: give residual_decay=None, or a codec with error_feedback=True"
+        )
     changed = codec.settings._replace(error_feedback=Feedback(residual_decay))
     return compressor(codec.codec, changed).named(codec.name)

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from gradcomp_jax.compressor import AnyState
 from gradcomp_jax.sharding import PerWorker
@@ -15,7 +16,7 @@ class Worker(NamedTuple):
       params: the worker's own parameters.
       inner: the inner optimiser's state.
       held: int32, the steps that were left out because this worker's gradient was not finite.
-      absent: int32, the exchanges in which this worker took no part because its difference was not finite.
+      absent: int32, the times that this worker began anew because its difference was not finite.
       weight: float32 [fragments], the weight of its steps since each fragment was last exchanged.
       loss: float32, the sum of the finite losses since the last exchange.
       steps: float32, the number of losses in that sum.
@@ -39,7 +40,8 @@ class OuterState(NamedTuple):
       codec: the state of the codec's transformation, for each fragment.
       outer: the outer optimiser's state, for each fragment; the same on all workers.
       rest: by path, for parameters of 16 bits, what the anchor has beyond them, float32.
-      loss: the mean loss over all workers and the steps of the last period; NaN before the first exchange.
+      loss: the mean loss over all workers and their steps between the last exchange and the one before; NaN before the
+        first exchange, and after one that was void.
     """
 
     worker: PerWorker
@@ -73,12 +75,27 @@ def held(opt_state: Any) -> jax.Array:
 
 
 def absent(opt_state: Any) -> jax.Array:
-    """The exchanges that each worker was absent from: int32 [workers], global form.
+    """The times that each worker, absent from an exchange, began anew from the anchor: int32 [workers], global form.
 
     Raises:
       ValueError: `opt_state` is not of an `outer`.
     """
     return outer_state(opt_state).worker.value.absent
+
+
+def on_schedule(fresh: Any, old: Any) -> Any:
+    """A fresh state of an optimiser, whose schedules and values of `optax.inject_hyperparams`, go on as in an old one.
+
+    Otherwise a worker that begins anew would warm up once more, while the others' learning rates fall.
+    """
+    counts, injects = optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState
+
+    def one(new: Any, before: Any) -> Any:
+        if isinstance(new, injects):
+            return before._replace(inner_state=on_schedule(new.inner_state, before.inner_state))
+        return before if isinstance(new, counts) else new
+
+    return jax.tree.map(one, fresh, old, is_leaf=lambda x: isinstance(x, counts | injects))
 
 
 def outer_state(opt_state: Any) -> OuterState:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from gradcomp_jax.by_parameter import ByParameter
 from gradcomp_jax.entry import Form, require_rest
 from gradcomp_jax.exchange import collectives
-from gradcomp_jax.jitted import Jitted, emulates
+from gradcomp_jax.jitted import Jitted, by_compiler, emulates
 from gradcomp_jax.loss import (
     UntypedError,
     accumulated_gradients,
@@ -65,6 +65,7 @@ def outer_step(
     settings: Settings,
     reduce_aux: Any,
     check_vma: bool,
+    axis_name: str = "",
 ) -> "OuterStep":
     """The step of `train_step` for an `outer`; with a number of workers in the place of a mesh, that of `simulate`.
 
@@ -82,6 +83,11 @@ def outer_step(
             "worker's own, [workers, ...]: leave it out"
         )
     axes = tx.method.axes
+    if not isinstance(mesh, Mesh) and axes != (axis_name,):
+        raise ValueError(
+            f"the codec of outer(...) is between workers along {axes}, and simulate has axis_name={axis_name!r}: give "
+            "both the same, one axis"
+        )
     if isinstance(mesh, Mesh) and set(axes) != set(mesh.axis_names):
         raise ValueError(
             f"the codec of outer(...) is between workers along {axes}, and the mesh has the axes {mesh.axis_names}: "
@@ -90,7 +96,7 @@ def outer_step(
     names = settings.form.names
     batch = P(axes) if settings.steps == 1 else P(None, axes)
     rest_specs = tuple(batch if name == "batch" else P() for name in names)
-    over = _OnMesh(mesh) if isinstance(mesh, Mesh) else _OnOneDevice(mesh, axes[0])
+    over = _OnMesh(mesh) if isinstance(mesh, Mesh) else _OnOneDevice(mesh, axis_name)
     programs = _Programs(with_rest(loss_fn, settings.form), tx, settings, over, rest_specs, check_vma)
     return OuterStep(programs, mesh)
 
@@ -99,7 +105,8 @@ def flush_outer(tx: Outer, mesh: Mesh | int, params: Any, opt_state: OuterState)
     """The end of a period before its time; see `gradcomp_jax.flush`."""
     over = _OnMesh(mesh) if isinstance(mesh, Mesh) else _OnOneDevice(mesh, tx.method.axes[0])
     specs = P(), state_specs(tx, params)
-    return jax.jit(over(tx.method.flush, specs, specs, True))(params, opt_state)
+    pending = tx.method.period(params).pending(int(opt_state.place))
+    return jax.jit(over(functools.partial(tx.method.flush, pending), specs, specs, True))(params, opt_state)
 
 
 class _Programs:
@@ -328,7 +335,8 @@ class OuterStep(Jitted):
         self.require_of_all(rest[0])
         if isinstance(opt_state.place, jax.core.Tracer):
             params = self.placed(params)
-            params, opt_state, aux = in_automatic_axes(self._mesh, self._program(None))(params, opt_state, *rest)
+            program = self._program(None, self.by_compiler(rest))
+            params, opt_state, aux = in_automatic_axes(self._mesh, program)(params, opt_state, *rest)
         else:
             params, opt_state, aux = self._done(params, opt_state, rest)
         return params, opt_state, opt_state.loss, *([aux.value] if self._settings.form.has_aux else [])
@@ -340,7 +348,7 @@ class OuterStep(Jitted):
             require_state(self._programs.tx, params, opt_state, self._mesh)
             self._period, self._place = self._programs.method.period(params), int(opt_state.place)
         moments = self._period.moments(self._place, self._settings.steps)
-        program = self._program(moments)
+        program = self._program(moments, self.by_compiler(rest))
         if {*moments} == {QUIET}:
             given = opt_state.worker, opt_state.place
             alone = self._programs.method.codec.settings.fast is None
@@ -377,9 +385,12 @@ class OuterStep(Jitted):
             rows = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rows)
         require_parts(rows, workers, self._settings.accumulate, f"{workers} workers")
 
-    def _program(self, moments: tuple[Moment, ...] | None) -> Any:
-        """The compiled function for a call at whose steps this happens; None: what happens is not known yet."""
-        if moments not in self._compiled:
+    def _program(self, moments: tuple[Moment, ...] | None, spread: bool) -> Any:
+        """The compiled function for a call at whose steps this happens; None: what happens is not known yet.
+
+        `spread` is for simulated workers that XLA spreads over devices.
+        """
+        if (moments, spread) not in self._compiled:
             programs = self._programs
             if moments is None:
                 if self._settings.steps > 1:
@@ -391,12 +402,12 @@ class OuterStep(Jitted):
             else:
                 called = programs.quiet if {*moments} == {QUIET} else functools.partial(programs.at, moments)
             options = self._settings.compiler_options
-            self._compiled[moments] = jax.jit(
-                called,
+            self._compiled[moments, spread] = jax.jit(
+                by_compiler(called) if spread else called,
                 donate_argnums=(0, 1) if self._settings.donate else (),
                 compiler_options=None if options is None else dict(options),
             )
-        return self._compiled[moments]
+        return self._compiled[moments, spread]
 
     def lower(self, *args: Any, exchange: bool = True) -> Any:
         """As jax.jit's `lower`, of the program of a call with an exchange, or of local steps alone.
@@ -424,11 +435,12 @@ class OuterStep(Jitted):
         params, opt_state, *rest = args
         period = self._programs.method.period(params)
         calls = [period.moments(place, self._settings.steps) for place in list(period.places)[period.every :]]
-        wanted = [found for found in calls if any(x.before or x.after for x in found) == exchange]
+        exchanges = lambda found: any(x.before or x.after for x in found)  # noqa: E731
+        wanted = [found for found in calls if (exchanges(found) if exchange else {*found} == {QUIET})]
         if not wanted:
-            kind = "with" if exchange else "without"
-            raise ValueError(f"exchange={exchange}: no call is {kind} an exchange, at every={period.every}")
-        program = self._program(wanted[0])
+            kind = "has an exchange" if exchange else "is of local steps alone"
+            raise ValueError(f"exchange={exchange}: no call {kind}, at every={period.every}")
+        program = self._program(wanted[0], self.by_compiler(rest))
         if {*wanted[0]} == {QUIET}:
             return program, (opt_state.worker, opt_state.place, *rest)
         return program, (params, _without_loss(opt_state), *rest)

@@ -89,6 +89,9 @@ class PerLayer(Switching):
         if self.all_leaves:
             self.patterns.require(paths)
 
+    def of_part(self) -> "PerLayer":
+        return dataclasses.replace(self, all_leaves=False)
+
     def place(self, path: str) -> int | None:
         """The place of a leaf's strength; None: the leaf is sent dense."""
         return self.places[self.patterns.place(path)]

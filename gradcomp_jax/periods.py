@@ -63,6 +63,11 @@ class Period(NamedTuple):
         adopted = tuple(f for f in each if number >= lands(f) and (number - lands(f)) % self.every == 0)
         return Moment(before, (), adopted)
 
+    def pending(self, place: int) -> tuple[int, ...]:
+        """The fragments that have been exchanged before the step at a place, and that are adopted at it or later."""
+        earlier = range(max(1, place - self.delay + 1), place)
+        return tuple(f for other in earlier for f in self.at(other).before)
+
     def after(self, place: Any) -> Any:
         """The place of the next step, for a number or an array."""
         return place + 1 - self.every * ((place + 1) // (2 * self.every))
@@ -110,7 +115,7 @@ def in_fragments(paths: Sequence[str], fragments: int | Callable[[str], int]) ->
     layers = sorted({_layer(path) for path in paths}, key=natural)
     if len(layers) < fragments:
         raise ValueError(
-            f"fragments={fragments} is more than the {len(layers)} layers of the parameters, such as "
+            f"fragments={fragments} is more than the number of layers of the parameters, {len(layers)}, such as "
             f"{layers[0] if layers else ''!r}: give fewer, or a function (path) -> the index of its fragment"
         )
     return {path: layers.index(_layer(path)) % fragments for path in paths}

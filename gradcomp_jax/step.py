@@ -239,7 +239,7 @@ def simulate(
     require_whole("steps", steps, 1)
     if isinstance(tx, Outer):
         settings = Settings(form, steps, accumulate, donate, None)
-        return outer_step(own_loss, tx, workers, settings, reduce_aux, check_vma=False)
+        return outer_step(own_loss, tx, workers, settings, reduce_aux, check_vma=False, axis_name=axis_name)
     if steps > 1:
         raise ValueError(f"steps={steps} is for outer(...): with other optimisers each call is one step")
     taking = with_rest(own_loss, form)

@@ -18,6 +18,7 @@ from gradcomp_jax.cuts import Cut
 from gradcomp_jax.exchange.bits import total_bits
 from gradcomp_jax.mesh import in_automatic_axes, require_mesh
 from gradcomp_jax.notes import note
+from gradcomp_jax.outer import Outer
 from gradcomp_jax.placing import global_init, init_parts, place
 from gradcomp_jax.sharding import is_per_worker, require_state
 
@@ -47,6 +48,8 @@ def swap(
     if it keeps EF21's estimates. Then the swap is refused, unless the residuals are zero, as after `flush`. The
     estimates of EF21 owe nothing: they go on under EF21, and otherwise they are dropped, which is logged.
 
+    Under `outer` the codec may change, and also the period; with a delay the period only right after `flush`.
+
     Values that the state holds stay, whatever new_tx says, such as a learning rate under `optax.inject_hyperparams`.
     Make a new step with new_tx. The new state shares the memory of the old one, which a step with donate=True reuses.
 
@@ -62,7 +65,7 @@ def swap(
 
     Raises:
       ValueError: opt_state is not one of tx for params and the mesh; tx and new_tx differ beside the codec; or a
-        residual would be lost. Nothing is changed then.
+        residual, or what is on its way under `outer`, would be lost. Nothing is changed then.
 
     >>> import jax.numpy as jnp
     >>> import optax
@@ -75,7 +78,23 @@ def swap(
     require_transformation(new_tx)
     mesh = require_mesh(mesh)
     require_state(tx, params, opt_state, mesh)
+    if isinstance(tx, Outer) and isinstance(new_tx, Outer):
+        _require_same_plan(tx, new_tx, params, int(opt_state.place))
     return in_automatic_axes(mesh, functools.partial(_swap, new_tx, mesh))(params, opt_state)
+
+
+def _require_same_plan(tx: Outer, new_tx: Outer, params: Any, place: int) -> None:
+    """Raises ValueError if fragments that were exchanged would not be adopted by new_tx, or others would."""
+    old, new = (x.method.period(params) for x in (tx, new_tx))
+    if place and old != new and (old.delay or new.delay):
+        raise ValueError(
+            f"opt_state is at place {place} of {_written(old)}, and new_tx has {_written(new)}: with a delay new_tx "
+            "would not know what is on its way. Call flush(tx, params, opt_state, mesh) first. Nothing was changed"
+        )
+
+
+def _written(plan: Any) -> str:
+    return ", ".join(f"{key}={value}" for key, value in plan._asdict().items())
 
 
 def _swap(new_tx: optax.GradientTransformation, mesh: Mesh | int, params: Any, opt_state: Any) -> Any:

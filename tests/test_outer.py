@@ -268,6 +268,33 @@ class TestForms:
         chex.assert_trees_all_close(got[0], want[0], atol=1e-6)
         assert gcj.wire_bits(got[1]) == gcj.wire_bits(want[1])
 
+    def test_swapped_under_a_delay(self):
+        """Another period needs a flush before, because nothing tells it what is on its way; another codec does not."""
+        tx = made("delay")
+        params, state, _ = train(gcj.simulate(loss_fn, tx, WORKERS), tx, WORKERS, 9)
+        for changes in ({"every": 3}, {"delay": 1}):
+            other = made("delay", **changes)
+            with pytest.raises(
+                ValueError, match=r"opt_state is at place 9 of every=6, .*Call flush.*Nothing was changed"
+            ):
+                gcj.swap(tx, other, params, state, WORKERS)
+            flushed = gcj.flush(tx, params, state, WORKERS)
+            swapped = gcj.swap(tx, other, *flushed, WORKERS)
+            chex.assert_trees_all_equal(swapped, flushed[1])
+        swapped = gcj.swap(tx, made("delay", codec=lambda: gcj.powersgd(1)), params, state, WORKERS)
+        chex.assert_trees_all_equal((swapped.place, swapped.worker), (state.place, state.worker))
+
+    def test_by_layer_and_fragments(self):
+        """Patterns are for the whole tree: one may decide about no leaf of a fragment."""
+        codec = lambda: gcj.per_layer({"layer_0": gcj.topk(0.2), "": gcj.topk(0.4)})  # noqa: E731
+        tx = made("fragments", codec=codec)
+        params, *_ = train(gcj.simulate(loss_fn, tx, WORKERS), tx, WORKERS, 9)
+        own, *_ = train(own_step(tx, gcj.make_mesh(WORKERS), static=False), tx, gcj.make_mesh(WORKERS), 9)
+        chex.assert_trees_all_close(params, own, atol=1e-6)
+        typo = made("fragments", codec=lambda: gcj.per_layer({"lyer_0": gcj.topk(0.2), "": gcj.topk(0.4)}))
+        with pytest.raises(ValueError, match="'lyer_0' decides about no leaf"):
+            gcj.init(typo, PARAMS, WORKERS)
+
     def test_a_step_that_meets_other_states(self):
         """Two runs in turn by one step, and a run that is taken up in the middle, end as by steps of their own."""
         tx = made("delay")
@@ -345,6 +372,14 @@ class TestLocalSteps:
         own = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.worker)) // WORKERS
         rows = sum(x.nbytes for x in batch(0)) // WORKERS
         assert quiet.memory_analysis().argument_size_in_bytes == own + 4 + rows
+
+    def test_program_under_a_delay(self):
+        """Local steps alone are not those at whose end a fragment is adopted."""
+        tx, mesh = made("delay"), gcj.make_mesh(WORKERS)
+        step, state = gcj.train_step(loss_fn, tx, mesh), gcj.init(tx, PARAMS, mesh)
+        alone = step.lower(PARAMS, state, batch(0), exchange=False)
+        assert len(jax.tree.leaves(alone.args_info)) == len(jax.tree.leaves((state.worker, state.place, batch(0))))
+        assert not collective_bytes(alone.compile())
 
     def test_exchange(self):
         """Its arguments are the anchor, and the whole state; nothing twice."""
@@ -427,6 +462,8 @@ class TestRefusals:
             ({"residual_decay": 0.0, "codec": gcj.topk()}, "decay=0.0 must be above 0"),
             ({"outer": gcj.powersgd(2)}, "outer=.* exchanges gradients"),
             ({"inner": gcj.powersgd(2)}, "inner=.* exchanges gradients"),
+            ({"inner": None}, "inner=None must be an optax optimiser"),
+            ({"outer": 0.7}, "outer=0.7 must be an optax optimiser"),
             ({"codec": gcj.across(gcj.none(), slow="data", fast="local", inside=False)}, "parameters in shards"),
         ],
     )
@@ -440,7 +477,7 @@ class TestRefusals:
         [
             (lambda: optax.chain(nothing(), optax.scale(0.5)), "outer\\(...\\) is a whole optimiser"),
             (lambda: gcj.loss_scaled(nothing()), "outer\\(...\\) is a whole optimiser"),
-            (lambda: nothing(fragments=4), "fragments=4 is more than the 3 layers"),
+            (lambda: nothing(fragments=4), "fragments=4 is more than the number of layers of the parameters, 3"),
             (lambda: nothing(fragments=lambda path: 1), "puts no leaf into fragment 0"),
             (lambda: nothing(fragments=lambda path: path), "must return an index from 0"),
             (
@@ -489,6 +526,9 @@ class TestRefusals:
             (lambda: gcj.flush(tx, PARAMS, state, mesh, learning_rate=0.1), "learning_rate= is for other optimisers"),
             (lambda: gcj.local_params(optax.sgd(0.1).init(PARAMS)), "opt_state is not of an outer"),
             (lambda: tx.update(PARAMS, tx.init(PARAMS)), "outer needs the anchor"),
+            (lambda: own_step(tx, mesh, True)(PARAMS, state._replace(place=8), batch(0)), "place=8 must be below 8"),
+            (lambda: own_step(tx, mesh, True)(PARAMS, state._replace(place=-1), batch(0)), "place=-1 must be a whole"),
+            (lambda: gcj.simulate(loss_fn, tx, WORKERS, axis_name="x"), "simulate has axis_name='x'"),
             (lambda: step.lower(PARAMS, state), "takes \\(params, opt_state, batch\\)"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -501,6 +541,20 @@ class TestRefusals:
         with pytest.raises(ValueError, match="across slices"):
             gcj.init(slices, PARAMS, WORKERS)
 
-    def test_sparseloco_by_shuffle(self):
+    @pytest.mark.parametrize(
+        "codec",
+        [
+            lambda: gcj.topk(0.1, aggregate="shuffle"),
+            lambda: gcj.per_layer({"layer_0": gcj.topk(0.1), "": gcj.topk(0.2)}),
+        ],
+    )
+    def test_sparseloco_by_shuffle(self, codec):
         with pytest.raises(ValueError, match="aggregate='gather'"):
-            gcj.sparseloco(optax.sgd(0.1), codec=gcj.topk(0.1, aggregate="shuffle"))
+            gcj.sparseloco(optax.sgd(0.1), codec=codec())
+
+    def test_a_batch_on_several_devices(self):
+        """XLA would gather more than is counted."""
+        mesh, tx = gcj.make_mesh(WORKERS), made("topk", every=1)
+        rows = gcj.shard_batch(batch(0), mesh)
+        with pytest.raises(ValueError, match="simulate is given a batch that lies on several devices"):
+            gcj.simulate(loss_fn, tx, WORKERS)(PARAMS, gcj.init(tx, PARAMS, WORKERS), rows)

@@ -9,6 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 import gradcomp_jax as gcj
+from gradcomp_jax.outer_state import on_schedule
 from gradcomp_jax.testing import trees
 from tests.table import BY_ID, EACH
 from tests.test_state import loss_of_gradients
@@ -59,14 +60,28 @@ class TestConservation:
             found = -np.asarray(params[path]) + owed.get(path, 0) + forgotten[path]
             np.testing.assert_allclose(found, handed, atol=2e-5 * EXCHANGES, err_msg=path)
 
-    def test_all_steps_count_under_a_delay(self):
-        """With alpha=1 a worker keeps what it moved, and sends again what others have not taken."""
-        tx = gcj.outer(optax.sgd(RATE), every=4, codec=gcj.none(), delay=2, alpha=0.0)
+    @pytest.mark.parametrize(("alpha", "steps"), [(0.0, 4 + 2 + 2), (1.0, 4 + 4 + 4)])
+    def test_steps_done_during_a_delay(self, alpha, steps):
+        """At alpha=0 those of each later period are lost; at alpha=1 all steps count, and each once."""
+        tx = gcj.outer(optax.sgd(RATE), every=4, codec=gcj.none(), delay=2, alpha=alpha)
         grads = trees.noise(TREE, 7, (3,))
         params, _ = train(tx, 3, grads, 4 * 3 + 1)
-        # Of each later period the steps done during the delay are lost.
         for path, given in means(grads).items():
-            np.testing.assert_allclose(-params[path], RATE * (4 + 2 + 2) * given, atol=1e-5)
+            np.testing.assert_allclose(-params[path], RATE * steps * given, atol=1e-5)
+
+    @codecs
+    @pytest.mark.parametrize("stop", [5, 6])
+    def test_flush_during_a_delay(self, row, stop):
+        """What is on its way is adopted first, so no part of it is sent a second time: law 1 once more."""
+        codec = row.make(error_feedback=gcj.Feedback(1.0))
+        tx = gcj.outer(optax.sgd(RATE), every=4, codec=codec, delay=2)
+        grads = trees.noise(TREE, 7, (3,))
+        params, state = gcj.flush(tx, *train(tx, 3, grads, stop), 3)
+        # After 5 steps the fifth is lost with the delay; after 6 the two were adopted away in the ordinary way.
+        for path, given in means(grads).items():
+            np.testing.assert_allclose(-np.asarray(params[path]), 4 * RATE * given, atol=1e-4)
+        assert not any(np.any(x) for s in state.codec for x in jax.tree.leaves(s.residual))
+        assert int(state.place) == 0
 
     @pytest.mark.parametrize("fragments", [1, 2])
     def test_flush_ends_a_period(self, fragments):
@@ -167,6 +182,24 @@ class TestPoison:
         assert np.isfinite(loss)
         assert gcj.flush(tx, params, state, 2)[1].loss == loss
 
+    @pytest.mark.parametrize("over", [3, "mesh"])
+    @pytest.mark.parametrize("settings", [{"accumulate": 2}, {"steps": 2}])
+    def test_weighed_in_parts_and_several_steps(self, over, settings):
+        """The weight is of the whole batch of a step, and those of a period add up."""
+        tx = gcj.outer(optax.sgd(RATE), every=2, codec=gcj.none(), weigh=lambda rows: jnp.sum(rows["tokens"]))
+        loss = lambda params, rows: jnp.mean(params["w"] @ rows["x"].T)  # noqa: E731
+        rows = np.random.default_rng(3).normal(size=(2, 6, 4)).astype(np.float32)
+        tokens = np.float32([[1, 2, 3, 4, 5, 6], [0, 1, 0, 2, 0, 9]])
+        params, over = {"w": jnp.zeros((1, 4))}, gcj.make_mesh(3) if over == "mesh" else over
+        step = (gcj.simulate if over == 3 else gcj.train_step)(loss, tx, over, **settings)
+        state, several = gcj.init(tx, params, over), "steps" in settings
+        for at in range(1 if several else 2):
+            which = slice(None) if several else at
+            params, state, _ = step(params, state, {"x": rows[which], "tokens": tokens[which]})
+        moves = rows.reshape(2, 3, 2, 4).mean(2).sum(0)
+        weights = tokens.reshape(2, 3, 2).sum((0, 2))
+        np.testing.assert_allclose(-params["w"][0], RATE * weights @ moves / weights.sum(), atol=1e-6)
+
     def test_weighed_by_a_function(self):
         tx = gcj.outer(optax.sgd(RATE), every=1, codec=gcj.none(), weigh=lambda rows: jnp.mean(rows["tokens"]))
 
@@ -195,9 +228,25 @@ class TestPoison:
         assert gcj.absent(state).tolist() == [0, 1, 0]
         assert gcj.skipped(state) == 0
         assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(jax.device_get((params, state))))
-        counts = state.worker.value.inner[1].count
-        assert counts.tolist() == [10, int(counts[1]), 10]
-        assert counts[1] < 8
+        momentum, schedule = state.worker.value.inner
+        assert schedule.count.tolist() == [10] * 3
+        since = momentum.trace["a"] / grads["a"]
+        np.testing.assert_allclose(since[0], (1 - 0.9**10) / 0.1, rtol=1e-4)
+        assert np.max(since[1]) < (1 - 0.9**8) / 0.1
+
+    @pytest.mark.parametrize(("settings", "steps"), [({}, 4), ({"delay": 1, "alpha": 0.5}, 5)])
+    def test_the_others_go_on_without_a_ruined_worker(self, settings, steps):
+        """The anchor moves as if there were only the others, in whose exchange the codec is given the same."""
+        tx = gcj.outer(INNER, every=4, codec=gcj.topk(0.2, aggregate="gather"), **settings)
+        grads = trees.noise(TREE, 7, (3,))
+        params, state = train(tx, 3, grads, 2)
+        mine = state.worker.value
+        mine = mine._replace(params=jax.tree.map(lambda x: x.at[1].set(jnp.nan), mine.params))
+        state = state._replace(worker=state.worker._replace(value=mine))
+        got, _ = train(tx, 3, grads, steps - 2, (params, state))
+        want, _ = train(tx, 2, jax.tree.map(lambda x: x[::2], grads), steps)
+        chex.assert_trees_all_close(got, want, atol=1e-6)
+        assert np.max(np.abs(got["a"])) > 1e-3
 
     def test_a_mean_that_is_not_finite_voids_the_exchange(self):
         """Anchor, codec and undecayed residuals stay, and every worker begins again."""
@@ -207,8 +256,9 @@ class TestPoison:
         params, state, _ = step(trees.zeros(TREE), gcj.init(tx, trees.zeros(TREE), 3), grads)
         residual = jax.tree.map(lambda x: x.at[0].set(jnp.inf), state.codec[0].residual)
         before = state._replace(codec=(state.codec[0]._replace(residual=residual),))
-        anchor, after, _ = step(params, before, grads)
+        anchor, after, loss = step(params, before, grads)
         assert gcj.skipped(after) == 1
+        assert np.isnan(loss)
         chex.assert_trees_all_equal((anchor, after.outer), (params, before.outer))
         chex.assert_trees_all_equal(after.codec[0].residual, residual)
         chex.assert_trees_all_equal(jax.tree.map(lambda x: x[2], gcj.local_params(after)), params)
@@ -220,7 +270,27 @@ class TestPoison:
         mine = mine._replace(params=jax.tree.map(lambda x: x * jnp.nan, mine.params))
         after = train(tx, 3, grads, 2, (params, state._replace(worker=state.worker._replace(value=mine))))
         assert gcj.absent(after[1]).tolist() == [1, 1, 1]
-        chex.assert_tree_all_finite(jax.device_get(after[0]))
+        for own in jax.tree.leaves(jax.tree.map(jnp.subtract, gcj.local_params(after[1]), after[0])):
+            assert not np.any(own)
+        owed = [means(jax.device_get(x.codec[0].residual.value)) for x in (state, after[1])]
+        for path in TREE:  # all hand zeros to the codec, which sends of what it owes
+            np.testing.assert_allclose(after[0][path] - params[path], owed[1][path] - owed[0][path], atol=1e-6)
+
+    def test_a_worker_that_begins_anew_stays_on_schedule(self):
+        """Its moments are fresh; schedules, and rates that were injected or set by hand, are those of the others."""
+        inner = optax.chain(
+            optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9),
+            optax.masked(optax.scale_by_schedule(lambda count: 1.0), {"a": True, "b": False}),
+        )
+        params = {"a": jnp.ones(3), "b": jnp.ones(3)}
+        old = inner.init(params)
+        old[0].hyperparams["learning_rate"] = jnp.float32(0.02)
+        for _ in range(3):
+            old = inner.update(params, old)[1]
+        got = on_schedule(inner.init(params), old)
+        assert got[0].hyperparams["learning_rate"] == jnp.float32(0.02)
+        assert got[0].count == got[1].inner_state.count == 3
+        chex.assert_trees_all_equal(got[0].inner_state, inner.init(params)[0].inner_state)
 
 
 class TestHalves:
@@ -248,6 +318,21 @@ class TestHalves:
         with jax.numpy_dtype_promotion("standard"):
             params, state, _ = step(params, gcj.init(tx, params, 2), jnp.float32([0.0, 1.0]))
         np.testing.assert_allclose(params["w"].astype(jnp.float32) + state.rest["w"], 1 - 2.0**-9)
+
+    def test_halves_under_a_delay(self):
+        """Also a part of an anchor of 16 bits that is adopted late keeps its small steps."""
+        settings = {"every": 2, "delay": 1, "fragments": lambda path: int(path == "b"), "outer": optax.sgd(2.0**-8)}
+        tx = gcj.outer(optax.sgd(2.0**-4), codec=gcj.none(), **settings)
+        params = {"a": jnp.ones((8, 8), jnp.bfloat16), "b": jnp.ones((8, 8), jnp.bfloat16)}
+        loss = lambda p, b: sum(jnp.sum(x.astype(jnp.float32)) for x in p.values()) * jnp.mean(b)  # noqa: E731
+        step, state = gcj.simulate(loss, tx, 2), gcj.init(tx, params, 2)
+        with jax.numpy_dtype_promotion("standard"):
+            for _ in range(33):
+                params, state, _ = step(params, state, jnp.ones(2))
+        whole = {path: x.astype(jnp.float32) + state.rest[path] for path, x in params.items()}
+        # Per exchange 2 steps, or 1 after the first, because one of two is lost with the delay.
+        np.testing.assert_allclose(whole["b"], 1 - (2 + 15) * 2.0**-12, rtol=1e-6)
+        np.testing.assert_allclose(whole["a"], 1 - 16 * 2.0**-12, rtol=1e-6)
 
 
 class TestState:
@@ -299,6 +384,45 @@ class TestState:
 
 
 class TestSlices:
+    def made(self):
+        between = gcj.across(gcj.none(), slow="node", fast="local")
+        return gcj.outer(INNER, every=4, codec=between), gcj.make_mesh({"node": 2, "local": 4})
+
+    def test_a_chip_whose_gradient_is_not_finite(self):
+        """Its slice leaves the step out, all chips of it alike; the other slice does not notice."""
+        tx, mesh = self.made()
+        grads, params, state = trees.noise(TREE, 7, (8,)), trees.zeros(TREE), gcj.init(tx, trees.zeros(TREE), mesh)
+        step = gcj.train_step(loss_of_gradients, tx, mesh)
+        for place in range(4):
+            rows = jax.tree.map(np.array, grads)
+            if place == 1:
+                rows["a"][6, 3, 4] = np.nan
+            params, state, _ = step(params, state, rows)
+        assert gcj.held(state).tolist() == [0, 1]
+        alone = gcj.outer(INNER, every=4, codec=gcj.none())
+        halves = jax.tree.map(lambda x: x.reshape(2, 4, *x.shape[1:]).mean(1), grads)
+        each = [
+            train(alone, 1, jax.tree.map(lambda x, at=at: x[at : at + 1], halves), n)[1] for at, n in ((0, 3), (1, 3))
+        ]
+        owns = [gcj.local_params(x) for x in each]
+        fourth = train(alone, 1, jax.tree.map(lambda x: x[:1], halves), 4)[0]
+        for path in TREE:
+            np.testing.assert_allclose(params[path], (fourth[path] + owns[1][path][0]) / 2, atol=1e-6)
+
+    def test_flush_and_resize(self):
+        """In the middle of a period; the mean of the slices' own parameters stays, and goes to the anchor."""
+        tx, mesh = self.made()
+        grads = trees.noise(TREE, 7, (8,))
+        params, state = train(tx, mesh, grads, 6)
+        mean = jax.tree.map(lambda x: jnp.mean(x, 0), gcj.local_params(state))
+        flushed, after = gcj.flush(tx, params, state, mesh)
+        chex.assert_trees_all_close(flushed, mean, atol=1e-6)
+        chex.assert_trees_all_equal(jax.tree.map(lambda x: x[1], gcj.local_params(after)), flushed)
+        wider = gcj.make_mesh({"node": 4, "local": 2})
+        new = gcj.resize_workers(state, wider)
+        chex.assert_trees_all_close(jax.tree.map(lambda x: jnp.mean(x, 0), gcj.local_params(new)), mean, atol=1e-6)
+        chex.assert_trees_all_close(gcj.flush(tx, params, new, wider)[0], mean, atol=1e-6)
+
     def test_a_worker_is_a_slice(self):
         """As many workers as slices, each on the mean gradient of its chips; every chip sends a share."""
         grads = trees.noise(TREE, 7, (8,))

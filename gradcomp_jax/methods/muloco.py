@@ -21,7 +21,7 @@ def muloco(
     inner: optax.GradientTransformation,
     *,
     every: int = 30,
-    residual_decay: float = 0.9,
+    residual_decay: float | None = 0.9,
     codec: Compressor | None = None,
     axis_name: AxisName = "data",
 ) -> Outer:

@@ -13,7 +13,7 @@ import optax
 from gradcomp_jax.arguments import factory
 from gradcomp_jax.codecs.topk import topk
 from gradcomp_jax.compressor import Compressor
-from gradcomp_jax.contract import AxisName
+from gradcomp_jax.contract import AxisName, Codec
 from gradcomp_jax.outer import Outer, outer
 
 
@@ -22,7 +22,7 @@ def sparseloco(
     inner: optax.GradientTransformation,
     *,
     every: int = 30,
-    residual_decay: float = 0.95,
+    residual_decay: float | None = 0.95,
     codec: Compressor | None = None,
     axis_name: AxisName = "data",
 ) -> Outer:
@@ -50,9 +50,14 @@ def sparseloco(
     """
     if codec is None:
         codec = topk(chunk=4096, k=64, bits=2, aggregate="gather", axis_name=axis_name)
-    elif isinstance(codec, Compressor) and codec.codec.name == "topk" and codec.settings.aggregate != "gather":
+    elif isinstance(codec, Compressor) and codec.settings.aggregate != "gather" and _is_topk(codec.codec):
         raise ValueError(
             f"codec={codec.name} of sparseloco must have aggregate='gather': by 'shuffle' the mean of the workers' "
             "largest values would itself be cut to the largest"
         )
     return outer(inner, every=every, codec=codec, outer=optax.sgd(1.0), residual_decay=residual_decay)
+
+
+def _is_topk(codec: Codec) -> bool:
+    """Whether it is top-k, or switches between strengths of it."""
+    return getattr(codec, "inner", codec).name == "topk"
