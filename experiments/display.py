@@ -76,14 +76,14 @@ def notes(runs: Sequence[Run]) -> list[str]:
     found = bytes_notes(runs[0].header)
     for run in runs:
         name, header, end = run.header["codec"], run.header, run.end
-        if header["label"] != name:
+        if header["label"] not in (name, f"{name} every={run.every}"):
             found.append(f"Settings: {header['label']}.")
         if name != "none" and not end["compressed_steps"]:
             warmup = next((key for key in header["settings"] if key.endswith("_warmup_steps")), None)
             why = f": see --{warmup.removeprefix('accordion_')}" if warmup else ""
             found.append(f"{name} sent less than dense in none of the {run.step} steps{why}.")
-        if left := run.step % header["settings"].get(f"{name}_every", 1):
-            found.append(f"{run.called}: the last {left} steps came after its last exchange, and count for nothing.")
+        if run.left_over:
+            found.append(f"{run.called}: {run.left_over}.")
         if run.ratio < 0.995:  # as the table shows it
             found.append(
                 f"{name} does not pay here: over {header['workers']} workers it sends {1 / run.ratio:.2f} times as "

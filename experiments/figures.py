@@ -254,11 +254,15 @@ def losses(rows: Sequence[Row], title: str, path: pathlib.Path) -> None:
             for axis, axes in enumerate(panels):
                 shown = sent if axis == 1 else columns
                 (line,) = axes.plot([c[axis] for c in shown], [c[3] for c in shown], **look, linewidth=1.2, alpha=0.85)
-                line.set_label("_" if axis or place else f"{row.name} ({run.end['bytes'] / 1e6:.3g} MB in all)")
-    for axes, label in zip(panels, ("millions of tokens", MEGABYTES, "simulated minutes (a model)"), strict=True):
+                sum_mb = run.end["bytes"] / 1e6
+                in_all = f"{sum_mb:,.0f}" if sum_mb >= 100 else f"{sum_mb:.3g}"
+                line.set_label("_" if axis or place else f"{row.name} ({in_all} MB in all)")
+    labels = "millions of tokens", MEGABYTES, "simulated minutes (a model, log scale)"
+    for axes, label in zip(panels, labels, strict=True):
         axes.set(xlabel=label)
     panels[0].set(ylabel="validation loss, nats a character")
-    _log(panels[1], "x")
+    for axes in panels[1:]:
+        _log(axes, "x")
     figure.legend(loc="outside lower center", ncols=min(4, len(rows)), fontsize=8)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def rows(runs: Sequence[Run]) -> list[Row]:
 def table(rows: Sequence[Row], title: str) -> Table:
     """A table with a line for each row; means over the seeds."""
     out = Table(title=title)
-    out.add_column("method")
+    out.add_column("method", overflow="fold")
     numbers = ("validation loss", "over seeds", "tokens", "MB sent", "ratio", "exchanges", "ms a step", "sim. min")
     for heading in numbers:
         out.add_column(heading, justify="right")
@@ -125,9 +125,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
         f"--link={FLAGS.link:g} Mbit/s. Nothing overlaps, and there is no latency.",
     ]
     for row in rows:
-        every = row.runs[0].header["settings"].get(f"{row.method}_every", 1)
-        if left := row.runs[0].step % every:
-            found.append(f"{row.name}: the last {left} steps came after its last exchange, and count for nothing.")
+        if left_over := row.runs[0].left_over:
+            found.append(f"{row.name}: {left_over}.")
         if skipped := sum(run.end["skipped"] for run in row.runs):
             found.append(f"{row.name} skipped {skipped} exchanges, which were not finite.")
     return found

@@ -70,9 +70,23 @@ class Run(NamedTuple):
     @property
     def called(self) -> str:
         """The codec without its settings, such as "topk", or "topk, every 10" with outer steps."""
-        codec = self.header["codec"]
-        every = self.header["settings"].get(f"{codec}_every", 1)
-        return codec if every == 1 else f"{codec}, every {every}"
+        return self.header["codec"] if self.every == 1 else f"{self.header['codec']}, every {self.every}"
+
+    @property
+    def every(self) -> int:
+        """The local steps of a period, with outer steps; otherwise 1."""
+        return self.header["settings"].get(f"{self.header['codec']}_every", 1)
+
+    @property
+    def left_over(self) -> str:
+        """What is to be said of steps after the last exchange, in words; empty if there are none."""
+        # With a delay an exchange is beside the step after the period's last.
+        delay = self.header["settings"].get(f"{self.header['codec']}_delay", 0)
+        left = (self.step - 1) % self.every + 1 if delay else self.step % self.every
+        if left == self.step and self.every > 1:
+            return "there was no exchange" + " of its last fragment" * bool(delay)
+        which = "the last exchange of its last fragment" if delay else "its last exchange"
+        return f"the last {left} steps came after {which}, and count for nothing" if left else ""
 
     @property
     def accuracy(self) -> float:

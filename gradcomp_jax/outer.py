@@ -430,9 +430,9 @@ def outer(
     A local step exchanges nothing: `train_step` runs a program of its own for it, without a collective, which reads and
     writes only what the step changes. A worker leaves out a local step whose gradient is not finite, see `held`. A
     worker whose difference is not finite at an exchange is absent from it, see `absent`; then it goes on from the new
-    anchor with a fresh inner state. If the mean is not finite, the exchange is void, see `skipped`: the anchor, the
-    outer optimiser and the codec stay as they were, and every worker begins again from the anchor. The residual does
-    not decay then.
+    anchor with a fresh inner state, in which schedules and injected values go on. If the mean is not finite, the
+    exchange is void, see `skipped`: the anchor, the outer optimiser and the codec stay as they were, and every worker
+    goes on from the anchor. The residual does not decay then.
 
     Under `across` a worker is a slice of several chips: gradients are averaged inside it in each step, and differences
     are exchanged between slices.
@@ -448,18 +448,20 @@ def outer(
       residual_decay: the share of a residual that an exchange leaves, in the place of the codec's own.
       fragments: the number of parts of the tree that are exchanged in turn, spread evenly over the period; or (path) ->
         the index of a leaf's part. By number, layer l is in part l mod fragments.
-      delay: the local steps that are done after a fragment's difference was taken, and before its new anchor is
-        adopted. The exchange can overlap with these steps only inside one program, which `train_step(..., steps=delay)`
-        makes; with one step in a call it overlaps with one step at most. Parameters change at once.
+      delay: the number of local steps between the moment when a fragment's difference is taken and the one when its
+        new anchor is adopted. The exchange can overlap with these steps only inside one program, which
+        `train_step(..., steps=delay)` makes; with one step in a call it overlaps with one step at most. The anchor
+        itself changes at once.
       alpha: the share of a worker's own parameters in those it goes on with, own <- alpha own + (1 - alpha) anchor. At
-        0 the steps done during the delay are lost.
+        0 the steps done during the delay are lost. Above 0 the same share of what the codec did not send is in the
+        next difference. Under error feedback it is in the residual too, and is sent twice.
       weigh: how much a worker counts in the mean: "steps", by the steps that it did not leave out; or (batch) -> the
         weight of a step, one number, such as its tokens; in a shard_map of your own give update `weight=`. A weight
         that is negative or not finite counts as 0. None: all alike.
 
     Returns:
       An `Outer`, whose state is an `OuterState`. Its update takes further arguments: `value`, the loss; `weight`; and
-      `place`, a whole number, if the place in the period is known when traced. The program then holds only what happens
+      `place`, which is int(opt_state.place) if that is known when traced. The program then holds only what happens
       there. Otherwise it branches, by the count in the state.
 
     Raises:

@@ -45,6 +45,7 @@ METHODS = ["dense", "topk", *lm.OUTER]
 def default_flags():
     with flagsaver.flagsaver():
         lm.set_defaults()
+        FLAGS(["lm"])
         yield
 
 
@@ -343,6 +344,27 @@ def test_runs_that_differ_in_the_seed_share_a_row():
     assert "diloco every=30: the last 10 steps came after its last exchange, and count for nothing." in link.notes(
         [row]
     )
+
+
+@pytest.mark.parametrize(
+    ("every", "delay", "left_over"),
+    [
+        (10, 0, ""),
+        (30, 0, "the last 10 steps came after its last exchange, and count for nothing"),
+        (20, 1, "the last 20 steps came after the last exchange of its last fragment, and count for nothing"),
+        (11, 1, "the last 1 steps came after the last exchange of its last fragment, and count for nothing"),
+        (200, 0, "there was no exchange"),
+        (100, 1, "there was no exchange of its last fragment"),
+    ],
+)
+def test_steps_after_the_last_exchange_are_told(every, delay, left_over):
+    run = run_of("diloco", f"diloco every={every}", 0, 10**8 if every < 100 else 0, 2.0)
+    run.header["settings"] |= {"diloco_every": every, "diloco_delay": delay}
+    assert run.left_over == left_over
+    rows = link.rows([run])
+    told = [note for note in link.notes(rows) if note.startswith("diloco")]
+    assert told == [f"diloco every={every}: {left_over}."] * bool(left_over)
+    assert [*link.table(rows, "").columns[5].cells] == ["10.0" if every < 100 else "inf"]
 
 
 def test_records_of_several_tasks_are_not_compared(verse, tmp_path, capsys):

@@ -35,7 +35,7 @@ def muloco(
     Args:
       inner: the optimiser of local steps, such as `optax.contrib.muon(0.02)`.
       every: the local steps of a period, H.
-      residual_decay: the share of a residual that an exchange leaves, beta.
+      residual_decay: the share of a residual that an exchange leaves, beta; None: as codec says.
       codec: what compresses the differences; by default `statistical(aggregate="gather")`.
       axis_name: the mesh axis, or axes, of the workers, if codec is not given.
 

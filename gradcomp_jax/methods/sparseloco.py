@@ -36,7 +36,7 @@ def sparseloco(
     Args:
       inner: the optimiser of local steps, such as `optax.adamw(1e-3, b2=0.95, weight_decay=0.1)`.
       every: the local steps of a period, H; the paper compares 15 to 250.
-      residual_decay: the share of a residual that an exchange leaves, beta.
+      residual_decay: the share of a residual that an exchange leaves, beta; None: as codec says.
       codec: what compresses the differences; by default `topk(chunk=4096, k=64, bits=2, aggregate="gather")`. It must
         not be aggregated by "shuffle", which would make the mean sparse once more.
       axis_name: the mesh axis, or axes, of the workers, if codec is not given.
