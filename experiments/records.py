@@ -80,13 +80,19 @@ class Run(NamedTuple):
     @property
     def left_over(self) -> str:
         """What is to be said of steps after the last exchange, in words; empty if there are none."""
+        delay, fragments = (
+            self.header["settings"].get(f"{self.header['codec']}_{key}", default)
+            for key, default in (("delay", 0), ("fragments", 1))
+        )
         # With a delay an exchange is beside the step after the period's last.
-        delay = self.header["settings"].get(f"{self.header['codec']}_delay", 0)
         left = (self.step - 1) % self.every + 1 if delay else self.step % self.every
         if left == self.step and self.every > 1:
-            return "there was no exchange" + " of its last fragment" * bool(delay)
-        which = "the last exchange of its last fragment" if delay else "its last exchange"
-        return f"the last {left} steps came after {which}, and count for nothing" if left else ""
+            return "there was no exchange" + " of its last fragment" * (fragments > 1)
+        if fragments > 1 and left:
+            return (
+                f"the last {left} steps came after the last exchange of its last fragment, and count for nothing there"
+            )
+        return f"the last {left} steps came after its last exchange, and count for nothing" if left else ""
 
     @property
     def accuracy(self) -> float:

@@ -53,8 +53,9 @@ def flush(
 
     If no codec keeps residuals, nothing happens.
 
-    Under `outer` a flush ends the period early. The workers' differences and residuals travel uncompressed, and go
-    through the outer optimiser. Then all workers begin a new period from the anchor.
+    Under `outer` a flush ends the period early. With a delay, workers first adopt what is on its way, as ever. Then
+    their differences and residuals travel uncompressed, and go through the outer optimiser. All workers begin a new
+    period from the anchor.
 
     Args:
       tx: the optimiser, like in `train_step`.
@@ -70,7 +71,8 @@ def flush(
     Raises:
       ValueError: opt_state is not one of tx for the mesh; learning_rate is given for an `outer`; a transformation of tx
         does not pass extra arguments on to the codec inside it; the chain would apply less than `at_least` of the mean
-        residual; or no parameter changed, because of a learning rate of zero or `optax.MultiSteps`.
+        residual; no parameter changed, because of a learning rate of zero or `optax.MultiSteps`; or what the workers
+        of an `outer` owe is not finite.
     """
     mesh = require_mesh(mesh)
     require_state(tx, params, opt_state, mesh)
@@ -78,7 +80,13 @@ def flush(
         if learning_rate is not None:
             raise ValueError("learning_rate= is for other optimisers: what outer(...) owes goes through its outer one")
         given = (params, opt_state) if isinstance(mesh, int) else place((params, opt_state), mesh)
-        return in_automatic_axes(mesh, functools.partial(flush_outer, tx, mesh))(*given)
+        flushed = in_automatic_axes(mesh, functools.partial(flush_outer, tx, mesh))(*given)
+        if skipped(flushed[1]) > skipped(opt_state):
+            raise ValueError(
+                "what the workers owe is not finite, so the exchange of flush was void. Nothing was changed. If params "
+                "are good, go on from them: init(tx, params, mesh)"
+            )
+        return flushed
     if not jax.tree.leaves(_owed(opt_state)):
         return params, opt_state
     flushed = functools.partial(_flush, optax.with_extra_args_support(tx), mesh, learning_rate, at_least)

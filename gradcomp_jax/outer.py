@@ -85,9 +85,10 @@ class Method:
         return Period(self.every, self._count(params), self.delay)
 
     def _count(self, params: Any) -> int:
-        return max(self._fragment_of(params).values(), default=0) + 1
+        return max(self.fragment_of(params).values(), default=0) + 1
 
-    def _fragment_of(self, params: Any) -> dict[str, int]:
+    def fragment_of(self, params: Any) -> dict[str, int]:
+        """The fragment of each leaf, by path."""
         paths = list(flatten(params)[0])
         if self.fragments == 1:
             return dict.fromkeys(paths, 0)
@@ -107,7 +108,7 @@ class Method:
     def _part(self, tree: Any, fragment: int) -> Any:
         """A tree with the leaves of one fragment; the others are None, which jax takes for no leaf."""
         leaves, treedef = flatten(tree)
-        of = self._fragment_of(tree)
+        of = self.fragment_of(tree)
         return jax.tree.unflatten(treedef, [x if of[path] == fragment else None for path, x in leaves.items()])
 
     def init(self, params: Any) -> OuterState:
@@ -156,8 +157,6 @@ class Method:
         zeros = {path: jnp.zeros_like(x) for path, x in leaves.items()}
         if place is not None:
             require_whole("place", place, 0)
-            if place not in period.places:
-                raise ValueError(f"place={place} must be below {len(period.places)}: give int(opt_state.place)")
             moment = period.at(place)
             state, first = self.begin(moment, params, state)
             state = self.local(state, period, updates, value, weight, extra_args)
@@ -220,7 +219,7 @@ class Method:
         kept = once_stored(finite, params) if in_place else finite
         worker = mine._replace(
             params=params,
-            inner=_where(kept, inner, mine.inner),
+            inner=_where(kept, inner, on_schedule(mine.inner, inner)),
             held=mine.held + jnp.where(finite, 0, 1),
             weight=mine.weight + jnp.where(weighs, weight, 0),
             loss=mine.loss + jnp.where(counts, loss, 0),
@@ -337,7 +336,7 @@ class Method:
             inner optimiser's state is fresh, except that schedules and injected values go on.
           alpha: the share of a worker's own parameters.
         """
-        mine, of = state.worker.value, self._fragment_of(anchor)
+        mine, of = state.worker.value, self.fragment_of(anchor)
 
         def adopted(path: str, own: jax.Array, of_all: jax.Array) -> jax.Array:
             if of[path] not in fragments:
@@ -350,14 +349,19 @@ class Method:
         own = flatten(mine.params)[0]
         params = jax.tree.unflatten(treedef, [adopted(path, own[path], x) for path, x in leaves.items()])
         inner = _where(alive, mine.inner, on_schedule(self.inner.init(anchor), mine.inner))
-        worker = mine._replace(params=params, inner=inner, absent=mine.absent + jnp.where(alive, 0, 1))
+        worker = mine._replace(
+            params=params,
+            inner=inner,
+            absent=mine.absent + jnp.where(alive, 0, 1),
+            weight=jnp.where(alive, mine.weight, 0),
+        )
         return state._replace(worker=state.worker._replace(value=worker))
 
     def flush(self, pending: tuple[int, ...], anchor: Any, state: OuterState) -> tuple[Any, OuterState]:
         """Ends a period early: exchanges all that is owed, uncompressed; gives the anchor and the state.
 
-        What is on its way is adopted first. Otherwise the part of it that the codec did not send would be in the
-        difference as well as in the residual.
+        What is on its way is adopted first, by alpha as ever. Otherwise all of it that the codec did not send would be
+        in the difference as well as in the residual.
 
         Args:
           pending: the fragments that have been exchanged, and not adopted.
@@ -365,12 +369,13 @@ class Method:
           state: the state.
         """
         every = tuple(range(self.period(anchor).fragments))
+        alive = left = self._alive(anchor, state)
         if pending:
-            state = self._adopt(pending, anchor, state, self._alive(anchor, state), self.alpha)
-        alive = self._alive(anchor, state)
+            state = self._adopt(pending, anchor, state, alive, self.alpha)
+            left = self._alive(anchor, state)
         state, moves = self.exchanged(every, anchor, state, alive, flush=True)
         anchor = plus(anchor, moves)
-        return anchor, self._adopt(every, anchor, state, alive, 0.0)._replace(place=jnp.zeros_like(state.place))
+        return anchor, self._adopt(every, anchor, state, left, 0.0)._replace(place=jnp.zeros_like(state.place))
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -427,12 +432,12 @@ def outer(
         grads = jax.grad(loss)(gcj.local_params(opt_state), batch)
         updates, opt_state = tx.update(grads, opt_state, params)
 
-    A local step exchanges nothing: `train_step` runs a program of its own for it, without a collective, which reads and
-    writes only what the step changes. A worker leaves out a local step whose gradient is not finite, see `held`. A
-    worker whose difference is not finite at an exchange is absent from it, see `absent`; then it goes on from the new
-    anchor with a fresh inner state, in which schedules and injected values go on. If the mean is not finite, the
-    exchange is void, see `skipped`: the anchor, the outer optimiser and the codec stay as they were, and every worker
-    goes on from the anchor. The residual does not decay then.
+    A local step exchanges nothing: `train_step` runs a program of its own for it, without a collective between workers,
+    which reads and writes only what the step changes. A worker leaves out a local step whose gradient is not finite,
+    see `held`; only its schedules and injected values go on. A worker whose difference is not finite at an exchange is
+    absent from it, see `absent`; then it goes on from the new anchor with an inner state that is fresh but for these
+    two. If the mean is not finite, the exchange is void, see `skipped`: the anchor, the outer optimiser and the codec
+    stay as they were, and every worker goes on from the anchor. The residual does not decay then.
 
     Under `across` a worker is a slice of several chips: gradients are averaged inside it in each step, and differences
     are exchanged between slices.
@@ -453,8 +458,8 @@ def outer(
         `train_step(..., steps=delay)` makes; with one step in a call it overlaps with one step at most. The anchor
         itself changes at once.
       alpha: the share of a worker's own parameters in those it goes on with, own <- alpha own + (1 - alpha) anchor. At
-        0 the steps done during the delay are lost. Above 0 the same share of what the codec did not send is in the
-        next difference. Under error feedback it is in the residual too, and is sent twice.
+        0 the steps done during the delay are lost; above 0 this share of them is in the next difference. So is the
+        same share of what the codec did not send. Under error feedback that is in the residual too, and is sent twice.
       weigh: how much a worker counts in the mean: "steps", by the steps that it did not leave out; or (batch) -> the
         weight of a step, one number, such as its tokens; in a shard_map of your own give update `weight=`. A weight
         that is negative or not finite counts as 0. None: all alike.

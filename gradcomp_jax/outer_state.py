@@ -83,19 +83,21 @@ def absent(opt_state: Any) -> jax.Array:
     return outer_state(opt_state).worker.value.absent
 
 
-def on_schedule(fresh: Any, old: Any) -> Any:
-    """A fresh state of an optimiser, whose schedules and values of `optax.inject_hyperparams`, go on as in an old one.
+def on_schedule(state: Any, other: Any) -> Any:
+    """An inner optimiser's state with the schedules, and the values of `optax.inject_hyperparams`, of another.
 
-    Otherwise a worker that begins anew would warm up once more, while the others' learning rates fall.
+    Without it a worker that leaves out steps, or begins anew, would have another learning rate than the others. The
+    state of a schedule is any NamedTuple whose only field is `count`, as optax's are.
     """
-    counts, injects = optax.ScaleByScheduleState, optax.InjectStatefulHyperparamsState
+    injects = lambda x: isinstance(x, optax.InjectStatefulHyperparamsState)  # noqa: E731
+    counts = lambda x: getattr(x, "_fields", None) == ("count",)  # noqa: E731
 
-    def one(new: Any, before: Any) -> Any:
-        if isinstance(new, injects):
-            return before._replace(inner_state=on_schedule(new.inner_state, before.inner_state))
-        return before if isinstance(new, counts) else new
+    def one(own: Any, others: Any) -> Any:
+        if injects(own):
+            return others._replace(inner_state=on_schedule(own.inner_state, others.inner_state))
+        return others if counts(own) else own
 
-    return jax.tree.map(one, fresh, old, is_leaf=lambda x: isinstance(x, counts | injects))
+    return jax.tree.map(one, state, other, is_leaf=lambda x: injects(x) or counts(x))
 
 
 def outer_state(opt_state: Any) -> OuterState:

@@ -70,7 +70,8 @@ def outer_step(
     """The step of `train_step` for an `outer`; with a number of workers in the place of a mesh, that of `simulate`.
 
     Raises:
-      ValueError: the step has a model state, or reduces auxiliary outputs; or the mesh has other axes than the codec.
+      ValueError: the step has a model state, or reduces auxiliary outputs; or the mesh, or `axis_name` for a number of
+        workers, has other axes than the codec.
     """
     if settings.form.has_state:
         raise ValueError(
@@ -347,6 +348,9 @@ class OuterStep(Jitted):
             params = self.placed(params)
             require_state(self._programs.tx, params, opt_state, self._mesh)
             self._period, self._place = self._programs.method.period(params), int(opt_state.place)
+            if self.by_compiler(rest):  # a codec that XLA would spread badly is refused now, not after a period
+                exchange, given = self._of((params, opt_state, *rest), exchange=True)
+                exchange.eval_shape(*given)
         moments = self._period.moments(self._place, self._settings.steps)
         program = self._program(moments, self.by_compiler(rest))
         if {*moments} == {QUIET}:
@@ -414,10 +418,10 @@ class OuterStep(Jitted):
 
         Args:
           *args: the step's arguments, or their shapes.
-          exchange: whether the call has an exchange.
+          exchange: whether the call has an exchange; False: it is of local steps alone, and adopts nothing either.
 
         Raises:
-          ValueError: all calls have one, or none has; or the arguments do not fit.
+          ValueError: there is no such call; or the arguments do not fit.
         """
         program, given = self._of(args, exchange)
         return in_automatic_axes(self._mesh, program.lower)(*given)

@@ -85,11 +85,18 @@ def swap(
 
 def _require_same_plan(tx: Outer, new_tx: Outer, params: Any, place: int) -> None:
     """Raises ValueError if fragments that were exchanged would not be adopted by new_tx, or others would."""
-    old, new = (x.method.period(params) for x in (tx, new_tx))
-    if place and old != new and (old.delay or new.delay):
+    (old, of), (new, of_new) = ((x.method.period(params), x.method.fragment_of(params)) for x in (tx, new_tx))
+    if not place:
+        return
+    flushed = "Call flush(tx, params, opt_state, mesh) first. Nothing was changed"
+    if old != new and (old.delay or new.delay):
         raise ValueError(
             f"opt_state is at place {place} of {_written(old)}, and new_tx has {_written(new)}: with a delay new_tx "
-            "would not know what is on its way. Call flush(tx, params, opt_state, mesh) first. Nothing was changed"
+            f"would not know what is on its way. {flushed}"
+        )
+    if moved := [path for path, fragment in of.items() if of_new[path] != fragment]:
+        raise ValueError(
+            f"leaf {moved[0]!r} is in fragment {of[moved[0]]} of tx, and in {of_new[moved[0]]} of new_tx. {flushed}"
         )
 
 

@@ -347,19 +347,20 @@ def test_runs_that_differ_in_the_seed_share_a_row():
 
 
 @pytest.mark.parametrize(
-    ("every", "delay", "left_over"),
+    ("every", "delay", "fragments", "left_over"),
     [
-        (10, 0, ""),
-        (30, 0, "the last 10 steps came after its last exchange, and count for nothing"),
-        (20, 1, "the last 20 steps came after the last exchange of its last fragment, and count for nothing"),
-        (11, 1, "the last 1 steps came after the last exchange of its last fragment, and count for nothing"),
-        (200, 0, "there was no exchange"),
-        (100, 1, "there was no exchange of its last fragment"),
+        (10, 0, 1, ""),
+        (10, 0, 4, ""),
+        (30, 0, 1, "the last 10 steps came after its last exchange, and count for nothing"),
+        (20, 1, 1, "the last 20 steps came after its last exchange, and count for nothing"),
+        (11, 1, 2, "the last 1 steps came after the last exchange of its last fragment, and count for nothing there"),
+        (200, 0, 1, "there was no exchange"),
+        (100, 1, 2, "there was no exchange of its last fragment"),
     ],
 )
-def test_steps_after_the_last_exchange_are_told(every, delay, left_over):
+def test_steps_after_the_last_exchange_are_told(every, delay, fragments, left_over):
     run = run_of("diloco", f"diloco every={every}", 0, 10**8 if every < 100 else 0, 2.0)
-    run.header["settings"] |= {"diloco_every": every, "diloco_delay": delay}
+    run.header["settings"] |= {"diloco_every": every, "diloco_delay": delay, "diloco_fragments": fragments}
     assert run.left_over == left_over
     rows = link.rows([run])
     told = [note for note in link.notes(rows) if note.startswith("diloco")]

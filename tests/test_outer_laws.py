@@ -240,13 +240,70 @@ class TestPoison:
         tx = gcj.outer(INNER, every=4, codec=gcj.topk(0.2, aggregate="gather"), **settings)
         grads = trees.noise(TREE, 7, (3,))
         params, state = train(tx, 3, grads, 2)
-        mine = state.worker.value
-        mine = mine._replace(params=jax.tree.map(lambda x: x.at[1].set(jnp.nan), mine.params))
-        state = state._replace(worker=state.worker._replace(value=mine))
-        got, _ = train(tx, 3, grads, steps - 2, (params, state))
+        got, _ = train(tx, 3, grads, steps - 2, (params, self.ruined(state)))
         want, _ = train(tx, 2, jax.tree.map(lambda x: x[::2], grads), steps)
         chex.assert_trees_all_close(got, want, atol=1e-6)
         assert np.max(np.abs(got["a"])) > 1e-3
+
+    def ruined(self, state, worker=1):
+        mine = state.worker.value
+        mine = mine._replace(params=jax.tree.map(lambda x: x.at[worker].set(jnp.nan), mine.params))
+        return state._replace(worker=state.worker._replace(value=mine))
+
+    def test_a_flush_goes_without_a_ruined_worker(self):
+        """Also during a delay, when it begins anew with the adoption and would have a difference of zero."""
+        for delay in (0, 2):
+            tx = gcj.outer(optax.sgd(RATE), every=4, codec=gcj.none(), delay=delay, alpha=delay / 2)
+            grads = trees.noise(TREE, 7, (3,))
+            params, state = train(tx, 3, grads, 5)
+            got, after = gcj.flush(tx, params, self.ruined(state), 3)
+            assert gcj.absent(after).tolist() == [0, 1, 0]
+            want = jax.tree.map(lambda x: (x[0] + x[2]) / 2, gcj.local_params(state))
+            chex.assert_trees_all_close(got, want, atol=1e-6)
+
+    @pytest.mark.parametrize("over", [3, "mesh"])
+    def test_a_ruined_worker_under_all_at_once(self, over):
+        """By a loss of its own parameters it holds its steps; its schedule goes on, its weight is of steps since."""
+        over = gcj.make_mesh(3) if over == "mesh" else over
+        settings = {"fragments": 2, "delay": 1, "weigh": "steps"}
+        inner = optax.chain(optax.trace(0.9), optax.scale_by_schedule(lambda count: -0.1))
+        tx = gcj.outer(inner, every=4, codec=gcj.none(), **settings)
+        loss = lambda params, rows: jnp.mean(sum(jnp.sum(jnp.square(x)) for x in params.values()) * rows)  # noqa: E731
+        step = (gcj.simulate if over == 3 else gcj.train_step)(loss, tx, over)
+        params, rows = {"layer_0": jnp.ones((4, 4)), "layer_1": jnp.ones((4, 4))}, np.ones(3, np.float32)
+        state = gcj.init(tx, params, over)
+        params, state, _ = step(params, state, rows)
+        state = self.ruined(state)
+        held, counts = [], []
+        for _ in range(6):
+            params, state, _ = step(params, state, rows)
+            held.append(gcj.held(state).tolist())
+            counts.append(state.worker.value.inner[1].count.tolist())
+        # The first fragment is exchanged beside the third step, and adopted at its end, when the worker begins anew.
+        assert held == [[0, 1, 0], [0, 2, 0], *[[0, 2, 0]] * 4]
+        assert counts == [[n] * 3 for n in range(2, 8)]
+        assert gcj.absent(state).tolist() == [0, 1, 0]
+        # All have done 3 and 1 steps since their fragments' last exchange, beside the seventh and the fifth step.
+        assert state.worker.value.weight.tolist() == [[1, 3]] * 3
+        flushed, _ = gcj.flush(tx, params, state, over)
+        chex.assert_tree_all_finite(flushed)
+
+    @pytest.mark.parametrize("steps", [1, 2])
+    def test_the_weight_of_lost_steps_is_lost(self, steps):
+        """A worker that began anew when one fragment was exchanged weighs by its steps since, in the other."""
+        tx = gcj.outer(optax.sgd(RATE), every=4, codec=gcj.none(), fragments=2, weigh="steps")
+        grads = trees.noise(TREE, 7, (3,))
+        params, state = train(tx, 3, grads, 1)
+        _, state = train(tx, 3, grads, steps, (params, self.ruined(state)))
+        assert state.worker.value.weight[:, 1].tolist() == [1 + steps, steps - 1, 1 + steps]
+
+    def test_a_void_flush_is_refused(self):
+        tx, grads = moved(BY_ID["topk-shuffle"], 3)
+        params, state = train(tx, 3, grads, 3)
+        residual = jax.tree.map(lambda x: x.at[0].set(jnp.inf), state.codec[0].residual)
+        state = state._replace(codec=(state.codec[0]._replace(residual=residual),))
+        with pytest.raises(ValueError, match=r"what the workers owe is not finite.*Nothing was changed"):
+            gcj.flush(tx, params, state, 3)
 
     def test_a_mean_that_is_not_finite_voids_the_exchange(self):
         """Anchor, codec and undecayed residuals stay, and every worker begins again."""
@@ -281,15 +338,16 @@ class TestPoison:
         inner = optax.chain(
             optax.inject_hyperparams(optax.sgd)(0.1, momentum=0.9),
             optax.masked(optax.scale_by_schedule(lambda count: 1.0), {"a": True, "b": False}),
+            optax.add_decayed_weights(lambda count: 0.1),
         )
         params = {"a": jnp.ones(3), "b": jnp.ones(3)}
         old = inner.init(params)
         old[0].hyperparams["learning_rate"] = jnp.float32(0.02)
         for _ in range(3):
-            old = inner.update(params, old)[1]
+            old = inner.update(params, old, params)[1]
         got = on_schedule(inner.init(params), old)
         assert got[0].hyperparams["learning_rate"] == jnp.float32(0.02)
-        assert got[0].count == got[1].inner_state.count == 3
+        assert got[0].count == got[1].inner_state.count == got[2].count == 3
         chex.assert_trees_all_equal(got[0].inner_state, inner.init(params)[0].inner_state)
 
 

@@ -1,4 +1,4 @@
-"""MuLoCo: DiLoCo whose local steps are Muon's, which bears differences of two bits.
+"""MuLoCo: DiLoCo with Muon for the local steps. Two bits a value are then enough for the differences.
 
 Thérien et al., "MuLoCo: Muon is a practical inner optimizer for DiLoCo", arXiv 2505.23725. For worker w:
 
