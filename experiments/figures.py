@@ -263,7 +263,7 @@ def losses(rows: Sequence[Row], title: str, path: pathlib.Path) -> None:
     panels[0].set(ylabel="validation loss, nats a character")
     for axes in panels[1:]:
         _log(axes, "x")
-    figure.legend(loc="outside lower center", ncols=min(4, len(rows)), fontsize=8)
+    figure.legend(loc="outside lower center", ncols=min(3, len(rows)), fontsize=8)
     figure.suptitle(title)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
