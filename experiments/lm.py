@@ -6,9 +6,10 @@
 
 dense and codecs exchange gradients in each step, and AdamW follows. diloco, streaming_diloco, sparseloco and muloco are
 the library's methods with outer steps: each worker trains on its own by AdamW, or Muon, and every --every steps the
-workers exchange how far they have moved. All methods start from the same parameters, and see the same batches of the
-same text. One device simulates the workers. With --checkpoint_dir a stopped run goes on where it was when the same
-command is given again. With --runs nothing is trained: the table and the figure are of records that are there already.
+workers exchange how far they have moved. averaging takes the plain mean of that, uncompressed. All methods start from
+the same parameters, and see the same batches of the same text. One device simulates the workers. With --checkpoint_dir
+a stopped run goes on where it was when the same command is given again. With --runs nothing is trained: the table and
+the figure are of records that are there already.
 """
 
 import sys
@@ -51,7 +52,10 @@ OUTER = {
         ),
         ("streaming_fragments", "streaming_delay"),
     ),
-    "sparseloco": Outer("adamw", lambda inner, every: gcj.sparseloco(inner, every=every)),
+    "sparseloco": Outer(
+        "adamw", lambda inner, every: gcj.sparseloco(inner, every=every, codec=chunks()), ("sparseloco_k",)
+    ),
+    "averaging": Outer("adamw", lambda inner, every: gcj.outer(inner, every=every, codec=gcj.none())),
     "muloco": Outer("muon", lambda inner, every: gcj.muloco(inner, every=every)),
 }
 BASELINE = "dense"
@@ -84,6 +88,7 @@ flags.DEFINE_float("adamw_decay", 0.1, "Weight decay of matrices, for AdamW and 
 flags.DEFINE_float("warmup", 0.1, "The share of the steps in which the learning rate rises; a cosine follows.", 0, 1)
 flags.DEFINE_integer("streaming_fragments", 4, "Fragments of streaming_diloco.", lower_bound=1)
 flags.DEFINE_integer("streaming_delay", 1, "Steps from a fragment's exchange to its adoption.", lower_bound=0)
+flags.DEFINE_integer("sparseloco_k", 64, "Values that sparseloco sends of each chunk of 4096.", 1, 4096)
 flags.DEFINE_string("runs", None, "A directory of records to show, instead of training.")
 link.define_flags()
 
@@ -184,7 +189,7 @@ def plans_of(name: str, everies: list[int]) -> list[loop.Plan]:
         return [plan(label, codecs.settings(codec) | {"codec": name}, optax.chain(made, adamw(schedule)))]
     method, found = OUTER[name], []
     inner = adamw(schedule) if method.inner == "adamw" else muon(cosine(FLAGS.muon_lr, steps), schedule)
-    own = {key.removeprefix("streaming_"): FLAGS[key] for key in method.settings}
+    own = {key.partition("_")[2]: FLAGS[key] for key in method.settings}
     changed = [f"{key}={flag.value}" for key, flag in own.items() if flag.value != flag.default]
     own_settings = {f"{name}_{key}": flag.value for key, flag in own.items()}
     if method.inner == "muon":
@@ -193,6 +198,11 @@ def plans_of(name: str, everies: list[int]) -> list[loop.Plan]:
         label = " ".join([name, f"every={every}", *changed])
         found.append(plan(label, {"codec": name, f"{name}_every": every, **own_settings}, method.make(inner, every)))
     return found
+
+
+def chunks() -> gcj.Compressor:
+    """SparseLoCo's codec, with --sparseloco_k."""
+    return gcj.topk(chunk=4096, k=FLAGS.sparseloco_k, bits=2, aggregate="gather")
 
 
 def cosine(lr: float, steps: int) -> optax.Schedule:

@@ -12,8 +12,8 @@ AdamW. The cases run in turn, round after round, each for a period of `--every` 
 - a method: a whole period with its exchange;
 - dense: steps that all-reduce every gradient; `--dense_steps` of them.
 
-The table has the median of each in milliseconds a step, and as a share of the plain step: how much of the time is spent
-computing. It also has the bytes that a worker sends in a period, by wire_bits.
+The table has the median of each in milliseconds a step, and its speed as a share of the plain step's. It also has the
+bytes that a worker sends in a period, by wire_bits.
 """
 
 import statistics
@@ -198,7 +198,7 @@ def show(workers: int, times: dict[str, list[float]], sent: dict[str, float]) ->
     headings = [
         "",
         "ms a step",
-        "of it computing",
+        "of plain speed",
         "MB a worker sends in a period",
         *(["s on the link"] * bool(FLAGS.mbit)),
     ]

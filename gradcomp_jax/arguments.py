@@ -98,9 +98,14 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONG else f"{text[:LONG]}... ({type(value).__name__})"
 
 
+def is_transformation(tx: Any) -> bool:
+    """Whether a value is an optax transformation."""
+    return callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))
+
+
 def require_transformation(tx: Any) -> None:
     """Raises ValueError for a value that is not an optax transformation."""
-    if callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None)):
+    if is_transformation(tx):
         return
     chain = "; of several make one by optax.chain(*tx)" if isinstance(tx, list | tuple) else ""
     raise ValueError(

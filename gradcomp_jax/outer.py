@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gradcomp_jax.arguments import factory, shown, takes
+from gradcomp_jax.arguments import factory, is_transformation, shown, takes
 from gradcomp_jax.compressor import PLACEHOLDER, Compressor, compressor, compressor_states, skipped_steps
 from gradcomp_jax.contract import MOST, AxisName, require_whole
 from gradcomp_jax.exchange import collectives, ways
@@ -369,13 +369,13 @@ class Method:
           state: the state.
         """
         every = tuple(range(self.period(anchor).fragments))
-        alive = left = self._alive(anchor, state)
+        alive = begins = self._alive(anchor, state)
         if pending:
             state = self._adopt(pending, anchor, state, alive, self.alpha)
-            left = self._alive(anchor, state)
+            begins = self._alive(anchor, state)  # all: who was ruined has begun anew, but still takes no part below
         state, moves = self.exchanged(every, anchor, state, alive, flush=True)
         anchor = plus(anchor, moves)
-        return anchor, self._adopt(every, anchor, state, left, 0.0)._replace(place=jnp.zeros_like(state.place))
+        return anchor, self._adopt(every, anchor, state, begins, 0.0)._replace(place=jnp.zeros_like(state.place))
 
 
 def _where(condition: jax.Array, new: Any, old: Any) -> Any:
@@ -501,7 +501,7 @@ def _require_settings(
     for name, tx in (("inner", inner), ("outer", optax.identity() if outer is None else outer)):
         if isinstance(tx, Compressor | Outer):
             raise ValueError(f"{name}={shown(tx)} exchanges gradients: give an optimiser, and the codec as codec=")
-        if not (callable(getattr(tx, "init", None)) and callable(getattr(tx, "update", None))):
+        if not is_transformation(tx):
             raise ValueError(f"{name}={shown(tx)} must be an optax optimiser, such as optax.adamw(4e-4)")
     if not isinstance(codec, Compressor):
         raise ValueError(

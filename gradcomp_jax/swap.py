@@ -85,9 +85,9 @@ def swap(
 
 def _require_same_plan(tx: Outer, new_tx: Outer, params: Any, place: int) -> None:
     """Raises ValueError if fragments that were exchanged would not be adopted by new_tx, or others would."""
-    (old, of), (new, of_new) = ((x.method.period(params), x.method.fragment_of(params)) for x in (tx, new_tx))
     if not place:
         return
+    (old, of), (new, of_new) = ((x.method.period(params), x.method.fragment_of(params)) for x in (tx, new_tx))
     flushed = "Call flush(tx, params, opt_state, mesh) first. Nothing was changed"
     if old != new and (old.delay or new.delay):
         raise ValueError(
