@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gradcomp_jax as gc
-from experiments import codecs, command
+from experiments import cluster, codecs, command
 from experiments.models import resnet18_shapes
 from gradcomp_jax.compressor import compressor
 
@@ -40,9 +40,7 @@ flags.DEFINE_multi_integer(
 )
 flags.DEFINE_integer("rounds", 7, "Times each way is run; medians are reported.", lower_bound=1)
 flags.DEFINE_integer("devices", 4, "Devices of a host; CPUs stand for several.", lower_bound=1)
-flags.DEFINE_string("coordinator_address", None, "Of the first of several hosts, with a port.")
-flags.DEFINE_integer("num_processes", 1, "How many hosts there are; 1 stands for two.", lower_bound=1)
-flags.DEFINE_integer("process_id", 0, "The number of this host.", lower_bound=0)
+cluster.declare_key_flags()
 flags.DEFINE_float("mbit", None, "Mbit/s of the link of each host, to tell the least time that its bytes take.")
 
 
@@ -118,13 +116,8 @@ def gradients(mesh: Mesh) -> Any:
 def main() -> None:
     """Prints the table."""
     logging.set_verbosity(logging.ERROR)
-    jax.config.update("jax_num_cpu_devices", FLAGS.devices * (2 if FLAGS.num_processes == 1 else 1))
-    if FLAGS.num_processes > 1:
-        if not FLAGS.coordinator_address:
-            sys.exit("error: --num_processes needs --coordinator_address, of the first host")
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    mesh = gc.make_mesh({"node": max(2, FLAGS.num_processes), "local": FLAGS.devices})
+    jax.config.update("jax_num_cpu_devices", FLAGS.devices * (1 if cluster.join() else 2))
+    mesh = gc.make_mesh({"node": max(2, jax.process_count()), "local": FLAGS.devices})
     grads = gradients(mesh)
     timed = {"all-reduce": all_reduced(grads, mesh)} if "all-reduce" in FLAGS.way else {}
     for name in FLAGS.codec:
@@ -146,7 +139,7 @@ def main() -> None:
 def show(mesh: Mesh, times: dict[str, list[float]], sent: dict[str, int]) -> None:
     """Prints the table."""
     hosts, devices = mesh.devices.shape
-    joined = "joined by memory" if FLAGS.num_processes == 1 else "joined by their links"
+    joined = "joined by memory" if jax.process_count() == 1 else "joined by their links"
     table = Table(title=f"ResNet-18's gradient, {hosts} hosts of {devices} devices {joined}, medians of {FLAGS.rounds}")
     headings = ["way", "ms an exchange", "MB a host sends", *(["ms on the link"] if FLAGS.mbit else [])]
     for heading in headings:

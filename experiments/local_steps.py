@@ -17,7 +17,6 @@ bytes that a worker sends in a period, by wire_bits.
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gradcomp_jax as gcj
-from experiments import command
+from experiments import cluster, command
 
 FLAGS = flags.FLAGS
 
@@ -49,9 +48,7 @@ flags.DEFINE_integer("rounds", 5, "Times each case is run; medians are reported.
 flags.DEFINE_integer("width", 448, "Of the model's 16 layers; 448 makes 3.2 million parameters.", lower_bound=8)
 flags.DEFINE_integer("rows", 64, "Rows of a worker's batch.", lower_bound=1)
 flags.DEFINE_integer("devices", 4, "Workers, if there is one process.", lower_bound=1)
-flags.DEFINE_string("coordinator_address", None, "Of the first of several hosts, with a port.")
-flags.DEFINE_integer("num_processes", 1, "How many hosts there are; 1 stands for several.", lower_bound=1)
-flags.DEFINE_integer("process_id", 0, "The number of this host.", lower_bound=0)
+cluster.declare_key_flags()
 flags.DEFINE_float("mbit", None, "Mbit/s of the link of each host, to tell the least time that its bytes take.")
 LAYERS = 16
 
@@ -141,12 +138,7 @@ def cases(mesh: Mesh) -> dict[str, Case]:
 def main() -> None:
     """Prints the table."""
     logging.set_verbosity(logging.ERROR)
-    if FLAGS.num_processes > 1:
-        if not FLAGS.coordinator_address:
-            sys.exit("error: --num_processes needs --coordinator_address, of the first host")
-        jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-    else:
+    if not cluster.join():
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     mesh = gcj.make_mesh()
     rows = jax.jit(
@@ -192,7 +184,7 @@ def shape() -> tuple[int, int]:
 
 def show(workers: int, times: dict[str, list[float]], sent: dict[str, float]) -> None:
     """Prints the table."""
-    joined = "joined by memory" if FLAGS.num_processes == 1 else "joined by their links"
+    joined = "joined by memory" if jax.process_count() == 1 else "joined by their links"
     title = f"{LAYERS} layers of {FLAGS.width}, {workers} workers {joined}, a period of {FLAGS.every} steps"
     table = Table(title=f"{title}, medians of {FLAGS.rounds}")
     headings = [
