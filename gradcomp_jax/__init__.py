@@ -46,6 +46,7 @@ from gradcomp_jax.outer_state import OuterState, absent, held, local_params
 from gradcomp_jax.parallel import data_parallel
 from gradcomp_jax.per_layer import PerLayerState, per_layer
 from gradcomp_jax.placing import init, place, shard_batch
+from gradcomp_jax.replicas import check_replicas
 from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
 from gradcomp_jax.sharding import PerWorker, global_state, local_state, state_specs
@@ -106,6 +107,7 @@ __all__ = [
     "adaptive",
     "average",
     "cast",
+    "check_replicas",
     "clip_by_global_norm",
     "code_bits",
     "collective_bytes",

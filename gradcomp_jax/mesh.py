@@ -66,6 +66,12 @@ def automatic(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names)
 
 
+def lies_on(x: Any, mesh: Any) -> bool:
+    """Whether an array, or a shape with a sharding, lies on such a mesh."""
+    lies = getattr(x, "sharding", None)
+    return isinstance(lies, NamedSharding) and isinstance(lies.mesh, Mesh) and automatic(lies.mesh) == automatic(mesh)
+
+
 def in_automatic_axes(mesh: Mesh | int, f: Callable[..., Any]) -> Callable[..., Any]:
     """Calls `f` with the axes of all meshes automatic, whatever mesh the caller has set.
 

@@ -12,8 +12,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.arguments import require_arrays, require_transformation
-from gradcomp_jax.mesh import automatic, in_automatic_axes, require_mesh
+from gradcomp_jax.mesh import automatic, in_automatic_axes, lies_on, require_mesh
 from gradcomp_jax.outer_state import require_whole_optimiser
+from gradcomp_jax.replicas import differing
 from gradcomp_jax.sharding import (
     PerWorker,
     global_state,
@@ -90,14 +91,14 @@ def spread(state: Any, mesh: Mesh | int) -> Any:
         return jax.jit(of_all)(state)
     mesh = automatic(mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(state))
-    everywhere = lambda path, x: _put(path, x, NamedSharding(mesh, P()))  # noqa: E731
+    everywhere = jax.tree.map(lambda _: NamedSharding(mesh, P()), state)
     made = jax.jit(of_all, out_shardings=shardings)
-    return in_automatic_axes(mesh, lambda state: made(jax.tree_util.tree_map_with_path(everywhere, state)))(state)
+    return in_automatic_axes(mesh, lambda state: made(_placed(state, everywhere, mesh)))(state)
 
 
 def _init_in_shards(tx: optax.GradientTransformation, mesh: Mesh, param_specs: Any, params: Any) -> Any:
     """`init` for parameters in shards: each chip sees its shard."""
-    params = jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), params, param_specs)
+    params = _placed(params, jax.tree.map(lambda _, spec: NamedSharding(mesh, spec), params, param_specs), mesh)
     specs = state_specs(tx, params, param_specs)
     made = lambda params: global_state(tx.init(params))  # noqa: E731
     return jax.jit(jax.shard_map(made, mesh=mesh, in_specs=(param_specs,), out_specs=specs, check_vma=False))(params)
@@ -145,29 +146,39 @@ def place(tree: Any, mesh: Mesh | None = None) -> Any:
     mesh = automatic(require_mesh(mesh, or_workers=False))
     tree = in_global_form(tree, mesh)
     require_workers(tree, mesh)
-    put = lambda path, x, spec: _put(path, x, NamedSharding(mesh, spec))  # noqa: E731
-    return in_automatic_axes(mesh, functools.partial(jax.tree_util.tree_map_with_path, put))(tree, specs_of(tree))
+    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs_of(tree))
+    return in_automatic_axes(mesh, lambda tree: _placed(tree, shardings, mesh))(tree)
 
 
-def _put(path: Any, x: Any, sharding: NamedSharding) -> jax.Array:
+def _placed(tree: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Puts each leaf where its sharding says; what processes share must be the same on all.
+
+    Every process puts its own values on its own devices, and only a checksum is sent: `jax.device_put` would send each
+    array whole, to compare it.
+    """
+    placed = jax.tree.map(_put, tree, shardings)
+    if mesh.is_multi_process:
+        new = jax.tree.map(lambda old, new: None if new is old else new, tree, placed)
+        if found := differing(new, mesh):
+            raise ValueError(
+                f"leaf {next(iter(found))} differs between the processes, and is to be the same on all: make it from "
+                "one seed on all, or take the first process's by "
+                "jax.experimental.multihost_utils.broadcast_one_to_all(tree)"
+            )
+    return placed
+
+
+def _put(x: Any, sharding: NamedSharding) -> Any:
     if not hasattr(x, "dtype"):  # such as a step number beside the arrays
         return x
     if lies_on(x, sharding.mesh) and sharding.spec == P():
         return x
-    try:
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, sharding)
-    except AssertionError as error:  # jax's way to say that processes give different values
-        raise ValueError(
-            f"leaf {jax.tree_util.keystr(path)} differs between the processes, and is to be the same on all: make it "
-            "from one seed on all, or take the first process's by "
-            "jax.experimental.multihost_utils.broadcast_one_to_all(tree)"
-        ) from error
-
-
-def lies_on(x: Any, mesh: Any) -> bool:
-    """Whether an array, or a shape with a sharding, lies on such a mesh."""
-    lies = getattr(x, "sharding", None)
-    return isinstance(lies, NamedSharding) and isinstance(lies.mesh, Mesh) and automatic(lies.mesh) == automatic(mesh)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), sharding), impl=jax.random.key_impl(x))
+    host = np.asarray(jax.device_get(x))
+    return jax.make_array_from_callback(host.shape, sharding, lambda part: host[part])
 
 
 def shard_batch(batch: Any, mesh: Mesh | None = None) -> Any:

@@ -45,8 +45,8 @@ def scattered(shape: tuple[int, ...], dtype: Any, *seeds: Any) -> jax.Array:
     """
     state: Any = jnp.uint32(0x9E3779B9)
     for seed in itertools.chain.from_iterable(map(_words, seeds)):
-        state = _mix(state ^ lax.convert_element_type(seed, jnp.uint32)) + jnp.uint32(0x9E3779B9)
-    bits = _mix(lax.iota(jnp.uint32, math.prod(shape)) ^ state).reshape(shape)
+        state = mixed(state ^ lax.convert_element_type(seed, jnp.uint32)) + jnp.uint32(0x9E3779B9)
+    bits = mixed(lax.iota(jnp.uint32, math.prod(shape)) ^ state).reshape(shape)
     return ((bits >> 8).astype(dtype) + jnp.asarray(0.5, dtype)) * jnp.asarray(2.0**-23, dtype) - 1
 
 
@@ -57,7 +57,7 @@ def uniform23(key: jax.Array, rows: int, columns: int) -> jax.Array:
     take a tenth of the operations of threefry.
     """
     words = jax.random.key_data(key)
-    bits = _mix(_mix(lax.iota(jnp.uint32, rows * columns) ^ words[0]) ^ words[1]).reshape(rows, columns)
+    bits = mixed(mixed(lax.iota(jnp.uint32, rows * columns) ^ words[0]) ^ words[1]).reshape(rows, columns)
     return ((bits >> 9).astype(jnp.float32) + 0.5) * jnp.float32(2.0**-23)  # with one more bit, 1 could be drawn
 
 
@@ -69,7 +69,7 @@ def _words(seed: Any) -> tuple[Any, ...]:
     return (low, high & 0xFFFFFFFF) if high else (low,)
 
 
-def _mix(x: jax.Array) -> jax.Array:
+def mixed(x: jax.Array) -> jax.Array:
     """MurmurHash3's finaliser, a bijection of uint32."""
     x = (x ^ x >> 16) * jnp.uint32(0x85EBCA6B)
     x = (x ^ x >> 13) * jnp.uint32(0xC2B2AE35)

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from gradcomp_jax.arguments import shown
 from gradcomp_jax.cuts import Cut
-from gradcomp_jax.mesh import automatic, require_mesh
-from gradcomp_jax.placing import in_global_form, lies_on, place
+from gradcomp_jax.mesh import automatic, lies_on, require_mesh
+from gradcomp_jax.placing import in_global_form, place
 from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.sharding import PerWorker, is_per_worker, specs_of
 

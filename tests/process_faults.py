@@ -13,7 +13,7 @@ import optax
 
 import gradcomp_jax as gc
 from tests import problem
-from tests.process_worker import ended
+from tests.process_worker import bytes_written, ended, kernel_counts_bytes
 
 ROWS = {0: [1, 2, 4, 8], 1: [16, 32, 64, 128]}
 
@@ -55,6 +55,25 @@ def read_outs(mesh):
     return {"read": before, "moved": change, "left": gc.wire_bits(after).last, "bits": gc.wire_bits(same).total}
 
 
+def placed(mesh, coordinator):
+    """The bytes that this process sends to place a tree of numpy's, and to make a state from it."""
+    tree = {"kernel": np.ones((512, 512), np.float32), "bias": np.ones(512, np.float32)}
+    gc.init(gc.topk(0.1), gc.place(tree, mesh), mesh)  # compiles, and makes the connections
+    before = bytes_written(coordinator)
+    gc.init(gc.topk(0.1), gc.place(tree, mesh), mesh)
+    gc.init(gc.topk(0.1), tree, mesh)
+    return bytes_written(coordinator) - before
+
+
+def parted(mesh, rank):
+    """What is said of parameters whose copies differ, and the copy after their repair."""
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    own = jax.device_put(np.float32([rank, 1]), mesh.local_devices[0])
+    params = {"w": jax.make_array_from_single_device_arrays((2,), sharding, [own])}
+    repaired = gc.check_replicas(params, mesh, repair=True)["w"]
+    return {"said": said(lambda: gc.check_replicas(params, mesh)), "repaired": repaired.addressable_data(0).tolist()}
+
+
 def main(file, rank, processes, port):
     jax.config.update("jax_num_cpu_devices", 1)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -65,6 +84,8 @@ def main(file, rank, processes, port):
         "batches": batches(mesh, rank),
         "different": said(lambda: gc.init(gc.none(), different, mesh)),
         "read_outs": read_outs(mesh),
+        "parted": parted(mesh, rank),
+        "placed": placed(mesh, int(port)) if kernel_counts_bytes() else None,
     }
     with open(file, "w") as out:
         json.dump(results, out)

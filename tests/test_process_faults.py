@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from tests.test_processes import launch
+from tests.test_processes import HEADERS, counted, launch
 
 
 @pytest.fixture(scope="module")
@@ -35,3 +35,18 @@ def test_read_outs_and_flush_are_the_same_in_each(results):
     assert 0 < code < last < total
     assert skipped == 0
     assert first["moved"]["layer1"]["kernel"] > 0
+
+
+def test_copies_that_differ_are_named_and_repaired(results):
+    for result in results:
+        assert (
+            "leaf \"['w']\" differ: worker 1 (process 1) has not what the first worker has" in result["parted"]["said"]
+        )
+        assert result["parted"]["repaired"] == [0, 1]
+
+
+@counted
+def test_to_place_host_arrays_sends_four_bytes_a_leaf(results):
+    for result in results:
+        # Two leaves, placed twice; each time one all-gather between two, of what each of them has checked.
+        assert result["placed"] == 2 * (4 * 2 + 2 * HEADERS)
