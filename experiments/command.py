@@ -8,20 +8,21 @@ from collections.abc import Callable
 from absl import app, logging
 
 
-def run(main: Callable[[], None], argv: list[str] | None = None) -> None:
+def run(main: Callable[..., None], argv: list[str] | None = None, words: bool = False) -> None:
     """Runs a program, and ends the process.
 
     Args:
       main: the function to call once the flags are read.
       argv: the command line; by default that of the process.
+      words: whether `main` is given the words that are no flags, such as all those after --.
     """
 
     def program(argv: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)  # otherwise jax reports each kind of accelerator that is missing
-        if argv[1:]:
+        if argv[1:] and not words:
             sys.exit(f"error: {argv[1]!r} is no flag; all settings are given as --name=value")
         try:
-            main()
+            main(argv[1:]) if words else main()
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             sys.exit(130)

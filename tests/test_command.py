@@ -38,3 +38,9 @@ def test_a_place_where_nothing_can_be_written_is_refused(tmp_path):
     file.touch()
     with pytest.raises(SystemExit, match=rf"error: --out_dir={re.escape(str(file))} is no directory to write in \("):
         command.directory("out_dir", str(file))
+
+
+def test_a_program_may_take_words():
+    took = []
+    command.run(took.extend, ["program", "sh", "-c"], words=True)
+    assert took == ["sh", "-c"]
