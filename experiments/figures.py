@@ -58,6 +58,8 @@ WORK = {
     "evaluate": "#aa4499",
     "checkpoint": "#999933",
 }
+# The parts of an exchange; also Tol's.
+EXCHANGE = {"encode": "#4477aa", "wire": "#bbbbbb", "decode": "#66ccee"}
 ACCURACY_SPAN = 0.3  # the span of accuracies that is shown, so that differences at the end can be seen
 POINTS = 80  # the most points of a curve of the training loss
 STYLE: dict[Any, Any] = {
@@ -265,6 +267,57 @@ def losses(rows: Sequence[Row], title: str, path: pathlib.Path) -> None:
         _log(axes, "x")
     figure.legend(loc="outside lower center", ncols=min(3, len(rows)), fontsize=8)
     figure.suptitle(title)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+class Exchange(NamedTuple):
+    """The parts of an exchange by a codec, in ms, and the least time of its bytes; NaN if that is not known."""
+
+    encode: float
+    wire: float
+    decode: float
+    floor: float
+
+
+class Exchanges(NamedTuple):
+    """Exchanges of one gradient over one kind of link.
+
+    Attributes:
+      title: what was measured.
+      bars: by codec.
+      dense: the ms of the platform's own mean.
+    """
+
+    title: str
+    bars: Mapping[str, Exchange]
+    dense: float
+
+
+@matplotlib.rc_context(STYLE)
+def exchanges(panels: Sequence[Exchanges], path: pathlib.Path) -> None:
+    """Writes a figure of the ms of exchanges, one panel a gradient and link, as a PNG."""
+    heights = [1.0 + 0.28 * len(panel.bars) for panel in panels]
+    figure = Figure(figsize=(7.5, sum(heights) + 0.5), layout="constrained")
+    every = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(every, panels, strict=True):
+        left = np.zeros(len(panel.bars))
+        for part, color in EXCHANGE.items():
+            widths = np.array([getattr(bar, part) for bar in panel.bars.values()])
+            axes.barh(range(len(left)), widths, left=left, height=0.65, color=color, label=part)
+            left += widths
+        rows = np.arange(len(left))
+        floors = [bar.floor for bar in panel.bars.values()]
+        axes.vlines(floors, rows - 0.45, rows + 0.45, color="#1a1a1a", linewidth=1.5, label="floor")
+        axes.axvline(panel.dense, color="#1a1a1a", linestyle="--", linewidth=0.9, label="psum")
+        for row, total in enumerate(left):
+            axes.annotate(f"{total:,.0f}", (total, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.set_yticks(rows, [textwrap.fill(name, 30) for name in panel.bars])
+        axes.invert_yaxis()
+        axes.margins(x=0.1)
+        axes.grid(visible=False, axis="y")
+        axes.set(title=panel.title, xlabel="ms of an exchange")
+    figure.legend(*every[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 

@@ -9,22 +9,21 @@ measures the links between them. The ways run in turn, round after round. The ta
 that a host sends (from wire_bits), and with --mbit the time that these bytes take on such a link.
 """
 
+import functools
 import statistics
 import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from absl import flags, logging
 from jax import lax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
 
 import gradcomp_jax as gc
-from experiments import cluster, codecs, command
+from experiments import cluster, codecs, command, timing
 from experiments.models import resnet18_shapes
 from gradcomp_jax.compressor import compressor
 
@@ -76,9 +75,7 @@ def ways(name: str, grads: Any, mesh: Mesh) -> dict[str, Way]:
 
 def exchanged_by(tx: gc.Compressor, grads: Any, mesh: Mesh, alone: bool) -> Way:
     """An exchange with `tx`; if `alone`, the devices of a host average before it, and each then exchanges all."""
-    # Zeros that every host makes: jax would compare an array of one host with the others' over the link.
-    zeros = lambda grads: jax.tree.map(lambda x: jnp.zeros(x.shape[2:], x.dtype), grads)  # noqa: E731
-    params, devices = jax.jit(zeros, out_shardings=NamedSharding(mesh, P()))(grads), mesh.shape["local"]
+    params, devices = timing.zeros_like(grads, mesh), mesh.shape["local"]
     specs = gc.state_specs(tx, params)
 
     def worker(grads: Any, state: Any) -> tuple[Any, Any]:
@@ -100,40 +97,19 @@ def all_reduced(grads: Any, mesh: Mesh) -> Way:
     return Way(lambda grads, state: (step(grads), state), (), lambda _: 8 * 2 * (hosts - 1) * size // hosts)
 
 
-def gradients(mesh: Mesh) -> Any:
-    """ResNet-18's gradients, different ones for each device, [hosts, devices, ...]."""
-    shapes, tree = jax.tree.flatten(resnet18_shapes(), is_leaf=lambda x: isinstance(x, tuple))
-
-    def drawn() -> list[jax.Array]:  # on each device: a host that drew all would have to send them
-        key = jax.random.fold_in(jax.random.key(0), lax.axis_index(("node", "local")))
-        keys = jax.random.split(key, len(shapes))
-        return [0.01 * jax.random.normal(k, (1, 1, *s)) for k, s in zip(keys, shapes, strict=True)]
-
-    draw = jax.shard_map(drawn, mesh=mesh, in_specs=(), out_specs=P("node", "local"))
-    return jax.tree.unflatten(tree, jax.jit(draw)())
-
-
 def main() -> None:
     """Prints the table."""
     logging.set_verbosity(logging.ERROR)
     jax.config.update("jax_num_cpu_devices", FLAGS.devices * (1 if cluster.join() else 2))
     mesh = gc.make_mesh({"node": max(2, jax.process_count()), "local": FLAGS.devices})
-    grads = gradients(mesh)
+    grads = timing.random_gradients(resnet18_shapes(), mesh)
     timed = {"all-reduce": all_reduced(grads, mesh)} if "all-reduce" in FLAGS.way else {}
     for name in FLAGS.codec:
         timed |= ways(name, grads, mesh)
-    times: dict[str, list[float]] = {label: [] for label in timed}
-    states = {label: way.state for label, way in timed.items()}
-    ready = jax.jit(lambda x: jnp.sum(x[..., :1]))  # over all devices, so that they begin together
-    for turn in range(FLAGS.rounds + 1):
-        for label, way in timed.items():
-            jax.block_until_ready(ready(jax.tree.leaves(grads)[0]))
-            began = time.perf_counter()
-            _, states[label] = jax.block_until_ready(way.step(grads, states[label]))
-            if turn:  # the first turn compiles
-                times[label].append(time.perf_counter() - began)
+    steps = {label: timing.Way(functools.partial(way.step, grads), way.state) for label, way in timed.items()}
+    done = timing.in_turn(steps, FLAGS.rounds, mesh)
     if jax.process_index() == 0:
-        show(mesh, times, {label: way.bits(states[label]) // 8 for label, way in timed.items()})
+        show(mesh, done.seconds, {label: way.bits(done.states[label]) // 8 for label, way in timed.items()})
 
 
 def show(mesh: Mesh, times: dict[str, list[float]], sent: dict[str, int]) -> None:

@@ -8,7 +8,8 @@ both directions. The hosts share the machine's cores and memory. From some rate 
 
 In COMMAND, {join} stands for the flags with which our programs join each other; {id}, {hosts} and {address} stand for
 the number of the host, the number of hosts, and the first host's address with a free port. PyTorch's RANK, WORLD_SIZE,
-MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME are in the environment. Programs and tests take `Lab`:
+MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME are in the environment, and the rate as LAB_RATE. Programs and tests
+take `Lab`:
 
     with Lab(hosts=4, rate="1gbit") as lab:
         ran = lab.run(["python", "-m", "experiments.hosts", "{join}"])
@@ -176,7 +177,8 @@ class Lab:
             named = ("unshare", "--uts", "sh", "-c", 'echo "$0" > /proc/sys/kernel/hostname && exec "$@"')
             pinned = ("taskset", "-c", str(cores[host % len(cores)])) if pin else ()
             prefix = ("ip", "netns", "exec", self._host(host), *named, self.address(host), *pinned)
-            told = os.environ | torch_environment(host, self.hosts, self.address(0), port) | dict(env or {})
+            told = torch_environment(host, self.hosts, self.address(0), port) | {"LAB_RATE": self.rate}
+            told = os.environ | told | dict(env or {})
             line = [*prefix, *replaced(words, host, self.hosts, f"{self.address(0)}:{port}")]
             with self.log(host).open("wb") as log:
                 out = None if show and not host else log
@@ -253,6 +255,12 @@ def bits_per_second(rate: str) -> float:
     if rate != "none" and (found is None or not float(found[1])):
         raise LabError(f"rate={rate} must be a number with one of {', '.join(UNITS)}, such as 100mbit, or none")
     return float(found[1]) * UNITS[found[2]] if found else float("inf")
+
+
+def mbit_here() -> float | None:
+    """In a command that a lab runs: its links' rate in Mbit/s. None elsewhere, and without a rate."""
+    bits = bits_per_second(os.environ.get("LAB_RATE", "none"))
+    return None if bits == float("inf") else bits / 1e6
 
 
 def packet_bytes(rate: str) -> int:

@@ -26,17 +26,8 @@ from rich.table import Table
 
 from experiments import codecs, command
 from experiments.models import resnet18_shapes
-from gradcomp_jax import (
-    AccordionState,
-    Compressor,
-    CompressorState,
-    GradiVeQState,
-    global_state,
-    init,
-    local_state,
-    make_mesh,
-    state_specs,
-)
+from experiments.timing import Way, at_level, at_position, changed, in_turn, with_samples
+from gradcomp_jax import Compressor, CompressorState, global_state, init, local_state, make_mesh, state_specs
 
 FLAGS = flags.FLAGS
 
@@ -95,7 +86,7 @@ def cases(name: str, grads: Any) -> dict[str, Case]:
 
     def at(position: int, state: CompressorState | None = None) -> Case:
         state = changed(init(codec, params, 1), with_samples) if state is None else state
-        return Case(program, state, lambda own: own._replace(position=jnp.int32(position)), None)
+        return Case(program, state, functools.partial(at_position, position), None)
 
     first = at(last)
     _, fitted = program(grads, changed(first.state, first.hold))
@@ -104,23 +95,6 @@ def cases(name: str, grads: Any) -> dict[str, Case]:
         "... fitting": at(last),
         "... compressed": at(last + 1, fitted),
     }
-
-
-def at_level(level: int, own: AccordionState) -> AccordionState:
-    """Accordion's state with all leaves at one level."""
-    return own._replace(level={path: jnp.int32(level) for path in own.level})
-
-
-def with_samples(own: GradiVeQState) -> GradiVeQState:
-    """GradiVeQ's state with noise as samples, because bases of zeros are found too quickly."""
-    samples = {path: jax.random.normal(jax.random.key(0), x.shape) for path, x in own.samples.items()}
-    return own._replace(samples=samples)
-
-
-def changed(state: CompressorState, change: Callable[[Any], Any]) -> CompressorState:
-    """The state, with a change to the state of GradiVeQ or accordion inside it."""
-    phased = lambda x: isinstance(x, AccordionState | GradiVeQState)  # noqa: E731
-    return jax.tree.map(lambda x: change(x) if phased(x) else x, state, is_leaf=phased)
 
 
 def main() -> None:
@@ -137,20 +111,13 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     timed = {label: case for name in FLAGS.codec for label, case in cases(name, grads).items()}
-    states = {label: case.state for label, case in timed.items()}
     in_place = jax.jit(lambda tree: jax.tree.map(lambda x: x * 2, tree), donate_argnums=0)
-    passed = jax.block_until_ready(in_place(jax.tree.map(jnp.copy, grads)))
-
-    times: dict[str, list[float]] = {label: [] for label in ["in-place pass", *timed]}
-    for _ in range(FLAGS.rounds):
-        began = time.perf_counter()
-        passed = jax.block_until_ready(in_place(passed))
-        times["in-place pass"].append(time.perf_counter() - began)
-        for label, case in timed.items():
-            state = jax.block_until_ready(changed(states[label], case.hold))
-            began = time.perf_counter()
-            _, states[label] = jax.block_until_ready(case.program(grads, state))
-            times[label].append(time.perf_counter() - began)
+    ways = {"in-place pass": Way(lambda tree: (None, in_place(tree)), jax.tree.map(jnp.copy, grads))}
+    for label, case in timed.items():
+        ways[label] = Way(
+            functools.partial(case.program, grads), case.state, functools.partial(changed, change=case.hold)
+        )
+    times = in_turn(ways, FLAGS.rounds).seconds
 
     table = Table(title=f"ResNet-18's gradient, one worker on {jax.default_backend()}, medians of {FLAGS.rounds}")
     for heading in ("codec", "ms a step", "in-place passes", "compile s"):

@@ -64,8 +64,11 @@ def resnet18_shapes() -> dict[str, Any]:
 
     62 tensors, 11,173,962 parameters. Kernels are [height, width, inputs, outputs].
     """
-    params = jax.eval_shape(lambda: create("resnet18", (32, 32, 3), 10, 0)[1])
+    return shapes(lambda: create("resnet18", (32, 32, 3), 10, 0)[1])
+
+
+def shapes(params: Callable[[], Any]) -> dict[str, Any]:
+    """The shapes of the parameters that a function makes, as a tree of dicts; nothing is computed."""
     # Blocks are numbered: as strings, so that a leaf's path, split at its slashes, leads to it.
-    return traverse_util.unflatten_dict(
-        {tuple(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(params)}
-    )
+    found = nnx.to_flat_state(jax.eval_shape(params))
+    return traverse_util.unflatten_dict({tuple(map(str, path)): variable.shape for path, variable in found})
