@@ -16,7 +16,8 @@ begin each of them together, and the time of a round is that of the slowest host
 
 So decode is codec - encode, with residual and state; wire is whole - codec. The floor is the time of the bytes that
 wire_bits counts at the rate of the link. The bound is what an exchange can be expected to take: the floor with 4.6 % of
-headers (66 bytes in frames of 1514), a latency for each message, and codec. GradiVeQ is held in its compressed steps,
+headers (66 bytes in frames of 1514), a latency for each message, and codec. "carried/MB" has the bytes that the first
+host's interface counted, without 66 for each packet, over those of wire_bits. GradiVeQ is held in its compressed steps,
 accordion at each of its levels. `--aggregations` runs each codec with every way of aggregation that it takes.
 
 Recorded gradients come from a file of `numpy.savez`: by path, arrays [steps, ...]; host i takes step i.
@@ -25,8 +26,6 @@ Recorded gradients come from a file of `numpy.savez`: by path, arrays [steps, ..
 import datetime
 import functools
 import itertools
-import json
-import math
 import pathlib
 import platform
 import shlex
@@ -44,10 +43,10 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
-from rich.table import Table
 
 import gradcomp_jax as gcj
-from experiments import cluster, codecs, command, figures, lab, loopback, models, timing
+from experiments import cluster, codecs, command, exchange_records, figures, lab, loopback, models, timing
+from experiments.exchange_records import BASELINES, Record, Records
 from experiments.models.transformer import Transformer
 from gradcomp_jax.exchange.collectives import in_order
 from gradcomp_jax.jitted import emulates
@@ -55,50 +54,7 @@ from gradcomp_jax.jitted import emulates
 FLAGS = flags.FLAGS
 
 AXIS = "data"
-HEADERS = 66 / 1448  # of Ethernet, IP and TCP with time stamps, in a full frame, as a share of what it carries
 AGGREGATIONS = ("psum", "gather", "shuffle", "ring")
-FLAT, LEAVES = BASELINES = ("psum, flat", "psum, by leaf")
-Record = dict[str, Any]
-
-
-class RecordsError(Exception):
-    """A file is not the records of this program."""
-
-
-class Records(NamedTuple):
-    """The records of one run, as they lie in a file of JSON lines.
-
-    Attributes:
-      header: what was measured, where, when and by which command.
-      latency: the ms of an empty collective of each kind, round by round.
-      ways: a record for each way, see `way_record`.
-    """
-
-    header: Record
-    latency: dict[str, list[float]]
-    ways: list[Record]
-
-
-class Figures(NamedTuple):
-    """Figures of a way, in ms; medians. Without a rate of the link the last three are NaN.
-
-    Attributes:
-      whole: the exchange.
-      encode: up to what is said.
-      decode: from what is heard, with residual and state.
-      wire: the rest, which is sending and waiting.
-      floor: the time of its bytes at the rate of the link.
-      bound: the floor with headers, a latency for each message, encode and decode.
-      over: whole / bound.
-    """
-
-    whole: float
-    encode: float
-    decode: float
-    wire: float
-    floor: float
-    bound: float
-    over: float
 
 
 # Gradients
@@ -162,10 +118,8 @@ def baselines(grads: Any, mesh: Mesh) -> dict[str, timing.Way]:
         lambda tree: jnp.concatenate([jnp.ravel(x) for x in jax.tree.leaves(tree)])[None], out_specs=P(AXIS)
     )
     flat = jax.jit(joined)(grads)
-    return {
-        FLAT: timing.Way(lambda state: (mean(flat), state)),
-        LEAVES: timing.Way(lambda state: (mean(grads), state)),
-    }
+    of = lambda tree: timing.Way(lambda state: (mean(tree), state))  # noqa: E731
+    return dict(zip(BASELINES, (of(flat), of(grads)), strict=True))
 
 
 def empty_collectives(mesh: Mesh) -> dict[str, timing.Way]:
@@ -289,7 +243,11 @@ def chosen(names: Sequence[str], aggregations: bool) -> Iterator[tuple[str, str,
 
 
 def measured(
-    exchanges: dict[str, tuple[str, gcj.Compressor]], grads: Any, mesh: Mesh, rounds: int, counter: Callable[[], int]
+    exchanges: dict[str, tuple[str, gcj.Compressor]],
+    grads: Any,
+    mesh: Mesh,
+    rounds: int,
+    counter: Callable[[], Sequence[int]],
 ) -> tuple[dict[str, list[float]], list[Record]]:
     """Times everything.
 
@@ -298,7 +256,7 @@ def measured(
       grads: gradients [hosts, ...].
       mesh: all hosts along one axis.
       rounds: times that each way is run.
-      counter: the bytes that this host has sent so far, by its interface.
+      counter: the bytes and packets that this host has sent so far, by its interface; or nothing.
 
     Returns:
       The latencies in ms, by kind of collective, and the records of the ways.
@@ -333,7 +291,7 @@ def way_record(label: str, name: str, done: timing.Timed, sent: int, messages: d
     """The record of a way.
 
     It has the ms of each round, of the whole exchange and of codec and encode; the bytes that a host sends by
-    wire_bits; those that the first host's interface counted in each round; and the number of messages by kind.
+    wire_bits; the bytes and packets that the first host's interface counted in each round; and its messages by kind.
     """
     parts = {part: ms(done.seconds.get(f"{label}: {part}", [])) for part in ("codec", "encode")}
     what = {"kind": "way", "way": label, "codec": name, "bytes": sent, "counted": done.counted[label]}
@@ -351,14 +309,14 @@ def only_interface() -> str | None:
     return found[0] if len(found) == 1 else None
 
 
-def counter_of(interface: str | None) -> Callable[[], int]:
-    """A function that tells the bytes that an interface has sent; always 0 without one."""
+def counter_of(interface: str | None) -> Callable[[], Sequence[int]]:
+    """A function that tells the bytes and packets that an interface has sent; nothing without one."""
     if interface is None:
-        return lambda: 0
-    path = pathlib.Path("/sys/class/net", interface, "statistics", "tx_bytes")
-    if not path.exists():
+        return tuple
+    paths = [pathlib.Path("/sys/class/net", interface, "statistics", name) for name in ("tx_bytes", "tx_packets")]
+    if not paths[0].exists():
         sys.exit(f"error: --interface={interface} is none of this host's; see /sys/class/net")
-    return lambda: int(path.read_text())
+    return lambda: [int(path.read_text()) for path in paths]
 
 
 def header_of(grads: Any, mesh: Mesh, mbit: float | None) -> Record:
@@ -383,87 +341,6 @@ def header_of(grads: Any, mesh: Mesh, mbit: float | None) -> Record:
     }
 
 
-# Records
-
-
-def read(path: str) -> Records:
-    """The records of a file.
-
-    Raises:
-      RecordsError: it cannot be read, or it is something else.
-    """
-    try:
-        lines = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-        header, latency, *ways = lines
-        if [line["kind"] for line in lines] != ["allreduce", "latency", *["way"] * len(ways)]:
-            raise ValueError("its lines are of other kinds")
-        return Records(header, latency["ms"], ways)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordsError(f"{path} is not the records of an exchange: {error}") from error
-
-
-def write(path: str, records: Records) -> None:
-    """Writes records to a file."""
-    latency = {"kind": "latency", "ms": records.latency}
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(line) + "\n" for line in (records.header, latency, *records.ways)]
-    pathlib.Path(path).write_text("".join(lines))
-
-
-def figures_of(way: Record, records: Records) -> Figures:
-    """The figures of a way."""
-    middle = lambda times: statistics.median(times) if times else 0.0  # noqa: E731
-    whole, codec = middle(way["whole_ms"]), middle(way["codec_ms"])
-    encode = min(codec, middle(way["encode_ms"]))  # noise may make the part longer than the whole
-    mbit = records.header["mbit"]
-    floor = 8 * way["bytes"] / mbit / 1e3 if mbit else math.nan
-    latency = sum(count * middle(records.latency[kind]) for kind, count in way["messages"].items())
-    bound = floor * (1 + HEADERS) + latency + codec
-    return Figures(whole, encode, codec - encode, whole - codec, floor, bound, whole / bound)
-
-
-def baseline_ms(records: Records) -> float:
-    """The faster of the two baselines, in ms."""
-    return min(figures_of(way, records).whole for way in records.ways if way["way"] in BASELINES)
-
-
-def title(records: Records) -> str:
-    """What was measured, in words."""
-    header = records.header
-    rate = f" at {header['mbit']:g} Mbit/s" if header["mbit"] else ""
-    joined = f"joined by their links{rate}" if header["processes"] > 1 else "joined by memory"
-    return f"{header['model']}, {header['parameters']:,} parameters, {header['hosts']} hosts {joined}"
-
-
-def table(records: Records) -> Table:
-    """The table of one run."""
-    out = Table(title=f"{title(records)}; medians of {len(records.ways[0]['whole_ms'])}")
-    out.add_column("way", no_wrap=True)
-    headings = ("ms", "least", "most", "encode", "wire", "decode", "floor", "bound", "ms/bound")
-    for heading in (*headings, "psum/ms", "messages", "MB", "counted/MB"):
-        out.add_column(heading, justify="right", no_wrap=True)
-    dense = baseline_ms(records)
-    for way in records.ways:
-        x = figures_of(way, records)
-        counted = statistics.median(way["counted"]) / way["bytes"] if way["bytes"] else 0
-        ends = min(way["whole_ms"]), max(way["whole_ms"])
-        cells = [f"{value:.1f}" for value in (x.whole, *ends, x.encode, x.wire, x.decode)]
-        cells += [f"{x.floor:.1f}", f"{x.bound:.1f}", f"{x.over:.2f}"] if records.header["mbit"] else ["", "", ""]
-        cells += [f"{dense / x.whole:.2f}", f"{sum(way['messages'].values())}", f"{way['bytes'] / 1e6:.3f}"]
-        out.add_row(way["way"], *cells, f"{counted:.3f}" if counted else "")
-    return out
-
-
-def panel(records: Records) -> figures.Exchanges:
-    """What a figure shows of a run."""
-    bars = {}
-    for way in records.ways:
-        if way["way"] not in BASELINES:
-            x = figures_of(way, records)
-            bars[way["way"]] = figures.Exchange(x.encode, max(0.0, x.wire), x.decode, x.floor)
-    return figures.Exchanges(title(records), bars, baseline_ms(records))
-
-
 # The command
 
 
@@ -471,13 +348,13 @@ def show(found: Sequence[Records]) -> None:
     """Prints the tables, and writes the figure if asked."""
     screen = Console(highlight=False, markup=False, width=150)
     for records in found:
-        screen.print(table(records))
+        screen.print(exchange_records.table(records))
         latency = ", ".join(f"{kind} {statistics.median(times):.2f}" for kind, times in records.latency.items())
         screen.print(f"ms of an empty collective: {latency}.")
         for label, why in records.header["refused"].items():
             screen.print(f"{label} is left out: {why}.")
     if FLAGS.figure:
-        figures.exchanges([panel(records) for records in found], pathlib.Path(FLAGS.figure))
+        figures.exchanges([exchange_records.panel(records) for records in found], pathlib.Path(FLAGS.figure))
         screen.print(f"Figure: {FLAGS.figure}", soft_wrap=True)
 
 
@@ -491,10 +368,11 @@ def run() -> Records:
     else:
         grads = timing.random_gradients(MODELS[FLAGS.model](), mesh)
     mbit = FLAGS.mbit or lab.mbit_here()
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), grads)
     exchanges, refused = {}, {}
     for name, label, tx in chosen(FLAGS.codec, FLAGS.aggregations):
         try:
-            jax.eval_shape(tx.init, jax.tree.map(lambda x: x[0], grads))
+            jax.eval_shape(tx.init, like)
             exchanges[label] = name, tx
         except ValueError as error:
             refused[label] = str(error)
@@ -508,8 +386,8 @@ def main() -> None:
     logging.set_verbosity(logging.ERROR)
     if FLAGS.runs:
         try:
-            show([read(path) for path in FLAGS.runs])
-        except RecordsError as error:
+            show([exchange_records.read(path) for path in FLAGS.runs])
+        except exchange_records.RecordsError as error:
             sys.exit(f"error: {error}")
         return
     try:
@@ -518,7 +396,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     if jax.process_index() == 0:
         if FLAGS.out:
-            write(FLAGS.out, records)
+            exchange_records.write(FLAGS.out, records)
         show([records])
 
 

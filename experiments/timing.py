@@ -1,7 +1,8 @@
 """Exchanges timed in turn, round after round, and the gradients and states that they are timed with."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,17 +38,17 @@ class Timed(NamedTuple):
 
     Attributes:
       seconds: of each round; of its slowest process.
-      counted: the difference that `counter` told, of each round; of this process.
+      counted: the differences that `counter` told, of each round; of this process.
       states: the state after the last round.
     """
 
     seconds: dict[str, list[float]]
-    counted: dict[str, list[int]]
+    counted: dict[str, list[list[int]]]
     states: dict[str, Any]
 
 
 def in_turn(
-    ways: Mapping[str, Way], rounds: int, mesh: Mesh | None = None, counter: Callable[[], int] = lambda: 0
+    ways: Mapping[str, Way], rounds: int, mesh: Mesh | None = None, counter: Callable[[], Sequence[int]] = tuple
 ) -> Timed:
     """Runs all ways once in each round, and one round more before these, which may compile.
 
@@ -55,12 +56,12 @@ def in_turn(
       ways: the ways by name.
       rounds: how many rounds count.
       mesh: the mesh of all processes, which begin each way together; None for a single process.
-      counter: something that is read before and after each step, such as the bytes of an interface.
+      counter: counts that are read before and after each step, such as the bytes of an interface.
     """
     together = (lambda: None) if mesh is None else beginning(mesh)
     copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    counted: dict[str, list[int]] = {name: [] for name in ways}
+    counted: dict[str, list[list[int]]] = {name: [] for name in ways}
     states = {name: way.state for name, way in ways.items()}
     for turn in range(rounds + 1):
         for name, way in ways.items():
@@ -70,7 +71,7 @@ def in_turn(
             results, after = jax.block_until_ready(way.step(state))
             if turn:
                 seconds[name].append(time.perf_counter() - began)
-                counted[name].append(counter() - before)
+                counted[name].append([y - x for x, y in zip(before, counter(), strict=True)])
             states[name] = () if way.copies else after
             del results, state, after
     return Timed(slowest(seconds), counted, states)
@@ -97,10 +98,13 @@ def random_gradients(shapes: Any, mesh: Mesh) -> Any:
     leaves, tree = jax.tree.flatten(shapes, is_leaf=lambda x: isinstance(x, tuple))
     axes, lead = mesh.axis_names, (1,) * len(mesh.axis_names)
 
+    sizes = [math.prod(shape) for shape in leaves]
+
     def drawn() -> list[jax.Array]:  # on each device: a host that drew all would have to send them
         key = jax.random.fold_in(jax.random.key(0), lax.axis_index(axes))
-        keys = jax.random.split(key, len(leaves))
-        return [0.01 * jax.random.normal(k, (*lead, *shape)) for k, shape in zip(keys, leaves, strict=True)]
+        flat = 0.01 * jax.random.normal(key, (sum(sizes),))  # at once: a draw for each leaf compiles for long
+        pieces = jnp.split(flat, np.cumsum(sizes)[:-1])
+        return [x.reshape(*lead, *shape) for x, shape in zip(pieces, leaves, strict=True)]
 
     return jax.tree.unflatten(tree, jax.jit(jax.shard_map(drawn, mesh=mesh, in_specs=(), out_specs=P(*axes)))())
 

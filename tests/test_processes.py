@@ -68,22 +68,30 @@ def launched(processes):
 
 
 def launch(processes, folder, module="tests.process_worker", read=lambda file: pickle.loads(file.read_bytes())):
+    port, files = free_port(), [folder / str(rank) for rank in range(processes)]
+    python = [sys.executable, "-m", module]
+    run([[*python, str(file), str(rank), str(processes), str(port)] for rank, file in enumerate(files)], folder)
+    return [read(file) for file in files]
+
+
+def free_port():
     with socket.create_server(("localhost", 0)) as free:
-        port = free.getsockname()[1]
-    files = [folder / str(rank) for rank in range(processes)]
-    children = []
+        return free.getsockname()[1]
+
+
+def run(commands, folder):
+    """Runs commands side by side, to their ends."""
+    children, logs = [], [folder / f"{rank}.log" for rank in range(len(commands))]
     try:
-        for rank, file in enumerate(files):
-            command = [sys.executable, "-m", module, str(file), str(rank), str(processes), str(port)]
-            with file.with_suffix(".log").open("wb") as log:
+        for command, path in zip(commands, logs, strict=True):
+            with path.open("wb") as log:
                 # The compiler flags, which decide on the bits, are in the environment.
                 children.append(subprocess.Popen(command, cwd=ROOT, env=os.environ, stdout=log, stderr=log))
-        wait(children, [file.with_suffix(".log") for file in files])
+        wait(children, logs)
     finally:
         for child in children:
             child.kill()
             child.wait()
-    return [read(file) for file in files]
 
 
 def wait(children, logs):
