@@ -20,7 +20,8 @@ headers (66 bytes in frames of 1514), a latency for each message, and codec. "ca
 host's interface counted, without 66 for each packet, over those of wire_bits. GradiVeQ is held in its compressed steps,
 accordion at each of its levels. `--aggregations` runs each codec with every way of aggregation that it takes.
 
-Recorded gradients come from a file of `numpy.savez`: by path, arrays [steps, ...]; host i takes step i.
+Recorded gradients come from a file of `numpy.savez`, such as `experiments.gradients --save` writes: by path, arrays
+[steps, ...]; host i takes step i.
 """
 
 import datetime
@@ -234,8 +235,8 @@ def chosen(names: Sequence[str], aggregations: bool) -> Iterator[tuple[str, str,
                 tx = codecs.from_flags(name, 0, course)
             except ValueError:
                 continue  # the codec does not take this one
-            # In the label even if it is the default.
-            yield name, " ".join([*codecs.label(name).replace(f" aggregate={way}", "").split(), f"aggregate={way}"]), tx
+            label, said = codecs.label(name), f"aggregate={way}"
+            yield name, label if said in label else f"{label} {said}", tx  # said even if it is the default
         FLAGS[key].unparse()
 
 

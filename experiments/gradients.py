@@ -11,6 +11,9 @@ gradients of a few convolutions are recorded. These gradients, and Gaussian nois
  - How does a basis age?
 
 `bases.analyse` tells which steps answer which question.
+
+With --save=FILE.npz the mean gradients of all leaves in the last 8 steps are written, for `experiments.allreduce`. With
+--workers=1 they are a worker's own.
 """
 
 import functools
@@ -18,6 +21,7 @@ import itertools
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +62,9 @@ flags.DEFINE_integer("warmup_steps", 200, "Steps before the first recorded one."
 flags.DEFINE_integer("train_steps", 100, "L_t, steps on which a basis is fitted.", lower_bound=2)
 flags.DEFINE_integer("compress_steps", 400, "Steps recorded after these; more than --train_steps.", lower_bound=3)
 
+flags.DEFINE_string("save", None, "Write the gradients of all leaves here, of the last steps; for allreduce.")
+
+SAVED = 8  # steps
 NOISE = "noise"
 NOTES = (
     "Percentages are lost of |gradient|^2, in steps after the L_t on which a basis was fitted.",
@@ -85,6 +92,7 @@ def record(task: loop.Task, mesh: Mesh, layers: Sequence[str], screen: display.C
     params, stats = place((task.params, task.model_state), mesh)
 
     gradients = {path: np.empty((recorded, *shapes[path]), np.float32) for path in layers}
+    saved: list[dict[str, np.ndarray]] = []
     with display.progress(screen) as progress:
         bar = progress.add_task("training", total=steps, status="compiling")
         for done, batch in enumerate(itertools.islice(task.batches(0), steps)):
@@ -93,9 +101,14 @@ def record(task: loop.Task, mesh: Mesh, layers: Sequence[str], screen: display.C
                 mean, _ = flatten(opt_state[1])
                 for path in layers:
                     gradients[path][done - FLAGS.warmup_steps] = mean[path]
+                if FLAGS.save and done >= steps - SAVED:
+                    saved.append(jax.device_get(mean))
             progress.update(bar, advance=1, status=f"loss {loss:.3f}")
             if (done + 1) % 100 == 0:
                 screen.print(f"step {done + 1}/{steps}, loss {loss:.3f}")
+    if saved:
+        together: dict[str, Any] = {path: np.stack([mean[path] for mean in saved]) for path in saved[0]}
+        np.savez(FLAGS.save, **together)
     return gradients
 
 

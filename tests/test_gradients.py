@@ -8,7 +8,8 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import bases, gradients
+import gradcomp_jax as gcj
+from experiments import allreduce, bases, gradients
 
 FLAGS = flags.FLAGS
 STEPS = 60
@@ -77,12 +78,16 @@ def test_one_kernel_of_each_square_shape_is_the_default():
 
 def test_a_short_run_gives_a_table_and_a_figure(tmp_path, capsys):
     steps = ["--warmup_steps=2", "--train_steps=6", "--compress_steps=12"]
-    FLAGS(["test", "--workers=2", "--batch_size=32", *steps, f"--out_dir={tmp_path}"])
+    FLAGS(["test", "--workers=2", "--batch_size=32", *steps, f"--out_dir={tmp_path}", f"--save={tmp_path}/saved.npz"])
     gradients.main()
     shown = capsys.readouterr().out
     assert (tmp_path / "gradients.png").read_bytes().startswith(b"\x89PNG")
     for layer in ("blocks/layers/0/conv2", "blocks/layers/1/conv2", "blocks/layers/2/conv2", "noise"):
         assert len(re.findall(rf"^│ {layer} .*", shown, re.MULTILINE)) == 2
+    saved = allreduce.recorded_gradients(f"{tmp_path}/saved.npz", gcj.make_mesh(2))
+    assert saved["blocks/layers/0/conv2/kernel"].shape == (2, 3, 3, 16, 16)
+    assert len(saved) > 20
+    assert all(np.any(x[0] != x[1]) for x in saved.values())
 
 
 @pytest.mark.parametrize(
