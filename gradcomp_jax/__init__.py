@@ -28,11 +28,13 @@ from gradcomp_jax.coder import CodeLength
 from gradcomp_jax.compressor import Compressor, CompressorState, MeasuredState, skipped
 from gradcomp_jax.delayed import DelayedState, delayed
 from gradcomp_jax.describe import Description, describe
+from gradcomp_jax.elastic import elastic
 from gradcomp_jax.exchange.bits import WireBits, WireCount, code_bits, wire_bits
 from gradcomp_jax.exchange.collectives import vary
 from gradcomp_jax.feedback import EF21, Feedback
 from gradcomp_jax.flush import flush
 from gradcomp_jax.hlo import Collective, collective_bytes
+from gradcomp_jax.lifeline import Lifeline, initialize_elastic
 from gradcomp_jax.loss_scale import LossScaleState, loss_scale, loss_scaled
 from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.methods.diloco import diloco, streaming_diloco
@@ -51,6 +53,7 @@ from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
 from gradcomp_jax.sharding import PerWorker, global_state, local_state, state_specs
 from gradcomp_jax.step import simulate, train_step
+from gradcomp_jax.survivors import Share, share_of
 from gradcomp_jax.swap import swap
 from gradcomp_jax.transform import transformed
 
@@ -86,6 +89,7 @@ __all__ = [
     "Feedback",
     "GradiVeQState",
     "LeafMetrics",
+    "Lifeline",
     "LossScaleState",
     "MeasuredState",
     "Metrics",
@@ -97,6 +101,7 @@ __all__ = [
     "PowerSGDState",
     "QSGDState",
     "ScheduledState",
+    "Share",
     "SubsetState",
     "WireBits",
     "WireCount",
@@ -117,12 +122,14 @@ __all__ = [
     "describe",
     "diloco",
     "ef_momentum",
+    "elastic",
     "float4",
     "flush",
     "global_state",
     "gradiveq",
     "held",
     "init",
+    "initialize_elastic",
     "local_params",
     "local_state",
     "loss_scale",
@@ -144,6 +151,7 @@ __all__ = [
     "restore",
     "scheduled",
     "shard_batch",
+    "share_of",
     "signnorm",
     "simulate",
     "skipped",

@@ -1,0 +1,159 @@
+"""A training loop that goes on without the workers that die, in the processes that survive.
+
+Collectives are not atomic: when a worker dies within one, some of the others may get a result and some an error. So no
+process takes over a step's result before all say that they have theirs. Until then the state from before the step is
+kept. If one has failed, all repeat the step from there.
+"""
+
+import functools
+import os
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gradcomp_jax.lifeline import LOGGER, Lifeline, Met
+from gradcomp_jax.mesh import automatic, require_mesh
+from gradcomp_jax.survivors import moved, processes_of, save_part, turned, without_others
+
+
+def elastic(
+    lifeline: Lifeline,
+    make: Callable[[Mesh], Callable[[Any, Any], tuple[Any, Any]]],
+    state: Any,
+    steps: Iterable[Any],
+    mesh: Mesh | None = None,
+    *,
+    checkpoint: str | os.PathLike | None = None,
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Trains with the workers that are left: when a process dies, the others drop it and repeat the step.
+
+    The rows of the dead leave the state. The survivors' residuals stay as they are, bit for bit, so from then on the
+    workers owe the mean of the survivors' residuals. What the dead owed is lost. If a worker dies between two steps, or
+    when all others have a step's result, nothing is repeated.
+
+    If the survivors cannot go on, each ends with a message, with the exit code 75, and saves what it holds of the last
+    agreed state first: if process 0 dies, because jax's coordinator dies with it; on GPUs and TPUs; or if a slice loses
+    a part of its chips. A process that was stopped, and that the others dropped, ends too.
+
+    Args:
+      lifeline: from `initialize_elastic`.
+      make: (mesh) -> run, a function that makes the step for a mesh, such as by `train_step(loss_fn, tx, mesh)` with
+        donate=False. It is called again for the mesh of the survivors. run(state, step) -> (state, result) does one
+        step. By `share_of(mesh)` it knows which share of the step's rows is this process's. It must do the same each
+        time it is called with the same arguments.
+      state: a tree of arrays on the mesh, such as (params, opt_state). Other leaves must be the same on all processes.
+      steps: what `run` is called with, one after another, such as range(1000); the same in all processes.
+      mesh: the first mesh, by default of all devices.
+      checkpoint: a directory that all processes can write to, for what the survivors save where they cannot go on.
+        `restore` reads it.
+
+    Yields:
+      (step, state, result), once all survivors have done the step.
+
+    Raises:
+      ValueError: the mesh is not of all processes of the lifeline; or the step donates the state.
+    """
+    mesh = automatic(require_mesh(mesh, or_workers=False))
+    if processes_of(mesh) != set(lifeline.members):
+        raise ValueError(
+            f"the mesh is of the processes {sorted(processes_of(mesh))}, and the lifeline of {list(lifeline.members)}: "
+            "give a mesh of the devices of all"
+        )
+    if mesh.devices.flat[0].platform != "cpu":
+        LOGGER.warning("on %s the survivors of a dead worker cannot go on: they end", mesh.devices.flat[0].platform)
+    crew = _Crew(lifeline, make, mesh, state, checkpoint)
+    try:
+        for step in steps:
+            result = crew.do(step)
+            yield step, crew.state, result
+    finally:
+        lifeline.leave()
+
+
+class _Crew:
+    """The workers that are left, with the state that all of them agree on."""
+
+    def __init__(self, lifeline: Lifeline, make: Callable[[Mesh], Any], mesh: Mesh, state: Any, checkpoint: Any):
+        self._lifeline, self._make, self._checkpoint = lifeline, make, checkpoint
+        self._mesh, self._run, self._done = mesh, make(mesh), 0
+        self._broken: set[tuple[int, ...]] = set()
+        self._agree(state)
+
+    def _agree(self, state: Any) -> None:
+        self.state = state
+        self._lifeline.watch(functools.partial(_save, self._checkpoint, self._lifeline.process, self._done, state))
+
+    def do(self, step: Any) -> Any:
+        """Does a step, as often as it takes until all have done it; returns its result."""
+        while True:
+            self._meet(well=True)  # a pause of one worker does not count as time inside a collective
+            outcome = _tried(self._run, self.state, step)
+            if outcome is not None:
+                _require_kept(self.state)
+            if self._meet(outcome is not None, outcome) and outcome is not None:
+                return outcome[1]
+
+    def _meet(self, well: bool, outcome: tuple[Any, Any] | None = None) -> bool:
+        """Whether all are well. If so, the state of the outcome is agreed on. Renews the mesh if need be."""
+        met = self._lifeline.meet(well)
+        if met.well and outcome is not None:
+            self._done += 1
+            self._agree(outcome[0])
+        lost = processes_of(self._mesh) - set(met.members)
+        if lost or not met.well:
+            self._renew(lost, met)
+        return met.well
+
+    def _renew(self, lost: set[int], met: Met) -> None:
+        """Another mesh: of the survivors; or in another order, if a collective failed among the living."""
+        if self._mesh.devices.flat[0].platform != "cpu":
+            self._lifeline.end(f"processes {sorted(lost)} are dead, and only CPUs can go on without them")
+        if not met.well:
+            self._broken.add(_order(self._mesh))
+        try:
+            mesh = without_others(self._mesh, met.members)
+        except ValueError as error:
+            self._lifeline.end(str(error))
+        # gloo never connects the same devices in the same order again.
+        for _ in met.members:
+            if _order(mesh) not in self._broken:
+                break
+            mesh = turned(mesh)
+        else:
+            self._lifeline.end(f"collectives failed {len(met.members)} times among processes that are all alive")
+        what = f"processes {sorted(lost)} are dead" if lost else "a collective failed, and no process is dead"
+        LOGGER.warning(
+            "%s: process %d goes on after %d steps with %s", what, met.members[0], self._done, list(met.members)
+        )
+        self._mesh, self._run = mesh, self._make(mesh)
+        self._agree(moved(self.state, mesh))
+
+
+def _order(mesh: Mesh) -> tuple[int, ...]:
+    return tuple(device.id for device in mesh.devices.flat)
+
+
+def _save(checkpoint: Any, process: int, done: int, state: Any) -> None:
+    if checkpoint is not None:
+        LOGGER.critical("process %d saves its part: %s", process, save_part(checkpoint, process, done, state))
+
+
+def _tried(run: Callable[[Any, Any], tuple[Any, Any]], state: Any, step: Any) -> tuple[Any, Any] | None:
+    """The state and the result of a step; None if a collective failed."""
+    try:
+        return jax.block_until_ready(tuple(run(state, step)))
+    except (ValueError, jax.errors.JaxRuntimeError) as error:
+        if "Gloo" not in str(error):
+            raise
+        LOGGER.warning("step %s failed: %s", step, str(error).splitlines()[0])
+        return None
+
+
+def _require_kept(state: Any) -> None:
+    if any(isinstance(x, jax.Array) and x.is_deleted() for x in jax.tree.leaves(state)):
+        raise ValueError(
+            "the step donated the state, which elastic needs until all processes have the next one: make the step "
+            "with donate=False"
+        )
