@@ -20,13 +20,13 @@ from gradcomp_jax.survivors import moved, processes_of, save_part, turned, witho
 
 def elastic(
     lifeline: Lifeline,
-    make: Callable[[Mesh], Callable[[Any, Any], tuple[Any, Any]]],
+    make: Callable[[Mesh], Callable[[Any, int], tuple[Any, Any]]],
     state: Any,
-    steps: Iterable[Any],
+    steps: Iterable[int],
     mesh: Mesh | None = None,
     *,
     checkpoint: str | os.PathLike | None = None,
-) -> Iterator[tuple[Any, Any, Any]]:
+) -> Iterator[tuple[int, Any, Any]]:
     """Trains with the workers that are left: when a process dies, the others drop it and repeat the step.
 
     The rows of the dead leave the state. The survivors' residuals stay as they are, bit for bit, so from then on the
@@ -44,10 +44,11 @@ def elastic(
         step. By `share_of(mesh)` it knows which share of the step's rows is this process's. It must do the same each
         time it is called with the same arguments.
       state: a tree of arrays on the mesh, such as (params, opt_state). Other leaves must be the same on all processes.
-      steps: what `run` is called with, one after another, such as range(1000); the same in all processes.
+      steps: the numbers of the steps, such as range(1000); the same in all processes.
       mesh: the first mesh, by default of all devices.
-      checkpoint: a directory that all processes can write to, for what the survivors save where they cannot go on.
-        `restore` reads it.
+      checkpoint: a directory that all processes can write to. Where survivors cannot go on, each writes what it holds of
+        the state to the file `step/process.npz` there; the step is the one that comes next. `restore(checkpoint, like)`
+        reads all of them. Without a directory nothing is saved.
 
     Yields:
       (step, state, result), once all survivors have done the step.
@@ -77,16 +78,16 @@ class _Crew:
 
     def __init__(self, lifeline: Lifeline, make: Callable[[Mesh], Any], mesh: Mesh, state: Any, checkpoint: Any):
         self._lifeline, self._make, self._checkpoint = lifeline, make, checkpoint
-        self._mesh, self._run, self._done = mesh, make(mesh), 0
+        self._mesh, self._run, self.state = mesh, make(mesh), state
         self._broken: set[tuple[int, ...]] = set()
-        self._agree(state)
 
-    def _agree(self, state: Any) -> None:
-        self.state = state
-        self._lifeline.watch(functools.partial(_save, self._checkpoint, self._lifeline.process, self._done, state))
+    def _agree(self, state: Any, upcoming: int) -> None:
+        self.state, self._upcoming = state, upcoming
+        self._lifeline.watch(functools.partial(_save, self._checkpoint, self._lifeline.process, upcoming, state))
 
-    def do(self, step: Any) -> Any:
+    def do(self, step: int) -> Any:
         """Does a step, as often as it takes until all have done it; returns its result."""
+        self._agree(self.state, step)
         while True:
             self._meet(well=True)  # a pause of one worker does not count as time inside a collective
             outcome = _tried(self._run, self.state, step)
@@ -99,8 +100,7 @@ class _Crew:
         """Whether all are well. If so, the state of the outcome is agreed on. Renews the mesh if need be."""
         met = self._lifeline.meet(well)
         if met.well and outcome is not None:
-            self._done += 1
-            self._agree(outcome[0])
+            self._agree(outcome[0], self._upcoming + 1)
         lost = processes_of(self._mesh) - set(met.members)
         if lost or not met.well:
             self._renew(lost, met)
@@ -124,23 +124,21 @@ class _Crew:
         else:
             self._lifeline.end(f"collectives failed {len(met.members)} times among processes that are all alive")
         what = f"processes {sorted(lost)} are dead" if lost else "a collective failed, and no process is dead"
-        LOGGER.warning(
-            "%s: process %d goes on after %d steps with %s", what, met.members[0], self._done, list(met.members)
-        )
+        LOGGER.warning("%s: processes %s go on from step %d", what, list(met.members), self._upcoming)
         self._mesh, self._run = mesh, self._make(mesh)
-        self._agree(moved(self.state, mesh))
+        self._agree(moved(self.state, mesh), self._upcoming)
 
 
 def _order(mesh: Mesh) -> tuple[int, ...]:
     return tuple(device.id for device in mesh.devices.flat)
 
 
-def _save(checkpoint: Any, process: int, done: int, state: Any) -> None:
+def _save(checkpoint: Any, process: int, upcoming: int, state: Any) -> None:
     if checkpoint is not None:
-        LOGGER.critical("process %d saves its part: %s", process, save_part(checkpoint, process, done, state))
+        LOGGER.critical("process %d saves its part: %s", process, save_part(checkpoint, process, upcoming, state))
 
 
-def _tried(run: Callable[[Any, Any], tuple[Any, Any]], state: Any, step: Any) -> tuple[Any, Any] | None:
+def _tried(run: Callable[[Any, int], tuple[Any, Any]], state: Any, step: int) -> tuple[Any, Any] | None:
     """The state and the result of a step; None if a collective failed."""
     try:
         return jax.block_until_ready(tuple(run(state, step)))

@@ -89,14 +89,15 @@ class Lifeline:
         else:
             met = self._told()
         if self.process not in met.members:
-            self.end("the others count this process as dead, because it stood still or came too late")
+            self._save = None  # the others are further on
+            self.end("the others count it as dead, because it stood still or came too late")
         self.members = met.members
         return met
 
     def end(self, why: str) -> None:
         """Ends this process with a message, and saves what it has first."""
+        save = self._save
         with self._ending:  # never released: a second thread waits until the process has ended
-            save = self._save
             hung = threading.Timer(self.timeout / 2, os._exit, (TRY_AGAIN,))  # the save may wait for a device
             hung.daemon = True
             hung.start()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,8 @@ from gradcomp_jax.cuts import Cut
 from gradcomp_jax.mesh import automatic, lies_on, require_mesh
 from gradcomp_jax.placing import in_global_form, place
 from gradcomp_jax.resizing import resize_workers
-from gradcomp_jax.sharding import PerWorker, is_per_worker, specs_of
+from gradcomp_jax.sharding import PerWorker, is_per_worker, map_per_worker, specs_of
+from gradcomp_jax.survivors import parts_in
 
 
 def restore(
@@ -34,7 +36,7 @@ def restore(
 
     Args:
       directory: the directory of an `orbax.checkpoint.CheckpointManager`, or one checkpoint of a
-        `StandardCheckpointer`.
+        `StandardCheckpointer`; or the one that `elastic` got as checkpoint=.
       like: a tree like the one that was saved, such as `{"params": params, "opt_state": init(tx, params, mesh)}`. It
         holds arrays, or their shapes from `jax.eval_shape`. A TrainState may be fresh from its `create`. Arrays that
         lie in shards on the mesh here are restored in these shards.
@@ -74,7 +76,9 @@ def restore(
         return _target(whole, saved, mesh)
 
     path = os.path.abspath(directory)
-    if os.path.exists(os.path.join(path, "_METADATA")):
+    if parts := parts_in(path, step):
+        saved = _joined(parts, whole, target)
+    elif os.path.exists(os.path.join(path, "_METADATA")):
         with ocp.StandardCheckpointer() as reader:
             saved = reader.restore(path, target(reader.metadata(path).item_metadata))
     else:
@@ -82,6 +86,28 @@ def restore(
     resized = lambda x: resize_workers(x, mesh) if is_per_worker(x) else x  # noqa: E731
     saved = jax.tree.map(resized, in_global_form(saved, mesh), is_leaf=is_per_worker)
     return saved if isinstance(mesh, int) else place(saved, mesh)
+
+
+def _joined(files: list[pathlib.Path], like: Any, target: Callable[[Any], Any]) -> Any:
+    """What the survivors of a run saved, each for its own workers, as one tree like `like`."""
+    parts = []
+    for file in files:
+        with np.load(file) as arrays:
+            parts.append(dict(arrays))
+    rows = _by_path(map_per_worker(lambda x: jax.tree.map(lambda _: True, x), like, lambda _: False))
+    first = parts[0]
+    joined = {k: np.concatenate([part[k] for part in parts]) if rows.get(k) else first[k] for k in first}
+    target(joined)  # refuses another tree
+
+    def typed(path: Any, x: Any) -> Any:
+        y = joined[jax.tree_util.keystr(path, simple=True, separator="/")]
+        if not hasattr(x, "dtype"):
+            return type(x)(y)
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(y, impl=jax.random.key_impl(x))
+        return y.view(x.dtype) if y.dtype.kind == "V" else y  # numpy does not know jax's narrow types
+
+    return jax.tree_util.tree_map_with_path(typed, like)
 
 
 def _of_manager(directory: str, target: Callable[[Any], Any], step: int | None, item: str) -> Any:

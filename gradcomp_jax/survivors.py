@@ -135,13 +135,11 @@ def _own_block(x: Any) -> np.ndarray:
     return block
 
 
-def best_parts(directory: str | os.PathLike) -> list[pathlib.Path]:
-    """The parts that survivors saved: of the step that most have, and of the last of these."""
+def parts_in(directory: str | os.PathLike, step: int | None) -> list[pathlib.Path]:
+    """The parts that survivors saved before a step, by default the last one that there is, in the order of processes."""
     steps: dict[int, list[pathlib.Path]] = {}
     for file in pathlib.Path(directory).glob("*/*.npz"):
         if file.parent.name.isdigit() and file.stem.isdigit():
             steps.setdefault(int(file.parent.name), []).append(file)
-    if not steps:
-        return []
-    best = max(steps, key=lambda step: (len(steps[step]), step))
-    return sorted(steps[best], key=lambda file: int(file.stem))
+    parts = steps.get(max(steps, default=0) if step is None else step, [])
+    return sorted(parts, key=lambda file: int(file.stem))

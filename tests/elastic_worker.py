@@ -1,9 +1,10 @@
-"""One of the processes that `test_elastic.py` starts: trains, and keeps what it has when a worker is lost.
+"""One of the processes that `test_elastic.py` starts: trains, and suffers what befalls it.
 
-python -m tests.elastic_worker FILE RANK PROCESSES PORT FAULT DEVICES
+python -m tests.elastic_worker FOLDER RANK PROCESSES PORT FAULTS DEVICES
 
-The fault strikes at step DIES: "kill:K" kills process K before its step, "stop:K" stops it by SIGSTOP.
-Times are in seconds since the fault; every step is written down in FILE.steps.
+FAULTS is a list such as slow:1@2,kill:3@4,stop:2@6: before step 2 process 1 sleeps longer than collectives wait, before
+step 4 process 3 is killed, before step 6 process 2 is stopped. Each process writes what it had before and after each
+try of a step to the file FOLDER/RANK.
 """
 
 import logging
@@ -18,21 +19,21 @@ import jax
 import numpy as np
 
 import gradcomp_jax as gc
+from gradcomp_jax.lifeline import STALL
 from tests import problem
 from tests.process_worker import ended
 
-STEPS, DIES, TIMEOUT = 8, 3, 11
+STEPS, TIMEOUT, ROWS = 9, 12, 8
 
 
 def optimizer():
     return problem.optimizer(gc.topk(fraction=0.25, min_size=0))
 
 
-def rows_of(step, share, devices):
-    """A process's rows of the step's batch: the batch is the same whatever the number of workers, but for its end."""
+def rows_of(step, part, parts):
+    """A process's rows of a step's batch; the first parts are the same for any number of processes."""
     batch = list(problem.batches(STEPS, 64))[step]
-    each = 8 * devices
-    return jax.tree.map(lambda x: np.asarray(x)[share.part * each : (share.part + 1) * each], batch)
+    return jax.tree.map(lambda x: np.asarray(x)[part * ROWS : (part + 1) * ROWS], batch)
 
 
 def own(x):
@@ -40,34 +41,49 @@ def own(x):
     return np.stack([shard.data for shard in sorted(x.addressable_shards, key=lambda shard: shard.device.id)])
 
 
-def make(mesh, devices, fault, rank, seen):
-    step, share = gc.train_step(problem.loss_fn, optimizer(), mesh), gc.share_of(mesh)
-    kind, who = fault.split(":")
-
-    def run(state, number):
-        if number == DIES and share.parts > 2 and rank == int(who):
-            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-        if share.parts == 2:
-            seen.setdefault(number, jax.tree.map(own, state))
-        params, opt_state, loss = step(*state, gc.shard_batch(rows_of(number, share, devices), mesh))
-        return (params, opt_state), loss
-
-    return run
+def strike(kind):
+    """Does to this process what a fault says."""
+    if kind == "slow":
+        time.sleep(1.6 * STALL)
+    else:
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
 
 
-def main(file, rank, processes, port, fault, devices):
+def main(folder, rank, processes, port, faults, devices):
     logging.basicConfig(level=logging.WARNING)
     jax.config.update("jax_num_cpu_devices", int(devices))
-    rank, folder = int(rank), pathlib.Path(file).parent
+    folder, rank = pathlib.Path(folder), int(rank)
+    mine = {
+        int(at): kind
+        for kind, who, at in (x.replace("@", ":").split(":") for x in faults.split(","))
+        if who == str(rank)
+    }
     lifeline = gc.initialize_elastic(f"localhost:{port}", int(processes), rank, timeout=TIMEOUT)
     mesh = gc.make_mesh()
     params = gc.place(problem.params(), mesh)
-    state, seen = (params, gc.init(optimizer(), params, mesh)), {}
-    made = lambda mesh: make(mesh, int(devices), fault, rank, seen)  # noqa: E731
-    history = []
-    for number, now, _ in gc.elastic(lifeline, made, state, range(STEPS), mesh, checkpoint=folder / "parts"):
-        history.append((number, time.monotonic(), jax.tree.map(own, now)))
-    pathlib.Path(file).write_bytes(pickle.dumps({"history": history, "seen": seen, "members": lifeline.members}))
+    state = {"params": params, "opt_state": gc.init(optimizer(), params, mesh), "step": 0}
+    out = (folder / str(rank)).open("wb", buffering=0)
+
+    def make(mesh):
+        train = gc.train_step(problem.loss_fn, optimizer(), mesh)
+        order = [device.process_index for device in mesh.devices.flat]
+
+        def run(state, step):
+            pickle.dump({"before": step, "order": order, "state": on_host(state)}, out)
+            if kind := mine.pop(step, None):
+                strike(kind)
+            batch = gc.shard_batch(rows_of(step, *gc.share_of(mesh)), mesh)
+            params, opt_state, loss = train(state["params"], state["opt_state"], batch)
+            return {"params": params, "opt_state": opt_state, "step": step + 1}, loss
+
+        return run
+
+    for step, now, _ in gc.elastic(lifeline, make, state, range(STEPS), checkpoint=folder / "parts"):
+        pickle.dump({"after": step, "members": lifeline.members, "state": on_host(now)}, out)
+
+
+def on_host(state):
+    return jax.tree.map(lambda x: own(x) if isinstance(x, jax.Array) else x, state)
 
 
 if __name__ == "__main__":
