@@ -104,7 +104,7 @@ def _joined(files: list[pathlib.Path], like: Any, target: Callable[[Any], Any]) 
         if not hasattr(x, "dtype"):
             return type(x)(y)
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(y, impl=jax.random.key_impl(x))
+            return jax.random.wrap_key_data(jnp.asarray(y), impl=jax.random.key_impl(x))
         return y.view(x.dtype) if y.dtype.kind == "V" else y  # numpy does not know jax's narrow types
 
     return jax.tree_util.tree_map_with_path(typed, like)

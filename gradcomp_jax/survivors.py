@@ -136,7 +136,7 @@ def _own_block(x: Any) -> np.ndarray:
 
 
 def parts_in(directory: str | os.PathLike, step: int | None) -> list[pathlib.Path]:
-    """The parts that survivors saved before a step, by default the last one that there is, in the order of processes."""
+    """The parts that survivors saved before a step, by default the last one that there is, by process."""
     steps: dict[int, list[pathlib.Path]] = {}
     for file in pathlib.Path(directory).glob("*/*.npz"):
         if file.parent.name.isdigit() and file.stem.isdigit():
