@@ -47,8 +47,8 @@ def elastic(
       steps: the numbers of the steps, such as range(1000); the same in all processes.
       mesh: the first mesh, by default of all devices.
       checkpoint: a directory that all processes can write to. Where survivors cannot go on, each writes what it holds
-        of the state to the file `step/process.npz` there; the step is the one that comes next. `restore(checkpoint, like)`
-        reads all of them. Without a directory nothing is saved.
+        of the state to the file `step/process.npz` there, step being the one that comes next. `restore(checkpoint,
+        like)` reads all of them. Without a directory nothing is saved.
 
     Yields:
       (step, state, result), once all survivors have done the step.

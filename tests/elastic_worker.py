@@ -44,7 +44,7 @@ def own(x):
 def strike(kind):
     """Does to this process what a fault says."""
     if kind == "slow":
-        time.sleep(1.6 * STALL)
+        time.sleep(1.3 * STALL)
     else:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
 

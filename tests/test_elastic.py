@@ -4,14 +4,12 @@ One run of four real processes suffers all faults, one after another, because ea
 """
 
 import os
-import pathlib
 import pickle
 import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 
 import chex
 import jax
