@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.lifeline import LOGGER, Lifeline, Met
 from gradcomp_jax.mesh import automatic, require_mesh
@@ -80,6 +82,7 @@ class _Crew:
         self._lifeline, self._make, self._checkpoint = lifeline, make, checkpoint
         self._mesh, self._run, self.state = mesh, make(mesh), state
         self._broken: set[tuple[int, ...]] = set()
+        self._connected: set[tuple[int, ...]] = set()
 
     def _agree(self, state: Any, upcoming: int) -> None:
         self.state, self._upcoming = state, upcoming
@@ -90,11 +93,17 @@ class _Crew:
         self._agree(self.state, step)
         while True:
             self._meet(well=True)  # a pause of one worker does not count as time inside a collective
-            outcome = _tried(self._run, self.state, step)
+            outcome = _tried(self._run_on_mesh, self.state, step)
             if outcome is not None:
                 _require_kept(self.state)
             if self._meet(outcome is not None, outcome) and outcome is not None:
                 return outcome[1]
+
+    def _run_on_mesh(self, state: Any, step: int) -> tuple[Any, Any]:
+        if _order(self._mesh) not in self._connected:
+            _connect(self._mesh)
+            self._connected.add(_order(self._mesh))
+        return self._run(state, step)
 
     def _meet(self, well: bool, outcome: tuple[Any, Any] | None = None) -> bool:
         """Whether all are well. If so, the state of the outcome is agreed on. Renews the mesh if need be."""
@@ -129,6 +138,21 @@ class _Crew:
         self._agree(moved(self.state, mesh), self._upcoming)
 
 
+def _connect(mesh: Mesh) -> None:
+    """Lets devices connect, which they do in their first collective, before the step is compiled.
+
+    There gloo waits for the dead without a limit. All have just met, so it is unlikely that one dies meanwhile.
+    """
+    names = tuple(mesh.axis_names)
+    for axes in dict.fromkeys((names, *((name,) for name in names))):  # the same order in each process
+        alike = functools.partial(jax.lax.psum, axis_name=axes)
+        summed = jax.shard_map(alike, mesh=mesh, in_specs=P(names), out_specs=P(names), check_vma=False)
+        ones = jax.make_array_from_callback(
+            (mesh.size,), NamedSharding(mesh, P(names)), lambda _: np.ones(1, np.float32)
+        )
+        jax.block_until_ready(jax.jit(summed)(ones))
+
+
 def _order(mesh: Mesh) -> tuple[int, ...]:
     return tuple(device.id for device in mesh.devices.flat)
 
@@ -143,7 +167,7 @@ def _tried(run: Callable[[Any, int], tuple[Any, Any]], state: Any, step: int) ->
     try:
         return jax.block_until_ready(tuple(run(state, step)))
     except (ValueError, jax.errors.JaxRuntimeError) as error:
-        if "Gloo" not in str(error):
+        if not any(library in str(error) for library in ("Gloo", "NCCL")):
             raise
         LOGGER.warning("step %s failed: %s", step, str(error).splitlines()[0])
         return None

@@ -33,7 +33,7 @@ TRY_AGAIN = 75
 """The exit code of a process that was ended: EX_TEMPFAIL of sysexits.h, which asks to be started again."""
 
 # Seconds: between signs of life; without one, until a process counts as dead; that a worker waits inside a collective.
-EVERY, SILENCE, STALL = 0.5, 5.0, 5
+EVERY, SILENCE, STALL = 0.5, 5.0, 8
 _KEYS = "gradcomp_jax/"
 _FLAGS = {
     "xla_cpu_collective_timeout_seconds": STALL,
@@ -188,7 +188,7 @@ class Lifeline:
                 self.end(f"no word from process {silent[0]} for {self.timeout:.0f} s, and the step does not end")
 
     def _farewell(self) -> None:
-        """Process 0 ends last, because the coordinator ends with it."""
+        """Process 0 ends last, because the coordinator ends with it, and jax's client would abort its process."""
         if self._broken.is_set():
             os._exit(TRY_AGAIN)
         self._client.key_value_set(f"{_KEYS}gone/{self.process}", "", allow_overwrite=True)
@@ -198,6 +198,9 @@ class Lifeline:
             if all(k in gone or self._silent(k, SILENCE) for k in self.members):
                 break
             time.sleep(0.05)
+        if self.process == 0:
+            time.sleep(EVERY)
+        jax.distributed.shutdown()
 
 
 def initialize_elastic(
@@ -248,7 +251,7 @@ def initialize_elastic(
 def _relay(address: str, broken: threading.Event) -> str:
     """An address of this process whose connections go on to another; they stay open when the other's side closes."""
     host, port = address.rsplit(":", 1)
-    kept = []
+    kept: list[Any] = []
 
     async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -261,8 +264,10 @@ def _relay(address: str, broken: threading.Event) -> str:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             onward = await asyncio.open_connection(host.strip("[]"), int(port))
-        except OSError:  # the coordinator is not up yet; the client tries again
-            writer.close()
+        except (OSError, RuntimeError):  # RuntimeError: Python ends, and starts no more threads
+            if not broken.is_set():
+                writer.close()  # the coordinator is not up yet; the client tries again
+            kept.append(writer)
             return
         kept.append((asyncio.ensure_future(pump(reader, onward[1])), writer))
         await pump(onward[0], writer)

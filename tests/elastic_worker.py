@@ -23,7 +23,7 @@ from gradcomp_jax.lifeline import STALL
 from tests import problem
 from tests.process_worker import ended
 
-STEPS, TIMEOUT, ROWS = 9, 12, 8
+STEPS, TIMEOUT, ROWS = 9, 20, 8
 
 
 def optimizer():
@@ -44,7 +44,7 @@ def own(x):
 def strike(kind):
     """Does to this process what a fault says."""
     if kind == "slow":
-        time.sleep(1.3 * STALL)
+        time.sleep(STALL + 1)
     else:
         os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[kind])
 
