@@ -49,7 +49,7 @@ def train(address, process):
         return run
 
     state = {"params": params, "opt_state": gcj.init(tx, params)}
-    for i, state, loss in gcj.elastic(lifeline, make, state, range(60)):  # noqa: B020 the last state stays
+    for i, _, loss in gcj.elastic(lifeline, make, state, range(60)):
         if i == 30 and process == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         if i % 10 == 9 and process == 0:

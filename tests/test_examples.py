@@ -57,6 +57,14 @@ def test_fewer_workers_go_on():
     assert all(after < before for before, after in itertools.pairwise(seen))
 
 
+def test_the_others_go_on_without_a_lost_worker():
+    output = run("lost_worker.py")
+    assert "the processes ended with [0, 0, -9]" in output
+    assert re.findall(r"(\d) workers", output) == ["3", "3", "3", "2", "2", "2"]
+    seen = losses(output)
+    assert seen[-1] < 0.5 * seen[0]
+
+
 @pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.py")), ids=lambda file: file.stem)
 def test_it_is_short_and_says_how_it_is_run(file):
     text = file.read_text()
