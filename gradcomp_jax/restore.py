@@ -94,7 +94,8 @@ def _joined(files: list[pathlib.Path], like: Any, target: Callable[[Any], Any]) 
     for file in files:
         with np.load(file) as arrays:
             parts.append(dict(arrays))
-    rows = _by_path(map_per_worker(lambda x: jax.tree.map(lambda _: True, x), like, lambda _: False))
+    differs = lambda x: x.shards is None or len(x.leading) > 1  # between workers, not only between their chips  # noqa: E731
+    rows = _by_path(map_per_worker(lambda x: jax.tree.map(lambda _: differs(x), x), like, lambda _: False))
     first = parts[0]
     joined = {k: np.concatenate([part[k] for part in parts]) if rows.get(k) else first[k] for k in first}
     target(joined)  # refuses another tree

@@ -173,21 +173,24 @@ class TestRows:
         return params, state
 
     @pytest.mark.parametrize(
-        "tx",
+        ("tx", "sizes"),
         [
-            problem.optimizer(gc.delayed(gc.powersgd(2))),
-            gc.diloco(optax.sgd(0.1), every=3),
+            (problem.optimizer(gc.delayed(gc.powersgd(2))), {"data": 4}),
+            (gc.diloco(optax.sgd(0.1), every=3), {"data": 4}),
+            (problem.optimizer(gc.across(gc.powersgd(2), slow="node", fast="local")), {"node": 4, "local": 2}),
         ],
-        ids=["delayed", "outer"],
+        ids=["delayed", "outer", "slices"],
     )
-    def test_rows_of_the_living_stay(self, tx):
-        whole = gc.make_mesh(4)
-        left = jax.sharding.Mesh(whole.devices[[0, 1, 3]], "data")
+    def test_rows_of_the_living_stay(self, tx, sizes):
+        whole = gc.make_mesh(sizes)
+        left = jax.sharding.Mesh(whole.devices[[0, 1, 3]], whole.axis_names)
         params, state = self.trained(tx, whole)
         new_params, new = moved((params, state), left)
         keep = lambda x: x[jnp.array([0, 1, 3])]  # noqa: E731
         expected = jax.tree.map(
-            lambda x: jax.tree.map(keep, x) if is_per_worker(x) else x, state, is_leaf=is_per_worker
+            lambda x: jax.tree.map(keep, x) if is_per_worker(x) and len(x.leading) == len(sizes) else x,
+            state,
+            is_leaf=is_per_worker,
         )
         chex.assert_trees_all_equal(*map(jax.device_get, (new, expected)))
         chex.assert_trees_all_equal(*map(jax.device_get, (new_params, params)))
