@@ -115,8 +115,10 @@ class Task(NamedTuple):
 def task_of(model: str, width: int) -> Task:
     """The task of a model in `MODELS`, of any width."""
     network = MODELS[model]
-    # Typed as a tuple of any length.
-    split: Any = lambda: nnx.split(network.make(width), nnx.Param, ...)
+
+    def split() -> Any:
+        return nnx.split(network.make(width), nnx.Param, ...)
+
     structure, _, rest = split()
 
     def loss_fn(params: Any, batch: Any) -> jax.Array:
@@ -157,6 +159,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", 5, "Steps of a turn.", lower_bound=1)
     flags.DEFINE_integer("dense_steps", 2, "Steps of a turn without compression.", lower_bound=1)
     flags.DEFINE_integer("warmup", 5, "Steps before the first turn, at least; they are not timed.", lower_bound=1)
+    flags.DEFINE_boolean("donate", False, "Let steps with a codec reuse the memory of their arguments.")
     flags.DEFINE_integer("devices", 2, "Workers, if there is one process.", lower_bound=1)
     flags.DEFINE_boolean("torch", False, "Measure PyTorch too.")
     flags.DEFINE_string("torch_python", sys.executable, "The Python that has torch.")
@@ -172,7 +175,7 @@ def cases(names: list[str], task: Task, mesh: Mesh) -> dict[str, timing.Case]:
     """A case for each method, by its name with its settings, after one for local steps."""
     inner = optax.sgd(FLAGS.lr, momentum=MOMENTUM)
     course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
-    trained = lambda tx, steps: timing.trained(task.loss_fn, tx, task.weights, mesh, steps)  # noqa: E731
+    trained = lambda tx, steps: timing.trained(task.loss_fn, tx, task.weights, mesh, steps, FLAGS.donate)  # noqa: E731
     found = {step_times.LOCAL: timing.alone(task.loss_fn, inner, task.weights, mesh, FLAGS.steps)}
     for name in names:
         if name in OUTER:
@@ -194,22 +197,22 @@ def measured(names: list[str], task: Task, mesh: Mesh, torch: torch_side.Process
     """
     meet, batch = timing.meeting(mesh), batch_of(task, mesh)
     ours = cases(names, task, mesh)
-    records = {("jax", name): step_times.case("jax", name) for name in ours}
-    records |= {("torch", name): step_times.case("torch", name) for name in torch_side.WAYS if torch}
+    theirs = {way: FLAGS.dense_steps if way == "ddp" else FLAGS.steps for way in torch_side.WAYS} if torch else {}
+    found = {("jax", name): step_times.case("jax", name) for name in ours}
+    found |= {("torch", name): step_times.case("torch", name) for name in theirs}
     for number in range(FLAGS.rounds + 1):
+        least = 1 if number else FLAGS.warmup  # the first turn compiles, and is not kept
         for name, case in ours.items():
-            steps = case.steps if number else max(case.steps, FLAGS.warmup)
+            steps = max(case.steps, least)
             before = step_times.sent_by(FLAGS.interface)
             ours[name], seconds, sent = timing.turn(case, batch, meet, steps)
             counted = (step_times.sent_by(FLAGS.interface) - before) / steps
-            if number:  # the first turn compiles
-                step_times.add(records["jax", name], seconds, counted, sent)
-        for name in torch_side.WAYS if torch else ():
-            steps = FLAGS.dense_steps if name == "ddp" else FLAGS.steps
-            found = torch.timed(name, steps if number else max(steps, FLAGS.warmup))  # type: ignore[union-attr]
-            if number:
-                step_times.add(records["torch", name], found["seconds"], found["counted"], None)
-    return list(records.values())
+            step_times.add(found["jax", name], seconds, counted, sent)
+        for name, steps in theirs.items():
+            assert torch
+            told = torch.timed(name, max(steps, least))
+            step_times.add(found["torch", name], told["seconds"], told["counted"], None)
+    return [step_times.without_first(record) for record in found.values()]
 
 
 def batch_of(task: Task, mesh: Mesh) -> Any:
@@ -303,6 +306,7 @@ def header(mesh: Mesh, task: Task, width: int, torch: dict[str, Any]) -> Record:
         "rate": FLAGS.rate,
         "cores_a_host": len(os.sched_getaffinity(0)),
         "rounds": FLAGS.rounds,
+        "donate": FLAGS.donate,
         "hardware": step_times.hardware(),
         "jax": jax.__version__,
         "torch": torch.get("torch"),
@@ -310,7 +314,9 @@ def header(mesh: Mesh, task: Task, width: int, torch: dict[str, Any]) -> Record:
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "experiments.end_to_end", *sys.argv[1:]]),
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(("XLA_", "MALLOC_"))},
+        "environment": {
+            key: value for key, value in os.environ.items() if key.startswith(("XLA_", "MALLOC_", "GLIBC_"))
+        },
     }
 
 

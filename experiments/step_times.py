@@ -77,6 +77,11 @@ def add(record: Record, seconds: float, counted: float, sent: float | None) -> N
     record["wire_bytes"] = None if sent is None else round(sent)
 
 
+def without_first(record: Record) -> Record:
+    """The case without the figures of its first round."""
+    return record | {key: record[key][1:] for key in ("ms", "counted_bytes")}
+
+
 def sent_by(interface: str) -> int:
     """The bytes that an interface of this host has sent; 0 for none."""
     return int(pathlib.Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text()) if interface else 0

@@ -70,18 +70,26 @@ def alone(
         return jax.tree.map(lambda x: x[None], (params, inner.init(params)))
 
     each = P(mesh.axis_names)
-    # Without donation, which on CPUs would copy what it gives away.
+    # Without donation: on CPUs such a step then needs a buffer of the gradients' size more.
     step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=each, out_specs=each))
     params, state = jax.jit(jax.shard_map(first, mesh=mesh, in_specs=(), out_specs=each, check_vma=False))()
     return Case(step, params, state, steps, lambda _: 0.0)
 
 
-def trained(loss_fn: Any, tx: optax.GradientTransformation, weights: Callable[[], Any], mesh: Mesh, steps: int) -> Case:
-    """Steps of `train_step`; the arguments are those of `alone`."""
+def trained(
+    loss_fn: Any,
+    tx: optax.GradientTransformation,
+    weights: Callable[[], Any],
+    mesh: Mesh,
+    steps: int,
+    donate: bool = False,
+) -> Case:
+    """Steps of `train_step`; `donate` is its own, and the other arguments are those of `alone`."""
     # Made by every host: jax would compare an array of one host with the others' over the link.
     params = jax.jit(weights, out_shardings=NamedSharding(mesh, P()))()
     state = gcj.init(tx, params, mesh)
-    return Case(gcj.train_step(loss_fn, tx, mesh), params, state, steps, lambda state: gcj.wire_bits(state).total / 8)
+    step = gcj.train_step(loss_fn, tx, mesh, donate=donate)
+    return Case(step, params, state, steps, lambda state: gcj.wire_bits(state).total / 8)
 
 
 def meeting(mesh: Mesh) -> Callable[[], None]:
