@@ -39,7 +39,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import gradcomp_jax as gcj
-from experiments import cluster, codecs, command, display, step_times, timing, torch_side
+from experiments import cluster, codecs, command, display, step_times, torch_side, turns
 from experiments.models import layers, resnet
 from experiments.models.transformer import Transformer
 from experiments.step_times import Record
@@ -163,20 +163,28 @@ def define_flags() -> None:
     flags.DEFINE_integer("devices", 2, "Workers, if there is one process.", lower_bound=1)
     flags.DEFINE_boolean("torch", False, "Measure PyTorch too.")
     flags.DEFINE_string("torch_python", sys.executable, "The Python that has torch.")
-    flags.DEFINE_string("interface", "", "The network interface whose bytes are counted, such as eth0.")
-    flags.DEFINE_string("rate", "", "The rate of the links, such as 1gbit, for the records.")
+    flags.DEFINE_string(
+        "interface",
+        os.environ.get("GLOO_SOCKET_IFNAME", ""),
+        "The network interface whose bytes are counted, such as eth0; by default GLOO_SOCKET_IFNAME.",
+    )
+    flags.DEFINE_string(
+        "rate",
+        os.environ.get("LAB_RATE", ""),
+        "The rate of the links, such as 1gbit, for the records; by default LAB_RATE, which experiments.lab sets.",
+    )
     flags.DEFINE_string("out", None, "A file for the records.")
     flags.DEFINE_list("runs", [], "Files of records to show, instead of measuring; patterns may stand for several.")
     flags.DEFINE_string("figure", None, "A PNG for the figure of the records.")
     cluster.declare_key_flags()
 
 
-def cases(names: list[str], task: Task, mesh: Mesh) -> dict[str, timing.Case]:
+def cases(names: list[str], task: Task, mesh: Mesh) -> dict[str, turns.Case]:
     """A case for each method, by its name with its settings, after one for local steps."""
     inner = optax.sgd(FLAGS.lr, momentum=MOMENTUM)
     course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
-    trained = lambda tx, steps: timing.trained(task.loss_fn, tx, task.weights, mesh, steps, FLAGS.donate)  # noqa: E731
-    found = {step_times.LOCAL: timing.alone(task.loss_fn, inner, task.weights, mesh, FLAGS.steps)}
+    trained = lambda tx, steps: turns.trained(task.loss_fn, tx, task.weights, mesh, steps, FLAGS.donate)  # noqa: E731
+    found = {step_times.LOCAL: turns.alone(task.loss_fn, inner, task.weights, mesh, FLAGS.steps)}
     for name in names:
         if name in OUTER:
             found[f"{name} every={FLAGS.every}"] = trained(OUTER[name](inner, every=FLAGS.every), FLAGS.every)
@@ -195,7 +203,7 @@ def measured(names: list[str], task: Task, mesh: Mesh, torch: torch_side.Process
       mesh: the workers.
       torch: PyTorch's process, or None.
     """
-    meet, batch = timing.meeting(mesh), batch_of(task, mesh)
+    meet, batch = turns.meeting(mesh), batch_of(task, mesh)
     ours = cases(names, task, mesh)
     theirs = {way: FLAGS.dense_steps if way == "ddp" else FLAGS.steps for way in torch_side.WAYS} if torch else {}
     found = {("jax", name): step_times.case("jax", name) for name in ours}
@@ -205,7 +213,7 @@ def measured(names: list[str], task: Task, mesh: Mesh, torch: torch_side.Process
         for name, case in ours.items():
             steps = max(case.steps, least)
             before = step_times.sent_by(FLAGS.interface)
-            ours[name], seconds, sent = timing.turn(case, batch, meet, steps)
+            ours[name], seconds, sent = turns.turn(case, batch, meet, steps)
             counted = (step_times.sent_by(FLAGS.interface) - before) / steps
             step_times.add(found["jax", name], seconds, counted, sent)
         for name, steps in theirs.items():

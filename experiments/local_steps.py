@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gradcomp_jax as gcj
-from experiments import cluster, command, timing
+from experiments import cluster, command, turns
 
 FLAGS = flags.FLAGS
 
@@ -69,14 +69,14 @@ def loss_fn(params: Any, rows: jax.Array) -> jax.Array:
     return jnp.mean((x - rows[:, ::-1]) ** 2)
 
 
-def cases(mesh: Mesh) -> dict[str, timing.Case]:
+def cases(mesh: Mesh) -> dict[str, turns.Case]:
     """All cases by name."""
     adamw = optax.adamw(1e-4)
     # A period that no round fills: no step of it exchanges anything.
     alone = gcj.outer(adamw, every=10 * FLAGS.every * (FLAGS.rounds + 1), codec=gcj.none())
-    trained = lambda tx, steps: timing.trained(loss_fn, tx, weights, mesh, steps)  # noqa: E731
+    trained = lambda tx, steps: turns.trained(loss_fn, tx, weights, mesh, steps)  # noqa: E731
     found = {
-        "plain": timing.alone(loss_fn, adamw, weights, mesh, FLAGS.every),
+        "plain": turns.alone(loss_fn, adamw, weights, mesh, FLAGS.every),
         "local steps": trained(alone, FLAGS.every),
     }
     for name in FLAGS.method:
@@ -101,22 +101,24 @@ def main() -> None:
             out_specs=P("data"),
         )
     )()
-    times, sent = timings(cases(mesh), rows, timing.meeting(mesh))
+    times, sent = timings(cases(mesh), rows, turns.meeting(mesh))
     if jax.process_index() == 0:
         show(mesh.size, times, sent)
 
 
 def timings(
-    timed: dict[str, timing.Case], rows: jax.Array, meet: Callable[[], None]
+    timed: dict[str, turns.Case], rows: jax.Array, meet: Callable[[], None]
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
     """The seconds that a step of each case took, round by round; and the bytes that a worker sends in a period."""
     times: dict[str, list[float]] = {name: [] for name in timed}
     sent: dict[str, float] = {}
     # Dense steps come last: what follows their long messages is slower. Every other round has the reverse order.
     order = [[name for name in timed if (name == "dense") == last] for last in (False, True)]
-    turns = [(turn, name) for names in order for turn in range(FLAGS.rounds + 1) for name in names[:: (-1) ** turn]]
-    for turn, name in turns:
-        timed[name], seconds, sent_in_step = timing.turn(timed[name], rows, meet)
+    order_of_turns = [
+        (turn, name) for names in order for turn in range(FLAGS.rounds + 1) for name in names[:: (-1) ** turn]
+    ]
+    for turn, name in order_of_turns:
+        timed[name], seconds, sent_in_step = turns.turn(timed[name], rows, meet)
         sent[name] = sent_in_step * FLAGS.every
         if turn:  # the first turn compiles
             times[name].append(seconds)
