@@ -16,6 +16,13 @@ powerSGD_hook. In each round all cases take their turn, first ours, then PyTorch
 is --steps steps, or --dense_steps without compression, or a whole period with outer steps. The table has medians over
 the rounds.
 
+On CPUs XLA and PyTorch ask for large buffers anew in each step, and glibc gives them back to the system, which costs
+page faults. These variables in the environment of both sides keep them; the records have them:
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=4000000000 MALLOC_ARENA_MAX=1 GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+
+Without MALLOC_ARENA_MAX=1 buffers above 64 MB are still given back. The last one asks for pages of 2 MB.
+
 --out writes records as JSON lines: a header, then a line for each case. With --runs nothing is measured: the tables and
 the figure are of records that are there already.
 """

@@ -165,10 +165,8 @@ def notes(run: Run) -> list[str]:
     if ours is None or theirs is None:
         return []
     added, theirs_added = run.added(ours), run.added(theirs)
-    return [
-        f"PowerSGD adds {added:.1f} ms to a local step here, and {theirs_added:.1f} ms in PyTorch: "
-        f"{added / theirs_added:.2f} of that."
-    ]
+    share = f": {added / theirs_added:.2f} of that" if theirs_added > 0 else ""
+    return [f"PowerSGD adds {added:.1f} ms to a local step here, and {theirs_added:.1f} ms in PyTorch{share}."]
 
 
 @matplotlib.rc_context(figures.STYLE)

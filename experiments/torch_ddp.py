@@ -127,7 +127,7 @@ def load(model: nn.Module, arrays: Any) -> None:
     state = {}
     for path in arrays:
         *module, leaf = [part for part in path.split("/") if part != "layers"]
-        x = torch.from_numpy(arrays[path])
+        x = torch.tensor(arrays[path])
         x = x.permute(x.ndim - 1, x.ndim - 2, *range(x.ndim - 2)).contiguous() if leaf == "kernel" else x
         state[".".join([*module, names.get(leaf, leaf)])] = x
     model.load_state_dict(state)
