@@ -17,9 +17,8 @@ bytes that a worker sends in a period, by wire_bits.
 """
 
 import statistics
-import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gradcomp_jax as gcj
-from experiments import cluster, command
+from experiments import cluster, command, turns
 
 FLAGS = flags.FLAGS
 
@@ -53,24 +52,6 @@ flags.DEFINE_float("mbit", None, "Mbit/s of the link of each host, to tell the l
 LAYERS = 16
 
 
-class Case(NamedTuple):
-    """What is timed.
-
-    Attributes:
-      step: (parameters, state, batch) -> (parameters, state, ...).
-      params: the parameters to start from.
-      state: the state to start from.
-      steps: the steps of a round.
-      bytes: a function from the state to the bytes that a worker has sent in all.
-    """
-
-    step: Any
-    params: Any
-    state: Any
-    steps: int
-    bytes: Callable[[Any], float]
-
-
 def weights() -> dict[str, jax.Array]:
     """The parameters: as many layers as there are, with biases and gains."""
     width, keys = FLAGS.width, jax.random.split(jax.random.key(0), LAYERS)
@@ -88,50 +69,21 @@ def loss_fn(params: Any, rows: jax.Array) -> jax.Array:
     return jnp.mean((x - rows[:, ::-1]) ** 2)
 
 
-def plain(mesh: Mesh, inner: optax.GradientTransformation) -> Case:
-    """Local steps by optax alone; each worker has parameters of its own."""
-
-    def worker(params: Any, state: Any, rows: jax.Array) -> Any:
-        params, state = (jax.tree.map(lambda x: x[0], tree) for tree in (params, state))
-        loss, grads = jax.value_and_grad(loss_fn)(params, rows)
-        updates, state = inner.update(grads, state, params)
-        params = optax.apply_updates(params, updates)
-        return jax.tree.map(lambda x: x[None], (params, state, loss))
-
-    each = P("data")
-    # Without donation, which on CPUs would copy what it gives away.
-    step = jax.jit(jax.shard_map(worker, mesh=mesh, in_specs=each, out_specs=each))
-    first = jax.shard_map(
-        lambda: jax.tree.map(lambda x: x[None], (weights(), inner.init(weights()))),
-        mesh=mesh,
-        in_specs=(),
-        out_specs=each,
-        check_vma=False,
-    )
-    params, state = jax.jit(first)()
-    return Case(step, params, state, FLAGS.every, lambda _: 0.0)
-
-
-def trained(mesh: Mesh, tx: optax.GradientTransformation, steps: int) -> Case:
-    """Steps of `train_step`."""
-    # Made by every host: jax would compare an array of one host with the others' over the link.
-    replicated = jax.sharding.NamedSharding(mesh, P())
-    params = jax.jit(weights, out_shardings=replicated)()
-    state = gcj.init(tx, params, mesh)
-    return Case(gcj.train_step(loss_fn, tx, mesh), params, state, steps, lambda s: gcj.wire_bits(s).total / 8)
-
-
-def cases(mesh: Mesh) -> dict[str, Case]:
+def cases(mesh: Mesh) -> dict[str, turns.Case]:
     """All cases by name."""
     adamw = optax.adamw(1e-4)
     # A period that no round fills: no step of it exchanges anything.
     alone = gcj.outer(adamw, every=10 * FLAGS.every * (FLAGS.rounds + 1), codec=gcj.none())
-    found = {"plain": plain(mesh, adamw), "local steps": trained(mesh, alone, FLAGS.every)}
+    trained = lambda tx, steps: turns.trained(loss_fn, tx, weights, mesh, steps)  # noqa: E731
+    found = {
+        "plain": turns.alone(loss_fn, adamw, weights, mesh, FLAGS.every),
+        "local steps": trained(alone, FLAGS.every),
+    }
     for name in FLAGS.method:
         inner = optax.contrib.muon(1e-4) if name == "muloco" else adamw
-        found[name] = trained(mesh, METHODS[name](inner, every=FLAGS.every), FLAGS.every)
+        found[name] = trained(METHODS[name](inner, every=FLAGS.every), FLAGS.every)
     if FLAGS.dense_steps:
-        found["dense"] = trained(mesh, optax.chain(gcj.none(), adamw), FLAGS.dense_steps)
+        found["dense"] = trained(optax.chain(gcj.none(), adamw), FLAGS.dense_steps)
     return found
 
 
@@ -149,31 +101,27 @@ def main() -> None:
             out_specs=P("data"),
         )
     )()
-    times, sent = timings(cases(mesh), rows)
+    times, sent = timings(cases(mesh), rows, turns.meeting(mesh))
     if jax.process_index() == 0:
         show(mesh.size, times, sent)
 
 
-def timings(timed: dict[str, Case], rows: jax.Array) -> tuple[dict[str, list[float]], dict[str, float]]:
+def timings(
+    timed: dict[str, turns.Case], rows: jax.Array, meet: Callable[[], None]
+) -> tuple[dict[str, list[float]], dict[str, float]]:
     """The seconds that a step of each case took, round by round; and the bytes that a worker sends in a period."""
     times: dict[str, list[float]] = {name: [] for name in timed}
-    held = {name: (case.params, case.state) for name, case in timed.items()}
-    ready = jax.jit(lambda x: jnp.sum(x[:, :1]))  # over all workers, so that they begin and end together
     sent: dict[str, float] = {}
     # Dense steps come last: what follows their long messages is slower. Every other round has the reverse order.
     order = [[name for name in timed if (name == "dense") == last] for last in (False, True)]
-    turns = [(turn, name) for names in order for turn in range(FLAGS.rounds + 1) for name in names[:: (-1) ** turn]]
-    for turn, name in turns:
-        case, (params, state) = timed[name], held[name]
-        jax.block_until_ready(ready(rows))
-        before, began = case.bytes(state), time.perf_counter()
-        for _ in range(case.steps):
-            params, state, *_ = case.step(params, state, rows)
-        jax.block_until_ready((params, state))
-        jax.block_until_ready(ready(rows))  # the slowest host counts, as it does in an exchange
+    order_of_turns = [
+        (turn, name) for names in order for turn in range(FLAGS.rounds + 1) for name in names[:: (-1) ** turn]
+    ]
+    for turn, name in order_of_turns:
+        timed[name], seconds, sent_in_step = turns.turn(timed[name], rows, meet)
+        sent[name] = sent_in_step * FLAGS.every
         if turn:  # the first turn compiles
-            times[name].append((time.perf_counter() - began) / case.steps)
-        held[name], sent[name] = (params, state), (case.bytes(state) - before) * FLAGS.every / case.steps
+            times[name].append(seconds)
     return times, sent
 
 

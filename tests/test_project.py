@@ -18,8 +18,8 @@ PAGES = ["README.md", "WORKSPACE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
 PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 # What fences on pages may begin with: "python" runs here, "sh" is for a shell, "text" is neither.
 FENCES = {"python", "sh", "text", "diff"}
-# These bring compilers or a web site's generator, which the other parts do without.
-APART = {"certify", "docs"}
+# These bring compilers, a web site's generator or PyTorch, which the other parts do without.
+APART = {"certify", "docs", "torch"}
 every_page = pytest.mark.parametrize("page", PAGES)
 
 
