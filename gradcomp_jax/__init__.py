@@ -46,6 +46,7 @@ from gradcomp_jax.outer_state import OuterState, absent, held, local_params
 from gradcomp_jax.parallel import data_parallel
 from gradcomp_jax.per_layer import PerLayerState, per_layer
 from gradcomp_jax.placing import init, place, shard_batch
+from gradcomp_jax.planner import Plan, plan
 from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
 from gradcomp_jax.sharding import PerWorker, global_state, local_state, state_specs
@@ -93,6 +94,7 @@ __all__ = [
     "OuterState",
     "PerLayerState",
     "PerWorker",
+    "Plan",
     "PowerSGDState",
     "QSGDState",
     "ScheduledState",
@@ -134,6 +136,7 @@ __all__ = [
     "outer",
     "per_layer",
     "place",
+    "plan",
     "powersgd",
     "qsgd",
     "randomblock",
