@@ -26,7 +26,9 @@ from gradcomp_jax.outer import Outer
 from gradcomp_jax.planner import candidates, cost, table, work
 from gradcomp_jax.planner.candidates import Candidate
 from gradcomp_jax.planner.cost import Cost, Link, Talk
-from gradcomp_jax.planner.targets import UTILISATION, Device, device_of, link_of
+from gradcomp_jax.planner.targets import DEVICES, UTILISATION, Device, device_of, link_of
+
+__all__ = ["DEVICES", "Device", "Link", "Plan", "Row", "plan"]
 
 # A codec must be predicted to be faster by this part; and of codecs within CLOSE of the fastest, the one that changes
 # training least is recommended.

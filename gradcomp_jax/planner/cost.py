@@ -117,6 +117,19 @@ def total(talks: Iterable[Talk], link: Link) -> float:
     return math.fsum(seconds(talk, link) for talk in talks)
 
 
+def fitted_link(workers: int, empty: float, full: float, size: int) -> Link:
+    """The link on which a ring's all-reduces take the seconds that were measured.
+
+    Args:
+      workers: the number of workers, 2 or more.
+      empty: the seconds of an all-reduce of almost nothing.
+      full: the seconds of an all-reduce of `size` bytes.
+      size: the bytes.
+    """
+    passing = max(full - empty, 1e-9)
+    return Link(8 * HEADERS * Talk("all-reduce", size, workers).sent / passing, empty / (2 * (workers - 1)))
+
+
 class Choice(NamedTuple):
     """A choice among steps.
 

@@ -33,25 +33,25 @@ class Program(NamedTuple):
 
     Attributes:
       function: a jitted function.
-      arguments: a function that makes its arguments; the first is given away, and replaced by the first result.
+      arguments: a random key -> its arguments; the first is given away, and replaced by the first result.
       times: how often it runs in an exchange.
     """
 
     function: Any
-    arguments: Callable[[], tuple[Any, ...]]
+    arguments: Callable[[jax.Array], tuple[Any, ...]]
     times: float
 
     def counted(self, device: Device) -> float:
         """The seconds on a device that need not be here: from XLA's counts, of the program as compiled here."""
         with quiet():
-            compiled = self.function.lower(*jax.eval_shape(self.arguments)).compile()
+            compiled = self.function.lower(*jax.eval_shape(self.arguments, jax.random.key(0))).compile()
         cost = compiled.cost_analysis() or {}
         return self.times * device.codec_seconds(cost.get("flops", 0.0), cost.get("bytes accessed", 0.0))
 
     def timed(self, repeats: int) -> float:
         """The seconds here: the median of some runs."""
         with quiet():
-            given, *others = jax.block_until_ready(jax.jit(self.arguments)())
+            given, *others = jax.block_until_ready(jax.jit(self.arguments)(jax.random.key(0)))
             given, *_ = jax.block_until_ready(self.function(given, *others))  # compiles
         seconds = []
         for _ in range(repeats):
@@ -73,7 +73,7 @@ def local_step(
         return (optax.apply_updates(params, updates), state), loss
 
     copied = lambda: jax.tree.map(lambda x: jnp.array(x, copy=True), params)  # noqa: E731
-    return Program(jax.jit(step, donate_argnums=0), lambda: ((copied(), optimizer.init(params)), batch), 1.0)
+    return Program(jax.jit(step, donate_argnums=0), lambda _: ((copied(), optimizer.init(params)), batch), 1.0)
 
 
 def operations(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> float:
@@ -114,8 +114,8 @@ def exchange(tx: optax.GradientTransformation, params: Any, workers: Workers) ->
         updates, state = update_of(tx, mesh.shape, grads, state, params, jnp.float32(0))
         return state, updates
 
-    def arguments() -> tuple[Any, Any, Any]:
-        values = noise(params)
+    def arguments(key: jax.Array) -> tuple[Any, Any, Any]:
+        values = noise(params, key)
         return on_mesh(tx.init)(values), values, values
 
     programs = [Program(jax.jit(on_mesh(step), donate_argnums=0), arguments, 1 / dry.chips_of(dry.called[0]))]
@@ -127,10 +127,10 @@ def exchange(tx: optax.GradientTransformation, params: Any, workers: Workers) ->
     return programs
 
 
-def noise(params: Any) -> Any:
-    """Values of the parameters' shapes."""
+def noise(params: Any, key: jax.Array) -> Any:
+    """Random values of these shapes and types."""
     leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(0), len(leaves))
+    keys = jax.random.split(key, len(leaves))
     drawn = [0.01 * jax.random.normal(k, x.shape, jnp.float32) for k, x in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(treedef, [d.astype(x.dtype) for d, x in zip(drawn, leaves, strict=True)])
 
@@ -139,16 +139,16 @@ def _further(said: Round, times: int) -> Program:
     """Adds what another worker's codes stand for."""
     words = [jax.ShapeDtypeStruct(word.shape, jnp.float32) for word in said.coded]
 
-    def groups(key: Any) -> Any:
-        ys = said.coder.lay_all([jnp.zeros(x.shape, x.dtype) for x in words])
+    def groups(xs: Sequence[Any], key: Any) -> Any:
+        ys = said.coder.lay_all(xs)
         strengths: Sequence[Any] = [word.strength or 0 for word in said.coded][: len(ys)]
         return grouped(said.coder, ys, 1, key, strengths, draws=key is not None)
 
     def decode(totals: Any, messages: Any) -> tuple[Any, ...]:
-        return (add_each(groups(None), totals, messages, 2),)
+        return (add_each(groups([jnp.zeros(x.shape, x.dtype) for x in words], None), totals, messages, 2),)
 
-    def arguments() -> tuple[Any, Any]:
-        made = groups(jax.random.key(0))
+    def arguments(key: jax.Array) -> tuple[Any, Any]:
+        made = groups(noise(words, key), key)
         return [list(group.ys) for group in made], [row(message, 0) for message in encode_each(made)]
 
     return Program(jax.jit(decode, donate_argnums=0), arguments, times)
