@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractMesh
 
 from gradcomp_jax.across import across
 from gradcomp_jax.arguments import shown
@@ -25,7 +25,7 @@ from gradcomp_jax.describe.dry import shapes_of
 from gradcomp_jax.outer import Outer
 from gradcomp_jax.planner import candidates, cost, table, work
 from gradcomp_jax.planner.candidates import Candidate
-from gradcomp_jax.planner.cost import Cost, Link, Talk
+from gradcomp_jax.planner.cost import Cost, Link
 from gradcomp_jax.planner.targets import DEVICES, UTILISATION, Device, device_of, link_of
 
 __all__ = ["DEVICES", "Device", "Link", "Plan", "Row", "plan"]
@@ -189,7 +189,7 @@ def plan(
     shapes = shapes_of(params)
     compute, told = _compute(loss_fn, params, batch, chosen, step_seconds, optimizer, repeats)
     platform = jax.default_backend() if chosen is None else chosen.platform
-    among = _workers(workers, devices_per_worker, platform)
+    among = work.absent(workers, devices_per_worker, platform)
     target = _Target(among, devices_per_worker, link, chosen, platform, repeats, overlap)
     dense = across(none()) if devices_per_worker > 1 else none()
     every = {DENSE: Candidate(dense, "")} | _candidates(codecs, optimizer, devices_per_worker)
@@ -231,14 +231,6 @@ def _compute(
     return work.local_step(loss_fn, optimizer, params, batch).timed(repeats), "timed here"
 
 
-def _workers(workers: int, devices: int, platform: str) -> AbstractMesh:
-    """The mesh of a target, without devices."""
-    axes = {"node": workers, "local": devices} if devices > 1 else {"data": workers}
-    kind = AbstractDevice(platform, None, platform)
-    automatic = (AxisType.Auto,) * len(axes)
-    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=automatic, abstract_device=kind)
-
-
 def _candidates(
     given: Mapping[str, optax.GradientTransformation] | None, optimizer: optax.GradientTransformation, devices: int
 ) -> dict[str, Candidate]:
@@ -255,11 +247,11 @@ def _candidates(
 
 def _row(name: str, one: Candidate, params: Any, compute: float, target: _Target, dense: Row | None) -> Row:
     told = describe(one.tx, params, target.workers)
-    between, inside = _talks(told, target)
+    between, inside = work.talks(told)
     is_outer = isinstance(one.tx, Outer)
     spent = Cost(
         compute,
-        _codec_seconds(one.tx, params, target),
+        work.codec_seconds(one.tx, params, target.workers, target.device, target.repeats),
         cost.total(between, target.link.shared(target.devices)),
         # Local steps average the gradients of a worker's devices, which an uncompressed exchange does too.
         dense.cost.inside if is_outer and dense else cost.total(inside, _inside(target)),
@@ -278,32 +270,10 @@ def _row(name: str, one: Candidate, params: Any, compute: float, target: _Target
     )
 
 
-def _talks(told: Description, target: _Target) -> tuple[list[Talk], list[Talk]]:
-    """The collectives between workers, and those inside a worker."""
-    found: tuple[list[Talk], list[Talk]] = ([], [])
-    slow = target.workers.axis_names[0]
-    for x in told.collectives:
-        n = math.prod(told.workers[axis] for axis in x.axes)
-        # On CPUs each operand is a message of its own; elsewhere those of one collective travel together.
-        found[slow not in x.axes].append(Talk(x.kind, x.bytes, n, x.times if target.platform == "cpu" else x.calls))
-    return found
-
-
 def _inside(target: _Target) -> Link:
     if target.device is None and target.devices > 1:
         raise ValueError("devices_per_worker above 1 needs device=, whose link inside a worker is known")
     return target.link if target.device is None else target.device.inside
-
-
-def _codec_seconds(tx: optax.GradientTransformation, params: Any, target: _Target) -> float:
-    """The seconds that a device spends on the codec in an exchange."""
-    few, times = work.reduced(params)
-    try:
-        programs = work.exchange(tx, few, target.workers)
-    except ValueError:  # such as a rule by paths that nothing of the reduced tree follows
-        programs, times = work.exchange(tx, params, target.workers), 1.0
-    each = [x.timed(target.repeats) if target.device is None else x.counted(target.device) for x in programs]
-    return times * math.fsum(each)
 
 
 def _overlap(name: str, told: Description, target: _Target) -> float:

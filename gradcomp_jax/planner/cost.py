@@ -100,13 +100,17 @@ class Cost(NamedTuple):
         return self.compute + (self.codec + self.wire) / self.every + self.inside - self.hidden
 
 
+def hops(kind: str, workers: int) -> int:
+    """The messages of a collective that wait for one another, in a ring."""
+    return {"all-reduce": 2 * (workers - 1), "collective-permute": 1}.get(kind, workers - 1)
+
+
 def seconds(talk: Talk, link: Link) -> float:
     """The seconds that a collective takes on a link of each worker."""
     n, calls = talk.workers, talk.calls
     if n == 1:
         return 0.0
-    hops = {"all-reduce": 2 * (n - 1), "collective-permute": 1}.get(talk.kind, n - 1)
-    ring = calls * hops * link.latency_seconds + link.seconds(talk.sent)
+    ring = calls * hops(talk.kind, n) * link.latency_seconds + link.seconds(talk.sent)
     if talk.kind != "all-reduce":
         return ring
     return min(ring, calls * 2 * math.ceil(math.log2(n)) * link.latency_seconds + link.seconds(2 * talk.bytes))

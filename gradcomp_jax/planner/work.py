@@ -6,6 +6,7 @@ are shuffled or go round a ring, about one further payload.
 """
 
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import known
 from gradcomp_jax.agreement import update_of
+from gradcomp_jax.describe import Description
 from gradcomp_jax.describe.dry import Workers, dry_run
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.exchange.shards import add_each, encode_each, grouped, row
@@ -25,6 +28,7 @@ from gradcomp_jax.exchange.shares import Round
 from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.notes import quiet
 from gradcomp_jax.outer import Outer
+from gradcomp_jax.planner.cost import Talk
 from gradcomp_jax.planner.targets import Device
 
 
@@ -90,6 +94,37 @@ def operations(loss_fn: Callable[[Any, Any], Any], params: Any, batch: Any) -> f
         )
     cost = traced.lower().cost_analysis() or {}
     return float(cost["flops"])
+
+
+def absent(workers: int, devices: int, platform: str) -> AbstractMesh:
+    """A mesh without devices: workers along "data", or along "node" with so many devices each along "local"."""
+    axes = {"node": workers, "local": devices} if devices > 1 else {"data": workers}
+    kind = AbstractDevice(platform, None, platform)
+    automatic = (AxisType.Auto,) * len(axes)
+    return AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=automatic, abstract_device=kind)
+
+
+def talks(told: Description) -> tuple[list[Talk], list[Talk]]:
+    """The collectives of an exchange on an `absent` mesh: those between workers, and those inside a worker."""
+    found: tuple[list[Talk], list[Talk]] = ([], [])
+    slow = next(iter(told.workers))
+    for x in told.collectives:
+        n = math.prod(told.workers[axis] for axis in x.axes)
+        # On CPUs each operand is a message of its own; elsewhere those of one collective travel together.
+        found[slow not in x.axes].append(Talk(x.kind, x.bytes, n, x.times if told.platform == "cpu" else x.calls))
+    return found
+
+
+def codec_seconds(
+    tx: optax.GradientTransformation, params: Any, workers: Workers, device: Device | None, repeats: int = 1
+) -> float:
+    """The seconds that a device spends on the codec in an exchange; without `device` they are timed here."""
+    few, times = reduced(params)
+    try:
+        programs = exchange(tx, few, workers)
+    except ValueError:  # such as a rule by paths that nothing of the reduced tree follows
+        programs, times = exchange(tx, params, workers), 1.0
+    return times * math.fsum(x.timed(repeats) if device is None else x.counted(device) for x in programs)
 
 
 def reduced(params: Any) -> tuple[Any, float]:
