@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from experiments import plan, predicted
+from experiments import plan, predicted, scale
 from gradcomp_jax.planner import work
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -101,3 +102,21 @@ def test_a_transformer_s_operations_are_about_six_for_each_parameter_and_symbol(
     params, batch = jax.eval_shape(task.params), jax.eval_shape(task.batch)
     size = sum(x.size for x in jax.tree.leaves(params))
     assert work.operations(task.loss_fn, params, batch) == pytest.approx(6 * size * 256, rel=0.15)
+
+
+def test_the_map_shows_what_is_chosen_where(tmp_path):
+    shape = (len(scale.WORKERS), len(scale.RATES))
+    wire = np.broadcast_to(1e9 / scale.RATES, shape)  # a second at 1 Gbit/s
+    steps = {"none": 1 + wire, "gentle": 1 + wire / 2, "strong": 1.5 + wire / 100, "rare": 1.1 + wire / 100}
+    every_step = scale.chosen(steps, ["gentle", "strong"], "none")
+    allowed = scale.further(steps, ["rare"], every_step)
+    at = lambda best, rate: best[0][np.argmin(abs(scale.RATES - rate))]  # noqa: E731
+    assert [at(every_step, rate) for rate in (1e8, 1e9, 4e11)] == ["strong", "gentle", "none"]
+    assert [at(allowed, rate) for rate in (1e8, 1e9, 4e11)] == ["rare", "rare", "none"]
+    chart = scale.Chart(scale.CASES[0], 1.0, steps, (every_step, allowed), wire > 1)
+    scale.draw([chart], tmp_path / "map.png", "predicted")
+    assert (tmp_path / "map.png").stat().st_size > 10_000
+    last = float(next(iter(scale.ends([chart]).columns[1].cells)))
+    assert (
+        4.5 / 1.27 < last <= 4.5
+    )  # Gbit/s: there half of the exchange is a tenth of what is left, and rates are 1.26 apart
