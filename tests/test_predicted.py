@@ -117,6 +117,4 @@ def test_the_map_shows_what_is_chosen_where(tmp_path):
     scale.draw([chart], tmp_path / "map.png", "predicted")
     assert (tmp_path / "map.png").stat().st_size > 10_000
     last = float(next(iter(scale.ends([chart]).columns[1].cells)))
-    assert (
-        4.5 / 1.27 < last <= 4.5
-    )  # Gbit/s: there half of the exchange is a tenth of what is left, and rates are 1.26 apart
+    assert 4.5 / 1.27 < last <= 4.5  # Gbit/s: half of the exchange is a tenth of the rest; rates are 1.26 apart
