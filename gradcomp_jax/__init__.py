@@ -48,6 +48,7 @@ from gradcomp_jax.outer_state import OuterState, absent, held, local_params
 from gradcomp_jax.parallel import data_parallel
 from gradcomp_jax.per_layer import PerLayerState, per_layer
 from gradcomp_jax.placing import init, place, shard_batch
+from gradcomp_jax.planner import Plan, plan
 from gradcomp_jax.replicas import check_replicas
 from gradcomp_jax.resizing import resize_workers
 from gradcomp_jax.restore import restore
@@ -98,6 +99,7 @@ __all__ = [
     "OuterState",
     "PerLayerState",
     "PerWorker",
+    "Plan",
     "PowerSGDState",
     "QSGDState",
     "ScheduledState",
@@ -143,6 +145,7 @@ __all__ = [
     "outer",
     "per_layer",
     "place",
+    "plan",
     "powersgd",
     "qsgd",
     "randomblock",

@@ -97,6 +97,13 @@ class Report(NamedTuple):
         of = lambda link: sum(x.collective.ring_bytes for x in self.sent if x.link == link)  # noqa: E731
         return {link: of(link) for link in ("between", "inside")}
 
+    @property
+    def overlapped(self) -> float:
+        """The share of the bytes between nodes that have other work beside them; 1 if there are none."""
+        between = [x for x in self.sent if x.link == "between"]
+        beside = sum(x.collective.ring_bytes for x in between if x.span is not None and x.span.work)
+        return beside / total if (total := self.totals["between"]) else 1.0
+
     def __str__(self) -> str:
         lines = [f"{'link':8} {'collective':19} {'type':9} {'bytes sent':>13}  {'of':>3}  schedule"]
         for x in self.sent:

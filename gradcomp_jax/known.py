@@ -38,11 +38,15 @@ class Message(NamedTuple):
       kind: the kind of collective, as in `gradcomp_jax.Collective`.
       axes: the mesh axes over which it goes.
       times: the number of its operands, over all turns of a loop.
+      bytes: the bytes of its operands on one device, over all turns.
+      calls: the turns of the loop around it; 1 outside of loops.
     """
 
     kind: str
     axes: tuple[str, ...]
     times: int
+    bytes: int
+    calls: int = 1
 
 
 def outputs(closed: Any, arguments: Sequence[Any], otherwise: int | None = None) -> list[Value]:
@@ -143,10 +147,12 @@ class _Scope:
             name, params = equation.primitive.name, equation.params
             if kind := _kind(equation):
                 axes = params.get("axes", params.get("axis_name"))
-                yield Message(kind, (axes,) if isinstance(axes, str) else tuple(axes), len(equation.invars))
+                size = sum(x.aval.size * x.aval.dtype.itemsize for x in equation.invars)
+                yield Message(kind, (axes,) if isinstance(axes, str) else tuple(axes), len(equation.invars), size)
             elif any(map(_kind, inside(equation))) and (inner := self.inner(equation)) is not None:
                 turns = params["length"] if name == "scan" else 1
-                yield from (x._replace(times=turns * x.times) for x in inner.messages())
+                for x in inner.messages():
+                    yield x._replace(times=turns * x.times, bytes=turns * x.bytes, calls=turns * x.calls)
 
 
 def _kind(equation: Any) -> str:

@@ -41,9 +41,22 @@ def remark(what: Callable[[], Any]) -> None:
         said.append(what())
 
 
+_quiet = contextvars.ContextVar("quiet", default=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """In this context nothing is logged, because what is traced is no step of the user's."""
+    token = _quiet.set(True)
+    try:
+        yield
+    finally:
+        _quiet.reset(token)
+
+
 def note(level: int, text: str) -> None:
     """Logs a text that has not been logged before."""
-    if logger.isEnabledFor(level):
+    if logger.isEnabledFor(level) and not _quiet.get():
         _once(level, text)
 
 

@@ -15,6 +15,7 @@ import pytest
 import gradcomp_jax as gc
 from gradcomp_jax import known
 from gradcomp_jax.certify import GPUS, absent_mesh, certify, main
+from gradcomp_jax.hlo import Span
 from gradcomp_jax.picture import picture
 from tests import certified
 
@@ -37,6 +38,9 @@ def test_cpus_send_what_the_state_counts():
     assert report.totals["between"] < report.totals["inside"]
     assert report.declared == pytest.approx(report.totals, abs=1)
     assert not codes(report)
+    assert report.overlapped == 0  # CPUs wait for each collective
+    beside = report._replace(sent=[x._replace(span=Span(0, 9, 3)) for x in report.sent])
+    assert beside.overlapped == 1
     text = str(report)
     assert "all-gather" in text
     assert f"wire_bits counts {report.declared['between']:,.0f}" in text
@@ -160,6 +164,7 @@ class TestGPU:
         between = [x.span.work for x in report.sent if x.link == "between"]
         assert len(between) == 4
         assert sum(work > 0 for work in between) >= 3
+        assert report.overlapped > 0.7
 
     @pytest.mark.parametrize(
         ("program", "code"),

@@ -73,6 +73,7 @@ class Part(NamedTuple):
       inside: with `across`, the bytes that one device sends to others of its node.
       residual: the bytes of residuals on one worker; with `across`, on one device.
       state: the bytes of the codec's other state, and of the mean that waits for the next step under `delayed`.
+      buckets: the number of parts of the exchange.
     """
 
     codec: str
@@ -86,6 +87,7 @@ class Part(NamedTuple):
     inside: float
     residual: int
     state: int
+    buckets: int
 
 
 class Totals(NamedTuple):
@@ -126,6 +128,7 @@ class Description(NamedTuple):
       rows: the leaves, in the order of the parameters.
       parts: the codecs, in the order of their states.
       totals: the totals of all codecs.
+      collectives: the collectives of such a step, in its order; with `across`, also those inside a node.
     """
 
     workers: dict[str, int]
@@ -134,13 +137,14 @@ class Description(NamedTuple):
     rows: tuple[Row, ...]
     parts: tuple[Part, ...]
     totals: Totals
+    collectives: tuple[known.Message, ...]
 
     def __str__(self) -> str:
         return table.text(self)
 
     def as_json(self) -> str:
         """The description as JSON, for programs."""
-        plain = {"rows": [x._asdict() for x in self.rows], "parts": [x._asdict() for x in self.parts]}
+        plain = {name: [x._asdict() for x in getattr(self, name)] for name in ("rows", "parts", "collectives")}
         return json.dumps(self._asdict() | plain | {"totals": self.totals._asdict()})
 
 
@@ -195,7 +199,8 @@ def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) ->
     ordered = tuple(rows[path] if path in rows else _unsent(path, x) for path, x in leaves.items())
     uncompressed = math.fsum(x.ratio * x.sent for x in ordered if x.ratio)
     messages = collections.Counter[str]()
-    for message in dry.messages(strongest):
+    collectives = tuple(x for x in dry.messages(strongest) if any(dry.mesh.shape[axis] > 1 for axis in x.axes))
+    for message in collectives:
         if any(axis in dry.axes and dry.mesh.shape[axis] > 1 for axis in message.axes):
             messages[message.kind] += message.times
     sums = {name: math.fsum(getattr(part, name) for part in parts) for name in ("sent", "flags", "packing", "inside")}
@@ -208,7 +213,7 @@ def describe(tx: optax.GradientTransformation, params: Any, workers: Workers) ->
         **sums,
     )
     every = tx.method.every if isinstance(tx, Outer) else 1
-    return Description(dict(dry.mesh.shape), dry.platform, every, ordered, tuple(parts), totals)
+    return Description(dict(dry.mesh.shape), dry.platform, every, ordered, tuple(parts), totals, collectives)
 
 
 class _Counted(NamedTuple):
@@ -265,6 +270,7 @@ def _part(
         inside=inside / 8,
         residual=_bytes(memory),
         state=_bytes(state) - _bytes(memory) + _bytes(waits),
+        buckets=len(called.plan.buckets),
     )
     return rows, part
 

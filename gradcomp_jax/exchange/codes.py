@@ -17,6 +17,7 @@ from gradcomp_jax.exchange.collectives import Wire, of_ring, vary_as
 from gradcomp_jax.exchange.shards import (
     Group,
     add,
+    add_each,
     cut,
     decode_all,
     encode_all,
@@ -322,16 +323,7 @@ def _mean_of_all(groups: list[Group], of: Callable[[Any], list[Message]], n: int
 
     # One after another: memory holds one decoded copy however many workers there are. By index, because a scan would
     # copy the payloads.
-    def added(worker: Any, totals: list[list[jax.Array]]) -> list[list[jax.Array]]:
-        sums = []
-        for group, total, one in zip(groups, totals, of(worker), strict=True):
-            if group.coder.rowwise:
-                parts = decode_all(group, jax.tree.map(lambda x: x[None], one))
-                sums.append([t + y / n for t, y in zip(total, parts, strict=True)])
-            else:
-                sums.append([add(group, total[0], one, jnp.int32(0), 1 / n)])
-        return sums
-
+    added = lambda worker, totals: add_each(groups, totals, of(worker), n)  # noqa: E731
     first = next(x for x in jax.tree.leaves(of(0)) if x.size)
     zeros = [[late_zeros(y, first) for y in group.ys] for group in groups]
     return functools.reduce(lambda t, w: added(w, t), range(n), zeros) if n == 2 else lax.fori_loop(0, n, added, zeros)

@@ -200,6 +200,20 @@ def uncut(shards: jax.Array, axis: int = -1) -> jax.Array:
     return y.reshape(*y.shape[:axis], -1, *y.shape[axis + 2 :])
 
 
+def add_each(
+    groups: Sequence[Group], totals: Sequence[list[jax.Array]], messages: Sequence[Message], n: int
+) -> list[list[jax.Array]]:
+    """Each group's `totals` plus an n-th of its tensors, which one worker's messages of whole tensors stand for."""
+    sums = []
+    for group, total, one in zip(groups, totals, messages, strict=True):
+        if group.coder.rowwise:
+            parts = decode_all(group, jax.tree.map(lambda x: x[None], one))
+            sums.append([t + y / n for t, y in zip(total, parts, strict=True)])
+        else:
+            sums.append([add(group, total[0], one, jnp.int32(0), 1 / n)])
+    return sums
+
+
 def row(tree: Any, index: Any) -> Any:
     """Row `index` of each array; with None, each array as a row of its own."""
     if index is None:
