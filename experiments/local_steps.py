@@ -138,7 +138,7 @@ def cases(mesh: Mesh) -> dict[str, Case]:
 def main() -> None:
     """Prints the table."""
     logging.set_verbosity(logging.ERROR)
-    if not cluster.join():
+    if cluster.join() == 1:
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     mesh = gcj.make_mesh()
     rows = jax.jit(
