@@ -225,8 +225,9 @@ def begin(
     plan: Plan, task: Task, folder: pathlib.Path | None, screen: display.Console
 ) -> tuple[State, int, dict[str, Any] | None]:
     """The state to go on from, the number of steps done, and the records so far, or None."""
-    # Copies, because a step consumes its arguments, and the next run starts from the same parameters.
-    params, model_state = jax.tree.map(jnp.copy, (task.params, task.model_state))
+    # Copies, because a step consumes its arguments, and the next run starts from the same parameters. On the host,
+    # because jax spreads an array of one device over several processes so that Orbax cannot read it.
+    params, model_state = jax.device_get(jax.tree.map(jnp.copy, (task.params, task.model_state)))
     opt_state, done, figures = init(plan.tx, params, plan.workers), 0, None
     if folder and (saved := restore(folder, plan, task, screen)):
         done, figures = saved.step, saved.figures
