@@ -1,7 +1,7 @@
 """The flags of programs that run as one of several processes, and the way in which such a process joins the others.
 
-Without these flags a program is one process. On a cluster that jax knows (Slurm, Open MPI or any MPI by mpi4py,
-Kubernetes, TPU hosts) --cluster finds the others. Anywhere else three flags tell a process who it is:
+Without these flags a program is one process. On a cluster that jax knows (Slurm, Open MPI, Kubernetes, TPU hosts)
+--cluster finds the others. Anywhere else three flags tell a process who it is:
 
     python -m experiments.cifar --coordinator_address=10.0.0.1:1234 --num_processes=2 --process_id=0
 """
@@ -23,11 +23,13 @@ FLAGS = flags.FLAGS
 flags.DEFINE_boolean(
     "cluster",
     False,
-    "Join the processes that Slurm, MPI, Kubernetes or a TPU started with this one, as jax finds them.",
+    "Join the processes that Slurm, Open MPI, Kubernetes or a TPU started with this one, as jax finds them.",
 )
 flags.DEFINE_string("coordinator_address", None, "Of the first of several processes, with a port that is free there.")
 flags.DEFINE_integer("num_processes", 1, "How many processes there are.", lower_bound=1)
 flags.DEFINE_integer("process_id", 0, "The number of this process, from 0.", lower_bound=0)
+
+flags.disclaim_key_flags()  # what follows declares them for the module that calls it
 
 
 def declare_key_flags() -> None:
