@@ -400,10 +400,10 @@ def restore(folder: pathlib.Path, plan: Plan, task: Task, screen: display.Consol
         arrays = State(task.params, opt_state, task.model_state)._asdict()
 
         def target(x: Any, spec: P) -> Any:
-            # What is of another number of workers is read whole by each process, to be made into theirs.
-            if isinstance(plan.workers, int) or (spec != P() and workers != plan.size):
-                return np.empty(x.shape, x.dtype)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.workers, spec))
+            # One of several processes reads its own rows; if they are of another number of workers, it reads all.
+            if isinstance(plan.workers, Mesh) and jax.process_count() > 1 and (spec == P() or workers == plan.size):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.workers, spec))
+            return np.empty(x.shape, x.dtype)
 
         return jax.tree.map(target, arrays, specs_of(arrays))
 
