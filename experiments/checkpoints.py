@@ -292,7 +292,7 @@ def _digest(arrays: Any) -> int:
     for (path, x), spec in zip(leaves, specs, strict=True):
         for row, part in _parts(x, shared=spec == P()):
             digest = hashlib.sha256(f"{jax.tree_util.keystr(path)} {row} ".encode())
-            digest.update(np.ascontiguousarray(part).data)
+            digest.update(np.asarray(part).tobytes())
             total += int.from_bytes(digest.digest())
     return total % 2**256
 

@@ -198,11 +198,16 @@ def test_the_first_process_writes_for_all():
 
 
 def test_killed_processes_end_as_those_that_were_not():
-    """Found as under Open MPI."""
+    """Found as under Open MPI. What the second one wrote last is damaged meanwhile, so they go on from the one before."""
     run = functools.partial(Run, "killed", 2, "--sequences=2", found=by_open_mpi)
-    run().when(25).signal(signal.SIGKILL, [0, 1]).wait(-signal.SIGKILL)
+    killed = run().when(25).signal(signal.SIGKILL, [0, 1]).wait(-signal.SIGKILL)
+    before, last = sorted(int(path.name) for path in only_run(killed.folder).iterdir() if path.name.isdigit())
+    part = only_run(killed.folder) / str(last) / "state" / "ocdbt.process_1"
+    for path in [path for path in part.rglob("*") if path.is_file()]:
+        path.write_bytes(bytes(path.stat().st_size))
     again = run().wait()
-    assert record(again).resumed[0]["step"] >= 20
+    assert f"The checkpoint of step {last} is damaged" in again.said()[0]
+    assert [line["step"] for line in record(again).resumed] == [before]
     assert_same_figures(again, whole(), 0)
     chex.assert_trees_all_equal(state(again), state(whole()))
 
