@@ -198,7 +198,7 @@ def test_the_first_process_writes_for_all():
 
 
 def test_killed_processes_end_as_those_that_were_not():
-    """Found as under Open MPI. What the second one wrote last is damaged meanwhile, so they go on from the one before."""
+    """Found as under Open MPI. The last checkpoint is damaged meanwhile, so they go on from the one before it."""
     run = functools.partial(Run, "killed", 2, "--sequences=2", found=by_open_mpi)
     killed = run().when(25).signal(signal.SIGKILL, [0, 1]).wait(-signal.SIGKILL)
     before, last = sorted(int(path.name) for path in only_run(killed.folder).iterdir() if path.name.isdigit())
