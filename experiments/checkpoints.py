@@ -3,6 +3,8 @@
 A checkpoint is a directory with its step as the name. Orbax gives it that name once it is complete. It has two parts:
 "state", the arrays; and "run", JSON with the settings, the figures so far, and digests of both parts, because a damaged
 file may still be readable. If a checkpoint is damaged, the one before it is used.
+
+Of several processes each writes and reads the rows of its own workers, and the first one all else.
 """
 
 import contextlib
@@ -12,6 +14,8 @@ import hashlib
 import json
 import pathlib
 import shutil
+import sys
+import uuid
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,8 +23,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from jax.sharding import PartitionSpec as P
 
+from experiments import together
 from experiments.records import differences
+from gradcomp_jax.sharding import specs_of
 
 Say = Callable[[str], None]
 
@@ -35,42 +42,79 @@ class Saved(NamedTuple):
     Attributes:
       step: the number of steps done.
       workers: the number of workers that the state was split among.
-      arrays: the state, on the host.
+      arrays: the state, where it was asked for.
       figures: the records of the run so far, as they were given to `save`.
+      digest: what the digest of the whole state should be.
     """
 
     step: int
     workers: int
     arrays: Any
     figures: Any
+    digest: str
 
 
 @contextlib.contextmanager
 def owned(folder: pathlib.Path) -> Iterator[None]:
-    """In this context the folder is this process's: two that write the same checkpoints would undo each other's work.
+    """In this context the folder is this run's: two that write the same checkpoints would undo each other's work.
 
     Raises:
-      CheckpointError: the folder is another process's, or it cannot be written to.
+      CheckpointError: the folder is another run's, or it cannot be written to, or this process does not see what the
+        first one writes there.
+      OtherProcessError: one of these happened in another process.
     """
     with contextlib.ExitStack() as held:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context((folder / "lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
-        except BlockingIOError as error:
-            raise CheckpointError(
-                f"another process is at this run, whose checkpoints are in {folder}: wait for it, or give another "
-                "--checkpoint_dir"
-            ) from error
-        except OSError as error:
-            raise CheckpointError(f"no checkpoints can be kept in {folder}: {error.strerror}") from error
+        mark = ""
+        with together.all_or_none():
+            if together.is_first():
+                mark = _locked(folder, held)
+        mark, *_ = together.told(mark)
+        with together.all_or_none():
+            _require_mark(folder, mark)
         yield
 
 
-def _manager(folder: pathlib.Path, **options: Any) -> ocp.CheckpointManager:
+def _locked(folder: pathlib.Path, held: contextlib.ExitStack) -> str:
+    """Locks the folder, and returns what its file "lock" holds now."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((folder / "lock").open("a"))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
+        lock.truncate(0)
+        lock.write(mark := uuid.uuid4().hex)
+        lock.flush()
+        return mark
+    except BlockingIOError as error:
+        raise CheckpointError(
+            f"another process is at this run, whose checkpoints are in {folder}: wait for it, or give another "
+            "--checkpoint_dir"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"no checkpoints can be kept in {folder}: {error.strerror}") from error
+
+
+def _require_mark(folder: pathlib.Path, mark: str) -> None:
+    try:
+        seen = (folder / "lock").read_text() == mark
+    except OSError:
+        seen = False
+    if not seen:
+        raise CheckpointError(
+            f"{folder} is not the directory in which the first process keeps its checkpoints: --checkpoint_dir must be "
+            "on a file system that all processes see, and the same for all"
+        )
+
+
+class _Manager(ocp.CheckpointManager):
     """Orbax's manager; the training waits while it writes, so that a failure shows when it happens."""
-    settings = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
-    return ocp.CheckpointManager(folder.absolute(), options=settings)
+
+    def __init__(self, folder: pathlib.Path, **options: Any):
+        settings = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, **options)
+        super().__init__(folder.absolute(), options=settings)
+
+    def reached_preemption(self, step: int) -> bool:
+        """False: `interruptible` asks jax, which expects one series of growing numbers, and these are others."""
+        return False
 
 
 def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any], arrays: Any, figures: Any) -> None:
@@ -84,31 +128,35 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
       arrays: the state.
       figures: the records of the run so far, JSON.
 
+    Ends the program if one of several processes cannot write, because the others wait for it.
+
     Raises:
       CheckpointError: the checkpoint cannot be written.
     """
-    host = jax.device_get(arrays)
-    run = {"workers": workers, "settings": settings, "figures": figures, "layout": _layout(host)}
-    args = ocp.args.Composite(
-        state=ocp.args.StandardSave(host),
-        run=ocp.args.JsonSave({"run": run, "run_sha256": _json_sha256(run), "state_sha256": _state_sha256(host)}),
-    )
+    arrays = jax.device_get(arrays) if jax.process_count() == 1 else arrays
+    run = {"workers": workers, "settings": settings, "figures": figures, "layout": _layout(arrays)}
+    digests = {"run_sha256": _json_sha256(run), "state_digest": _whole_digest(_digest(arrays))}
+    args = ocp.args.Composite(state=ocp.args.StandardSave(arrays), run=ocp.args.JsonSave({"run": run, **digests}))
     before = logging.get_verbosity()
     logging.set_verbosity(logging.FATAL)  # Orbax logs failures in its threads, and raises them here as well
+    writing = False
     try:
         # Checked beforehand, for an error of one sentence: Orbax's threads would print hundreds of lines.
-        needed, free = sum(np.asarray(x).nbytes for x in jax.tree.leaves(host)), shutil.disk_usage(folder).free
+        needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
+        free = int(together.told(str(shutil.disk_usage(folder).free))[0])
         if free < needed:
             raise OSError(f"it takes up to {needed / 1e6:.1f} MB, of which the disk has {free / 1e6:.1f}")
         # The manager removes the half-written checkpoint of a killed run.
-        with _manager(folder, max_to_keep=2, cleanup_tmp_directories=True) as manager:
+        writing = jax.process_count() > 1
+        with _Manager(folder, max_to_keep=2, cleanup_tmp_directories=True) as manager:
             if not manager.save(step, args=args):
                 raise OSError("there is one of that step, or of a later one")
     except (OSError, ValueError, RuntimeError) as error:  # Orbax's errors of files are of many types
-        raise CheckpointError(
-            f"The checkpoint of step {step} cannot be written to {folder}, earlier ones are as they were: "
-            f"{_first_line(error)}"
-        ) from error
+        told = f"The checkpoint of step {step} cannot be written to {folder}, earlier ones are as they were: "
+        told += _first_line(error)
+        if writing:
+            sys.exit(f"error: {told}")
+        raise CheckpointError(told) from error
     finally:
         logging.set_verbosity(before)
 
@@ -130,38 +178,63 @@ def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int]
     Raises:
       CheckpointError: the checkpoint has other settings or another structure, or it cannot be read, or no checkpoint is
         whole. Then all are left as they are.
+      OtherProcessError: one of these happened in another process.
     """
     damaged: dict[int, str] = {}
-    with _manager(folder) as manager:
+    # Each process reads alone: if one finds damage, the others do not wait for it inside Orbax.
+    alone = jax.process_index()
+    apart = ocp.options.MultiprocessingOptions(
+        primary_host=alone, active_processes={alone}, barrier_sync_key_prefix=str(alone)
+    )
+    with _Manager(folder, multiprocessing_options=apart, create=False) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
-            try:
-                found = _read(manager, step, "run", ocp.args.JsonRestore())
-                run = found["run"]
-                if _json_sha256(run) != found["run_sha256"]:
-                    raise ValueError("its figures do not match their digest")
-            except Exception as error:
-                damaged[step] = _damage(folder, step, error)
-                continue
-            _require_same(folder, settings, run["settings"])
-            target = like(run["workers"])
-            _require_layout(folder, _layout(target), run["layout"])
-            try:
-                arrays = _read(manager, step, "state", ocp.args.StandardRestore(target))
-                if _state_sha256(arrays) != found["state_sha256"]:
-                    raise ValueError("its arrays do not match their digest")
-            except Exception as error:
-                damaged[step] = _damage(folder, step, error)
-                continue
-            for later, reason in damaged.items():
-                aside = folder / f"{later}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)  # from an earlier time
-                (folder / str(later)).rename(aside)
-                say(f"The checkpoint of step {later} is damaged ({reason}): it is now {aside}, and not used.")
-            return Saved(step, run["workers"], arrays, run["figures"])
+            with together.all_or_none():
+                saved, own_digest, reason = _read_whole(manager, folder, step, settings, like)
+            digest = _whole_digest(own_digest)
+            reason = next(filter(None, together.told(reason)), "")
+            if saved and not reason and digest != saved.digest:
+                reason = "its arrays do not match their digest"
+            if saved and not reason:
+                if together.is_first():
+                    _set_aside(folder, damaged, say)
+                return saved
+            damaged[step] = reason
     if damaged:
         reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
         raise CheckpointError(f"no checkpoint in {folder} is whole ({reasons}): remove that directory to start anew")
     return None
+
+
+def _read_whole(
+    manager: _Manager, folder: pathlib.Path, step: int, settings: dict[str, Any], like: Callable[[int], Any]
+) -> tuple[Saved | None, int, str]:
+    """A checkpoint, the digest of what this process read of its arrays, and "", or the reason why it is damaged."""
+    try:
+        found = _read(manager, step, "run", ocp.args.JsonRestore())
+        run = found["run"]
+        if _json_sha256(run) != found["run_sha256"]:
+            raise ValueError("its figures do not match their digest")
+    except Exception as error:
+        return None, 0, _damage(folder, step, error)
+    if "state_digest" not in found:
+        raise CheckpointError(f"the checkpoints in {folder} are of an earlier version: give another --checkpoint_dir")
+    _require_same(folder, settings, run["settings"])
+    target = like(run["workers"])
+    _require_layout(folder, _layout(target), run["layout"])
+    try:
+        arrays = _read(manager, step, "state", ocp.args.StandardRestore(target))
+        return Saved(step, run["workers"], arrays, run["figures"], found["state_digest"]), _digest(arrays), ""
+    except Exception as error:
+        return None, 0, _damage(folder, step, error)
+
+
+def _set_aside(folder: pathlib.Path, damaged: dict[int, str], say: Say) -> None:
+    """Gives damaged checkpoints other names."""
+    for step, reason in damaged.items():
+        aside = folder / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)  # from an earlier time
+        (folder / str(step)).rename(aside)
+        say(f"The checkpoint of step {step} is damaged ({reason}): it is now {aside}, and not used.")
 
 
 def _read(manager: ocp.CheckpointManager, step: int, part: str, args: Any) -> Any:
@@ -208,11 +281,36 @@ def _json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _state_sha256(arrays: Any) -> str:
-    digest = hashlib.sha256()
-    for x in jax.tree.leaves(arrays):
-        digest.update(np.asarray(x).tobytes())
-    return digest.hexdigest()
+def _digest(arrays: Any) -> int:
+    """The sum of the SHA-256 of the parts that this process has, each with its name.
+
+    What all workers share is a part, and so is each worker's row of the rest. So the sum over the processes does not
+    depend on how the workers are spread over them.
+    """
+    leaves, specs = jax.tree_util.tree_leaves_with_path(arrays), jax.tree.leaves(specs_of(arrays))
+    total = 0
+    for (path, x), spec in zip(leaves, specs, strict=True):
+        for row, part in _parts(x, shared=spec == P()):
+            digest = hashlib.sha256(f"{jax.tree_util.keystr(path)} {row} ".encode())
+            digest.update(np.asarray(part).tobytes())
+            total += int.from_bytes(digest.digest())
+    return total % 2**256
+
+
+def _parts(x: Any, shared: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """The parts of an array that count for this process, with their numbers. The first one has what all share."""
+    if shared and together.is_first():
+        yield 0, np.asarray(x)
+    elif not shared and isinstance(x, jax.Array):
+        for shard in x.addressable_shards:
+            yield from enumerate(np.asarray(shard.data), shard.index[0].start or 0)
+    elif not shared and together.is_first():  # each process has all rows
+        yield from enumerate(x)
+
+
+def _whole_digest(digest: int) -> str:
+    """The digest of the whole state, from each process's own."""
+    return f"{sum(int(own, 16) for own in together.told(f'{digest:x}')) % 2**256:064x}"
 
 
 def _first_line(error: Exception) -> str:

@@ -7,8 +7,14 @@ All codecs start from the same parameters, and see the same batches at the same 
 With --every=1,10 each codec exchanges gradients in each step, and then, every 10 steps, how far the workers have moved.
 The workers are the accelerators of the machine, or devices that the CPU emulates. With --checkpoint_dir a stopped run
 (by Ctrl-C or by anything else) goes on where it was when the same command is given again.
+
+Started on several hosts, the workers are the devices of all; docs/processes.md tells how:
+
+    python -m experiments.cifar --cluster
+    python -m experiments.cifar --coordinator_address=10.0.0.1:1234 --num_processes=2 --process_id=0
 """
 
+import pathlib
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,12 +28,25 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints, command, data, display, figures, loop, models, records, training
+from experiments import (
+    checkpoints,
+    cluster,
+    command,
+    data,
+    display,
+    figures,
+    loop,
+    models,
+    records,
+    together,
+    training,
+)
 
 FLAGS = flags.FLAGS
 
 for name in training.SHOWN:  # in --help
     flags.declare_key_flag(name)
+cluster.declare_key_flags()
 flags.DEFINE_enum("dataset", "digits", data.DATASETS, "What to train on; digits needs no files and no network.")
 flags.DEFINE_enum("model", "resnet8", list(models.NAMES), "The network.")
 flags.DEFINE_boolean(
@@ -56,39 +75,57 @@ class Batch(NamedTuple):
 
 def main() -> None:
     """Trains with every codec of --codec, then prints the table and writes the figure."""
-    screen = display.console()
     try:
-        mesh = training.worker_mesh(FLAGS.workers)
-        dataset = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation)
-        training.require_batches(FLAGS.batch_size, FLAGS.workers, len(dataset.train.labels))
-        task = classification(dataset, mesh)
-        training.learning_rate(task.examples // FLAGS.batch_size)  # it may be refused, and then it is refused now
-        training.require_outer(task, f"--model={FLAGS.model}")
-        ways = [(name, every) for name in FLAGS.codec for every in map(int, FLAGS.every)]
-        plans = [training.plan(name, training.codec(name, task, every), task, mesh, every) for name, every in ways]
-        for plan in plans:
-            # A codec that refuses this network does so now, not after the codecs before it have trained.
-            jax.eval_shape(plan.tx.init, task.params)
-    except (ValueError, data.DataError) as error:
+        mesh = cluster.mesh() or training.worker_mesh(FLAGS.workers)
+        with together.all_or_none():
+            task, plans = prepared(mesh)
+            if together.is_first():
+                command.directory("out_dir", FLAGS.out_dir)
+    except (ValueError, data.DataError, together.OtherProcessError) as error:
         sys.exit(f"error: {error}")
-    out_dir = command.directory("out_dir", FLAGS.out_dir)
-
+    screen = display.console()
     if FLAGS.warmup_epochs >= FLAGS.epochs:
         told = f"--epochs={FLAGS.epochs} ends within --warmup_epochs={FLAGS.warmup_epochs:g}"
         screen.print(f"{told}: the learning rate only rises", soft_wrap=True)
     try:
         runs = [loop.train(plan, task, screen) for plan in plans]
-    except (checkpoints.CheckpointError, records.RecordsError) as error:
+    except (checkpoints.CheckpointError, records.RecordsError, together.OtherProcessError) as error:
         sys.exit(f"error: {error}")
     except loop.InterruptedRunError as interrupt:
         screen.print(str(interrupt), soft_wrap=True)
+        together.part()
         sys.exit(130)
+    if together.is_first():
+        show(runs, task, mesh.size, screen)
 
-    title = f"{models.NAMES[FLAGS.model]} on {FLAGS.dataset}, {FLAGS.workers} workers, {runs[0].step} steps"
+
+def prepared(mesh: Mesh) -> tuple[loop.Task, list[loop.Plan]]:
+    """The task, and the plans of training on it, which the flags ask for.
+
+    Raises:
+      DataError: the data are missing or wrong.
+      ValueError: the flags do not go together.
+    """
+    dataset = data.load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation)
+    training.require_batches(FLAGS.batch_size, mesh.size, len(dataset.train.labels))
+    task = classification(dataset, mesh)
+    training.learning_rate(task.examples // FLAGS.batch_size)  # it may be refused, and then it is refused now
+    training.require_outer(task, f"--model={FLAGS.model}")
+    ways = [(name, every) for name in FLAGS.codec for every in map(int, FLAGS.every)]
+    plans = [training.plan(name, training.codec(name, task, every), task, mesh, every) for name, every in ways]
+    for plan in plans:
+        # A codec that refuses this network does so now, not after the codecs before it have trained.
+        jax.eval_shape(plan.tx.init, task.params)
+    return task, plans
+
+
+def show(runs: list[records.Run], task: loop.Task, workers: int, screen: display.Console) -> None:
+    """Prints the table, and writes the figure."""
+    title = f"{models.NAMES[FLAGS.model]} on {FLAGS.dataset}, {workers} workers, {runs[0].step} steps"
     screen.print(display.table(runs, title))
     for note in display.notes(runs):
         screen.print(note)
-    figure = out_dir / f"{task.name}.png"
+    figure = pathlib.Path(FLAGS.out_dir) / f"{task.name}.png"
     figures.accuracy(runs, title, figure)
     screen.print(f"Figure: {figure}; the records are beside it", soft_wrap=True)
 
@@ -117,7 +154,7 @@ def classification(dataset: data.Dataset, mesh: Mesh) -> loop.Task:
 
     def batches(done: int) -> Iterator[Batch]:
         for step, split in enumerate(data.batches(train, FLAGS.batch_size, FLAGS.seed, done), done):
-            yield prepare(jax.device_put(split, workers), step)
+            yield prepare(loop.split(split, mesh), step)
 
     settings = {
         "dataset": FLAGS.dataset,
@@ -161,8 +198,7 @@ def evaluation(graphdef: Any, dataset: data.Dataset, mesh: Mesh) -> Callable[[An
 
     The test images are split over the workers, and stay on them.
     """
-    sharding = NamedSharding(mesh, P(mesh.axis_names))
-    test = [jax.device_put(batch, sharding) for batch in data.padded_batches(dataset.test, FLAGS.batch_size)]
+    test = [loop.split(batch, mesh) for batch in data.padded_batches(dataset.test, FLAGS.batch_size)]
 
     @jax.jit
     def judge(params, stats, batch):

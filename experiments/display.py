@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Sequence
 
+import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -22,9 +23,12 @@ EMULATED_NOTE = (
 
 
 def console() -> Console:
-    """Standard output; if it is not a terminal, plain text that is wide enough for the table."""
+    """Standard output; if it is not a terminal, plain text that is wide enough for the table.
+
+    Of several processes only the first one prints.
+    """
     # File names and error messages of libraries may contain text that rich takes for markup.
-    plain = functools.partial(Console, highlight=False, markup=False, emoji=False)
+    plain = functools.partial(Console, highlight=False, markup=False, emoji=False, quiet=jax.process_index() > 0)
     terminal = plain()
     return terminal if terminal.is_terminal else plain(width=120)
 

@@ -100,7 +100,7 @@ def all_reduced(grads: Any, mesh: Mesh) -> Way:
 def main() -> None:
     """Prints the table."""
     logging.set_verbosity(logging.ERROR)
-    jax.config.update("jax_num_cpu_devices", FLAGS.devices * (1 if cluster.join() else 2))
+    jax.config.update("jax_num_cpu_devices", FLAGS.devices * (2 if cluster.join() == 1 else 1))
     mesh = gc.make_mesh({"node": max(2, jax.process_count()), "local": FLAGS.devices})
     grads = timing.random_gradients(resnet18_shapes(), mesh)
     timed = {"all-reduce": all_reduced(grads, mesh)} if "all-reduce" in FLAGS.way else {}

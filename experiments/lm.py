@@ -7,7 +7,8 @@
 dense and codecs exchange gradients in each step, and AdamW follows. diloco, streaming_diloco, sparseloco and muloco are
 the library's methods with outer steps: each worker trains on its own by AdamW, or Muon, and every --every steps the
 workers exchange how far they have moved. averaging takes the plain mean of that, uncompressed. All methods start from
-the same parameters, and see the same batches of the same text. One device simulates the workers. With --checkpoint_dir
+the same parameters, and see the same batches of the same text. One device simulates the workers; started on several
+hosts (see docs/processes.md), the workers are the devices of all. With --checkpoint_dir
 a stopped run goes on where it was when the same command is given again. With --runs nothing is trained: the table and
 the figure are of records that are there already.
 """
@@ -21,9 +22,24 @@ import jax.numpy as jnp
 import optax
 from absl import flags
 from flax import nnx
+from jax.sharding import Mesh
 
 import gradcomp_jax as gcj
-from experiments import checkpoints, codecs, command, data, display, figures, link, loop, optimizers, records, text
+from experiments import (
+    checkpoints,
+    cluster,
+    codecs,
+    command,
+    data,
+    display,
+    figures,
+    link,
+    loop,
+    optimizers,
+    records,
+    text,
+    together,
+)
 from experiments.models.transformer import Transformer
 
 FLAGS = flags.FLAGS
@@ -95,20 +111,28 @@ link.define_flags()
 # The flags that --help shows beside this module's own.
 for name in ("workers", "every", "seed", "data_dir", "out_dir", "checkpoint_dir"):
     flags.declare_key_flag(name)
+cluster.declare_key_flags()
 # The settings that a run must share with the checkpoint from which it goes on.
 SETTINGS = ("tokens", "warmup", "adamw_lr", "adamw_b2", "adamw_decay", "seed", "eval_every", "log_every")
 
 
 def main() -> None:
     """Trains with every method of --method, or reads --runs; then prints the table and writes the figure."""
-    screen = display.console()
+    refusals = (ValueError, data.DataError, checkpoints.CheckpointError, records.RecordsError)
     try:
-        runs = link.read(FLAGS.runs) if FLAGS.runs else trained(screen)
-    except (ValueError, data.DataError, checkpoints.CheckpointError, records.RecordsError) as error:
+        runs = link.read(FLAGS.runs) if FLAGS.runs else trained()
+    except (*refusals, together.OtherProcessError) as error:
         sys.exit(f"error: {error}")
     except loop.InterruptedRunError as interrupt:
-        screen.print(str(interrupt), soft_wrap=True)
+        display.console().print(str(interrupt), soft_wrap=True)
+        together.part()
         sys.exit(130)
+    if together.is_first():
+        show(runs, display.console())
+
+
+def show(runs: list[records.Run], screen: display.Console) -> None:
+    """Prints the table, and writes the figure."""
     header = runs[0].header
     title = f"Transformer of {header['parameters'] / 1e6:.1f} million parameters, {header['workers']} workers"
     rows = link.rows(runs)
@@ -120,22 +144,31 @@ def main() -> None:
     screen.print(f"Figure: {figure}", soft_wrap=True)
 
 
-def trained(screen: display.Console) -> list[records.Run]:
+def trained() -> list[records.Run]:
     """The records of the runs that the flags ask for."""
-    task = language_model(text.load(FLAGS.text, FLAGS.data_dir))
-    everies = sorted(map(int, FLAGS.every))
-    plans = [plan for name in FLAGS.method for plan in plans_of(name, everies)]
-    for plan in plans:
-        jax.eval_shape(plan.tx.init, task.params)  # a refusal comes now, not after the methods before it have trained
-    command.directory("out_dir", FLAGS.out_dir)
-    return [loop.train(plan, task, screen) for plan in plans]
+    mesh = cluster.mesh()
+    with together.all_or_none():
+        task = language_model(text.load(FLAGS.text, FLAGS.data_dir), mesh)
+        everies = sorted(map(int, FLAGS.every))
+        plans = [plan for name in FLAGS.method for plan in plans_of(name, everies, mesh)]
+        for plan in plans:
+            # A refusal comes now, not after the methods before it have trained.
+            jax.eval_shape(plan.tx.init, task.params)
+        if together.is_first():
+            command.directory("out_dir", FLAGS.out_dir)
+    return [loop.train(plan, task, display.console()) for plan in plans]
 
 
-def language_model(source: text.Text) -> loop.Task:
-    """The task of predicting the next character with the transformer of the flags."""
+def language_model(source: text.Text, mesh: Mesh | None = None) -> loop.Task:
+    """The task of predicting the next character with the transformer of the flags.
+
+    Args:
+      source: the text.
+      mesh: the mesh of the workers; None if one device simulates --workers of them.
+    """
     if FLAGS.width % (2 * FLAGS.heads):
         raise ValueError(f"--width={FLAGS.width} is no even multiple of --heads={FLAGS.heads}")
-    size, context = FLAGS.workers * FLAGS.sequences, FLAGS.context
+    size, context = number_of(mesh) * FLAGS.sequences, FLAGS.context
     per_epoch = text.steps_per_epoch(source.train, size, context)
     if FLAGS.tokens < size * context:
         raise ValueError(f"--tokens={FLAGS.tokens} is less than a step, which has {size * context} over all workers")
@@ -162,7 +195,8 @@ def language_model(source: text.Text) -> loop.Task:
         return {"loss": float(loss), "accuracy": float(accuracy)}
 
     def batches(done: int) -> Iterator[jax.Array]:
-        return map(jnp.asarray, text.batches(source.train, size, context, FLAGS.seed, done))
+        rows = text.batches(source.train, size, context, FLAGS.seed, done)
+        return map(jnp.asarray, rows) if mesh is None else (loop.split(batch, mesh) for batch in rows)
 
     shape = {key: FLAGS[key].value for key in ("context", "width", "blocks", "heads", "validation_tokens")}
     settings = {"text": source.name, "text_sha256": source.sha256, **shape}
@@ -170,17 +204,29 @@ def language_model(source: text.Text) -> loop.Task:
     return loop.Task(name, settings, params, (), loss_fn, batches, per_epoch * size * context, evaluate, "tokens")
 
 
-def plans_of(name: str, everies: list[int]) -> list[loop.Plan]:
-    """The trainings with a method: one for each of the given periods, if it has outer steps."""
-    batch_size = FLAGS.workers * FLAGS.sequences * FLAGS.context
+def number_of(mesh: Mesh | None) -> int:
+    """The number of workers on a mesh, or of those that are simulated."""
+    return FLAGS.workers if mesh is None else mesh.size
+
+
+def plans_of(name: str, everies: list[int], mesh: Mesh | None = None) -> list[loop.Plan]:
+    """The trainings with a method: one for each of the given periods, if it has outer steps.
+
+    Args:
+      name: the method, one of `METHODS`.
+      everies: the periods.
+      mesh: the mesh of the workers; None if one device simulates --workers of them.
+    """
+    workers = number_of(mesh)
+    batch_size = workers * FLAGS.sequences * FLAGS.context
     steps = FLAGS.tokens // batch_size
     schedule = cosine(FLAGS.adamw_lr, steps)
-    shared = {key: FLAGS[key].value for key in SETTINGS} | {"batch": FLAGS.workers * FLAGS.sequences}
+    shared = {key: FLAGS[key].value for key in SETTINGS} | {"batch": workers * FLAGS.sequences}
 
     def plan(label: str, own: dict[str, Any], tx: optax.GradientTransformation) -> loop.Plan:
         for rate in ("adamw_lr", "muon_lr") if f"{name}_muon_lr" in own else ("adamw_lr",):
             label += f" {rate}={FLAGS[rate].value:g}" * (FLAGS[rate].value != FLAGS[rate].default)
-        return loop.Plan(name, label, shared | own, tx, schedule, steps, batch_size, FLAGS.workers)
+        return loop.Plan(name, label, shared | own, tx, schedule, steps, batch_size, mesh or workers)
 
     if name not in OUTER:
         codec = "none" if name == BASELINE else name

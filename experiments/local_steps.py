@@ -90,7 +90,7 @@ def cases(mesh: Mesh) -> dict[str, turns.Case]:
 def main() -> None:
     """Prints the table."""
     logging.set_verbosity(logging.ERROR)
-    if not cluster.join():
+    if cluster.join() == 1:
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     mesh = gcj.make_mesh()
     rows = jax.jit(

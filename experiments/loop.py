@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
-from jax.sharding import Mesh
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from experiments import checkpoints, codecs, display, records
+from experiments import checkpoints, codecs, display, records, together
 from experiments.interrupts import interruptible
 from gradcomp_jax import (
     Outer,
@@ -36,11 +38,17 @@ from gradcomp_jax import (
     train_step,
     wire_bits,
 )
+from gradcomp_jax.sharding import specs_of
 
 FLAGS = flags.FLAGS
 
 codecs.define_settings()
-flags.DEFINE_integer("workers", 4, "Workers among which each batch is split.", lower_bound=2)
+flags.DEFINE_integer(
+    "workers",
+    4,
+    "Workers among which each batch is split. With several processes: over all of them, by default all their devices.",
+    lower_bound=2,
+)
 flags.DEFINE_list(
     "every",
     ["1"],
@@ -63,7 +71,10 @@ flags.DEFINE_integer("eval_every", 100, "Steps from one evaluation on the test s
 flags.DEFINE_integer("log_every", 10, "Steps over which a line of the records is a mean.", lower_bound=1)
 flags.DEFINE_string("out_dir", "out", "The directory of the records and the figure.")
 flags.DEFINE_string(
-    "checkpoint_dir", None, "Where to keep checkpoints; a run that finds its own there goes on from it."
+    "checkpoint_dir",
+    None,
+    "Where to keep checkpoints; a run that finds its own there goes on from it. It is on a file system that all "
+    "processes see.",
 )
 flags.DEFINE_integer(
     "checkpoint_every", 500, "Steps from one checkpoint to the next; the last step has one too.", lower_bound=1
@@ -155,20 +166,20 @@ def train(plan: Plan, task: Task, screen: display.Console) -> records.Run:
 
     Raises:
       CheckpointError: `--checkpoint_dir` has checkpoints of this run, but none to go on from; or another process is
-        at this run.
+        at this run; or not all processes of this run see that directory.
       InterruptedRunError: the user interrupted with Ctrl-C or SIGTERM.
       RecordsError: the records cannot be written.
+      OtherProcessError: one of these errors happened in another process.
     """
     run_name = f"{task.name}-{plan.label.replace(' ', '_')}-seed{FLAGS.seed}"
     folder = pathlib.Path(FLAGS.checkpoint_dir) / run_name if FLAGS.checkpoint_dir else None
-    board = pathlib.Path(FLAGS.tensorboard_dir) / run_name if FLAGS.tensorboard_dir else None
     plan, steps = plan._replace(settings=plan.settings | task.settings), plan.steps
 
     own = checkpoints.owned(folder) if folder else contextlib.nullcontext()
     with own, interruptible() as interrupted, display.progress(screen) as progress:
         start, done, figures = begin(plan, task, folder, screen)
-        path = pathlib.Path(FLAGS.out_dir) / f"{run_name}.jsonl"
-        recorder = records.Recorder(path, header(plan, task), board, figures)
+        with together.all_or_none():
+            recorder = recorded(run_name, header(plan, task), figures)
         if 0 < done < steps:
             recorder.write("resumed", workers=plan.size)
 
@@ -177,6 +188,7 @@ def train(plan: Plan, task: Task, screen: display.Console) -> records.Run:
         for done, state, lr, status in stepped(plan, task, recorder, start):
             progress.update(bar, advance=1, status=status)
             if done % FLAGS.log_every == 0 or done == steps:
+                average(plan, recorder)
                 log(recorder, state.opt_state, lr, run_name, screen)
             if done % FLAGS.eval_every == 0 or done == steps:
                 judged = judge(recorder, task, state)
@@ -201,12 +213,21 @@ def train(plan: Plan, task: Task, screen: display.Console) -> records.Run:
     return run
 
 
+def recorded(run_name: str, header: records.Record, figures: dict[str, Any] | None) -> records.Recorder:
+    """The recorder of a run; of several processes only the first one's writes files."""
+    if not together.is_first():
+        return records.Recorder(None, header, None, figures)
+    board = pathlib.Path(FLAGS.tensorboard_dir) / run_name if FLAGS.tensorboard_dir else None
+    return records.Recorder(pathlib.Path(FLAGS.out_dir) / f"{run_name}.jsonl", header, board, figures)
+
+
 def begin(
     plan: Plan, task: Task, folder: pathlib.Path | None, screen: display.Console
 ) -> tuple[State, int, dict[str, Any] | None]:
     """The state to go on from, the number of steps done, and the records so far, or None."""
-    # Copies, because a step consumes its arguments, and the next run starts from the same parameters.
-    params, model_state = jax.tree.map(jnp.copy, (task.params, task.model_state))
+    # Copies, because a step consumes its arguments, and the next run starts from the same parameters. On the host,
+    # because jax spreads an array of one device over several processes so that Orbax cannot read it.
+    params, model_state = jax.device_get(jax.tree.map(jnp.copy, (task.params, task.model_state)))
     opt_state, done, figures = init(plan.tx, params, plan.workers), 0, None
     if folder and (saved := restore(folder, plan, task, screen)):
         done, figures = saved.step, saved.figures
@@ -245,7 +266,8 @@ def stepped(
 def step_of(plan: Plan, task: Task) -> Callable[[State, Any], tuple[State, Any, Any]]:
     """(state, batch) -> (state, loss, accuracy): the means over the workers, of this step.
 
-    Under `outer` each worker's loss and accuracy are read where they are, because a local step sends nothing.
+    Under `outer` each worker's loss and accuracy are read where they are, because a local step sends nothing. So the
+    means are over the workers of this process.
     """
     make: Any = train_step if isinstance(plan.workers, Mesh) else simulate
     if not isinstance(plan.tx, Outer):
@@ -265,9 +287,21 @@ def step_of(plan: Plan, task: Task) -> Callable[[State, Any], tuple[State, Any, 
 
     def local_step(state: State, batch: Any) -> tuple[State, Any, Any]:
         params, opt_state, _, told = local(state.params, state.opt_state, batch)
-        return State(params, opt_state, state.model_state), *(np.mean(jax.device_get(x)) for x in told)
+        return State(params, opt_state, state.model_state), *(np.mean(own(x)) for x in told)
 
     return local_step
+
+
+def own(x: jax.Array) -> np.ndarray:
+    """The rows of an array that are on this process's devices."""
+    return np.concatenate([shard.data for shard in x.addressable_shards])
+
+
+def average(plan: Plan, recorder: records.Recorder) -> None:
+    """Takes the means over all processes of what each has counted of its own workers, as `step_of` tells it."""
+    recent = recorder.state["recent"]
+    if isinstance(plan.tx, Outer) and jax.process_count() > 1 and recent:
+        recorder.state["recent"] = multihost_utils.process_allgather(np.float32(recent)).mean(0).tolist()
 
 
 def bits_of_pmean(task: Task, workers: int) -> int:
@@ -327,6 +361,7 @@ def checkpoint(
     folder: pathlib.Path, plan: Plan, state: State, recorder: records.Recorder, screen: display.Console
 ) -> None:
     """Writes a checkpoint; if that fails, it prints the error, and the training goes on."""
+    average(plan, recorder)
     with recorder.timed("checkpoint"):
         try:
             step, arrays = recorder.state["step"], state._asdict()
@@ -345,7 +380,7 @@ def header(plan: Plan, task: Task) -> records.Record:
         "label": plan.label,
         "seed": FLAGS.seed,
         "workers": plan.size,
-        "emulated": isinstance(plan.workers, int) or device.platform == "cpu",
+        "emulated": isinstance(plan.workers, int) or (device.platform == "cpu" and jax.process_count() == 1),
         "steps": plan.steps,
         "batch_size": plan.batch_size,
         "parameters": sum(x.size for x in jax.tree.leaves(task.params)),
@@ -363,7 +398,14 @@ def restore(folder: pathlib.Path, plan: Plan, task: Task, screen: display.Consol
     def like(workers: int) -> Any:
         opt_state = jax.eval_shape(lambda: init(plan.tx, task.params, workers))
         arrays = State(task.params, opt_state, task.model_state)._asdict()
-        return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), arrays)
+
+        def target(x: Any, spec: P) -> Any:
+            # One of several processes reads its own rows; if they are of another number of workers, it reads all.
+            if isinstance(plan.workers, Mesh) and jax.process_count() > 1 and (spec == P() or workers == plan.size):
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(plan.workers, spec))
+            return np.empty(x.shape, x.dtype)
+
+        return jax.tree.map(target, arrays, specs_of(arrays))
 
     return checkpoints.restore(
         folder, plan.settings, like, lambda text: screen.print(text, style="bold red", soft_wrap=True)
@@ -371,7 +413,7 @@ def restore(folder: pathlib.Path, plan: Plan, task: Task, screen: display.Consol
 
 
 def carried_over(opt_state: Any, workers: int, plan: Plan, screen: display.Console) -> Any:
-    """The optimiser's state, which is on the host, placed on the current workers."""
+    """The optimiser's state as it was saved, placed on the current workers."""
     if workers == plan.size:
         return placed(opt_state, plan.workers)
     screen.print(
@@ -386,6 +428,12 @@ def carried_over(opt_state: Any, workers: int, plan: Plan, screen: display.Conso
 def placed(tree: Any, workers: Mesh | int) -> Any:
     """Arrays where a step takes them."""
     return place(tree, workers) if isinstance(workers, Mesh) else jax.tree.map(jnp.asarray, tree)
+
+
+def split(tree: Any, workers: Mesh) -> Any:
+    """Arrays [rows, ...] that every process has, split over the workers: each process gives only its own rows."""
+    lies = NamedSharding(workers, P(workers.axis_names))
+    return jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, lies, lambda rows: x[rows]), tree)
 
 
 def command_line(argv: list[str]) -> list[str]:

@@ -183,11 +183,13 @@ class Recorder:
       state: everything that another process needs to go on; JSON.
     """
 
-    def __init__(self, path: pathlib.Path, header: Record, board: pathlib.Path | None, state: Record | None = None):
+    def __init__(
+        self, path: pathlib.Path | None, header: Record, board: pathlib.Path | None, state: Record | None = None
+    ):
         """Writes the file, up to the point of `state`.
 
         Args:
-          path: the path of the file.
+          path: the path of the file; None for none, because another process of the run writes it.
           header: the first line of new records.
           board: TensorBoard's directory.
           state: the state of the recorder in the checkpoint from which the run goes on.
@@ -197,7 +199,6 @@ class Recorder:
             here and later: it cannot be written.
         """
         self.path = path
-        _require_own(path, header)
         self.state = state or {
             "lines": [header],
             "recent": [],  # loss, accuracy and milliseconds of each step since the last line "train"
@@ -209,13 +210,15 @@ class Recorder:
             "exchanges": 0,  # steps that sent something
             "seconds": {},  # by kind of work
         }
-        with _named(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # In one step, so that the file has either its old content or the new.
-            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-            partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
-            partial.replace(path)
-        with _named(board or path):
+        if path:
+            _require_own(path, header)
+            with _named(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # In one step, so that the file has either its old content or the new.
+                partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+                partial.write_text("".join(map(_text, self.state["lines"])), encoding="utf-8")
+                partial.replace(path)
+        with _named(board):
             # TensorBoard forgets its figures of later steps. Its file names have the second: with the step added, a run
             # that goes on within a second does not overwrite its own file.
             first = self.state["step"] + 1
@@ -277,8 +280,9 @@ class Recorder:
         values = {**so_far, **{key: _rounded(value) for key, value in values.items()}}
         line = {"kind": kind, "step": self.state["step"], **values}
         self.state["lines"].append(line)
-        with _named(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(_text(line))
+        if self.path:
+            with _named(self.path), self.path.open("a", encoding="utf-8") as file:
+                file.write(_text(line))
         if self.board:
             for key, value in _scalars(values):
                 self.board.add_scalar(f"{kind}/{key}", value, line["step"])
@@ -300,7 +304,7 @@ def _require_own(path: pathlib.Path, header: Record) -> None:
 
 
 @contextlib.contextmanager
-def _named(path: pathlib.Path) -> Iterator[None]:
+def _named(path: pathlib.Path | None) -> Iterator[None]:
     """Turns errors of writing into errors with the file's name."""
     try:
         yield

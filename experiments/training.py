@@ -1,7 +1,5 @@
 """The flags of image classification: codecs, and the papers' optimisers behind them; and the plan of a training."""
 
-import contextlib
-import os
 import re
 from typing import Any
 
@@ -10,7 +8,7 @@ import optax
 from absl import flags
 from jax.sharding import Mesh
 
-from experiments import codecs, loop, optimizers
+from experiments import cluster, codecs, loop, optimizers
 from gradcomp_jax import delayed, make_mesh, measured, outer
 
 FLAGS = flags.FLAGS
@@ -64,7 +62,6 @@ SHOWN = (
     "checkpoint_dir",
     "data_dir",
 )
-NO_REORDERING = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 # The settings that a run must share with the checkpoint from which it goes on, beside the experiment's own flags.
 SETTINGS = (
     "epochs",
@@ -174,13 +171,7 @@ def worker_mesh(workers: int) -> Mesh:
     Raises:
       ValueError: there are fewer devices, and it is too late to emulate more, or there are accelerators.
     """
-    # With reordering, emulated devices may meet in the collectives of a conditional, and in those beside it, in
-    # different orders, and accordion's training crashes. jax reads the flag when it first runs.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {NO_REORDERING}"
-    if jax.config.values["jax_num_cpu_devices"] < workers:
-        # jax refuses this if it runs already, perhaps with enough devices.
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", workers)
+    cluster.emulate(workers)
     if jax.device_count() < workers:
         raise ValueError(
             f"--workers={workers}: jax has {jax.device_count()} devices of type {jax.default_backend()!r}; use fewer "

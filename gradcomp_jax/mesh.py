@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from gradcomp_jax.arguments import is_whole, own, shown
@@ -41,6 +42,10 @@ def make_mesh(workers: int | Mapping[str, int] | None = None) -> Mesh:
             "simulate(), which needs one device only"
         )
     devices = jax.devices()[:needed]
+    if len({getattr(device, "slice_index", 0) for device in devices}) > 1:
+        # jax.make_mesh refuses several TPU slices, or GPU hosts: they lie one after another, along the first axes.
+        by_slice = sorted(devices, key=lambda device: (device.slice_index, device.id))
+        return Mesh(np.reshape(np.array(by_slice), tuple(workers.values())), tuple(workers))
     return jax.make_mesh(
         tuple(workers.values()), tuple(workers), axis_types=(AxisType.Auto,) * len(workers), devices=devices
     )

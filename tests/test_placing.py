@@ -1,6 +1,7 @@
 """Where things lie: place, shard_batch, and meshes with explicit axes, whatever mesh the caller has set."""
 
 import copy
+import dataclasses
 
 import chex
 import jax
@@ -119,3 +120,18 @@ def test_all_entries_under_a_mesh_with_explicit_axes():
         simulated(params, gc.resize_workers(state, N), batch)
     with jax.set_mesh(jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])):  # of other axes
         step(problem.params(), gc.init(tx, problem.params(), mesh), problem.batches(1).__next__())
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    id: int
+    slice_index: int
+
+
+def test_slices_lie_one_after_another_in_a_mesh(monkeypatch):
+    """jax.make_mesh refuses them, as it does GPU hosts, which have indices too."""
+    chips = [Chip(id, slice_index=id % 2) for id in range(4)]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    monkeypatch.setattr(jax, "device_count", lambda: len(chips))
+    assert [[chip.id for chip in row] for row in gc.make_mesh({"slice": 2, "chip": 2}).devices] == [[0, 2], [1, 3]]
+    assert [chip.id for chip in gc.make_mesh().devices] == [0, 2, 1, 3]
