@@ -85,8 +85,8 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     found = []
     for name, alike in groups.items():
         header = alike[0].header
-        together = header["workers"] if header["emulated"] else 1  # one device computes for all of them
-        here = statistics.fmean(run.step_ms for run in alike) / 1e3 / together
+        computed = header["workers"] if header["emulated"] else 1  # workers for whom one device computes
+        here = statistics.fmean(run.step_ms for run in alike) / 1e3 / computed
         found.append(Row(name, alike[0].header["codec"], alike, FLAGS.step_time or here))
     return found
 
@@ -118,14 +118,16 @@ def table(rows: Sequence[Row], title: str) -> Table:
 def notes(rows: Sequence[Row]) -> list[str]:
     """The notes below the table."""
     header = rows[0].runs[0].header
-    emulated = header["emulated"]
-    seconds = f"the ms a step{', over the number of workers,' * emulated}"
-    seconds = f"--step_time={FLAGS.step_time:g} s" if FLAGS.step_time else seconds
-    here = f"one device computes for all {header['workers']} workers, and nothing is sent"
+    here, seconds = "each worker has a device, the median step", "the ms a step"
+    if header["emulated"]:
+        here = f"one device computes for all {header['workers']} workers, and nothing is sent"
+        seconds += ", over the number of workers,"
+    if FLAGS.step_time:
+        seconds = f"--step_time={FLAGS.step_time:g} s"
     found = [
         "MB: 10^6 bytes that one worker sends, by the ring laws. Ratio: those of a dense all-reduce of the gradients "
         "in each step, over these. Exchanges: steps that sent something.",
-        f"ms a step: here, where {here if emulated else 'each worker has a device; the median step'}.",
+        f"ms a step: here, where {here}.",
         f"sim. min: a model, not a measurement. Each step takes {seconds} and the bytes take their time at "
         f"--link={FLAGS.link:g} Mbit/s. Nothing overlaps, and there is no latency.",
     ]

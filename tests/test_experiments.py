@@ -109,7 +109,7 @@ def test_a_codec_whose_docstring_says_nothing_has_its_flags(monkeypatch):
 
 def test_help_is_short_and_shows_the_settings_of_codecs_that_are_named(monkeypatch):
     text = FLAGS.module_help("experiments.cifar")
-    assert len(text.splitlines()) < 70  # and the docstring
+    assert len(text.splitlines()) < 85  # and the docstring
     assert {f"--{name}:" for name in ("codec", "model", "epochs", "lr", "out_dir")} <= set(text.split())
     assert not re.search(rf"^  --(\[no\])?({'|'.join(codecs.CODECS)})_", text, re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["program.py", "--codec", "powersgd", "--codec=topk,zip", "--help"])

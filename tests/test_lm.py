@@ -315,6 +315,7 @@ def run_of(codec, label, seed, bytes_sent, loss, ms=80.0, **header):
     """A run of 100 steps."""
     at = {"step": 100, "bytes": bytes_sent, "dense_bytes": 10**9}
     facts = {"task": "t", "workers": 8, "steps": 100, "batch_size": 10, "parameters": 10**6, "settings": {}}
+    facts |= {"emulated": True}
     end = {"exchanges": 10, "skipped": 0}
     lines = [
         {"kind": "run", "codec": codec, "label": label, "seed": seed, **facts, **header},
@@ -330,6 +331,8 @@ def test_the_simulated_time_is_that_of_the_steps_and_of_the_bytes():
     dense, diloco = link.rows(runs)
     assert (dense.name, diloco.name) == ("dense", "diloco every=10")
     assert dense.minutes(runs[1].end) == pytest.approx((100 * 0.08 / 8 + 8e9 / 1e8) / 60)
+    (real,) = link.rows([run_of("dense", "dense", 0, 10**9, 2.5, emulated=False)])  # each worker has a device
+    assert real.minutes(runs[1].end) == pytest.approx((100 * 0.08 + 8e9 / 1e8) / 60)
     FLAGS(["lm", "--link=50", "--step_time=0.5"])
     _, diloco = link.rows(runs)
     assert diloco.minutes(runs[0].end) == pytest.approx((100 * 0.5 + 8e8 / 5e7) / 60)
