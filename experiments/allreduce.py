@@ -361,7 +361,7 @@ def show(found: Sequence[Records]) -> None:
 
 def run() -> Records:
     """Measures, as the flags say."""
-    if not cluster.join():
+    if cluster.join() == 1:
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
     mesh = gcj.make_mesh()
     if FLAGS.gradients:

@@ -293,7 +293,7 @@ def run() -> list[step_times.Run]:
     """Measures, and writes the records."""
     if FLAGS.torch and FLAGS.cluster:
         raise ValueError("--torch needs --coordinator_address, not --cluster: its processes meet at the next port")
-    if not cluster.join():
+    if cluster.join() == 1:
         if FLAGS.torch and FLAGS.devices > 1:
             raise ValueError(f"--torch with one process needs --devices=1, not {FLAGS.devices}: it has one a process")
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)

@@ -121,7 +121,7 @@ def plan() -> gcj.Plan | None:
     Raises:
       ValueError: flags do not go together.
     """
-    several = cluster.join()
+    several = cluster.join() > 1
     if FLAGS.measure and not several:
         jax.config.update("jax_num_cpu_devices", 2)
     if not (FLAGS.measure or FLAGS.link):
