@@ -1,7 +1,7 @@
 """One exchange of a whole gradient between hosts, by every codec: its time, and where the time goes.
 
     python -m experiments.allreduce --codec=none,powersgd,qsgd --powersgd_rank=4 --out=out/resnet18.jsonl
-    python -m experiments.lab --hosts=4 --rate=100mbit -- python -m experiments.allreduce {join} --out=out/four.jsonl
+    sudo .venv/bin/python -m experiments.lab --hosts=4 --rate=100mbit -- .venv/bin/python -m experiments.allreduce {join} --out=out/four.jsonl
     python -m experiments.allreduce --runs=out/resnet18.jsonl --figure=out/allreduce.png
 
 Started on several hosts, with the address of the first and the number of each, it measures the links between them. One
@@ -32,6 +32,7 @@ import platform
 import shlex
 import statistics
 import sys
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -92,7 +93,7 @@ def recorded_gradients(path: str, mesh: Mesh) -> dict[str, jax.Array]:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
         sys.exit(f"error: --gradients={path} cannot be read ({error}): give a file of numpy.savez")
     sharding = NamedSharding(mesh, P(AXIS))
 
@@ -324,7 +325,8 @@ def header_of(grads: Any, mesh: Mesh, mbit: float | None) -> Record:
     """The first line of the records."""
     leaves = jax.tree.leaves(grads)
     cpu = pathlib.Path("/proc/cpuinfo")
-    named = [line.partition(":")[2].strip() for line in cpu.read_text().splitlines() if line.startswith("model name")]
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "kind": "allreduce",
         "model": FLAGS.gradients or (f"square{FLAGS.size}" if FLAGS.model == "square" else FLAGS.model),
@@ -363,6 +365,8 @@ def run() -> Records:
     """Measures, as the flags say."""
     if cluster.join() == 1:
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
+    if FLAGS.out:
+        command.directory("out", str(pathlib.Path(FLAGS.out).parent))  # an error now, not after the measurement
     mesh = gcj.make_mesh()
     if FLAGS.gradients:
         grads = recorded_gradients(FLAGS.gradients, mesh)

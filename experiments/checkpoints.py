@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -83,6 +84,7 @@ def _locked(folder: pathlib.Path, held: contextlib.ExitStack) -> str:
         lock.truncate(0)
         lock.write(mark := uuid.uuid4().hex)
         lock.flush()
+        os.fsync(lock.fileno())  # so that other hosts read it too, on a file system over a network
         return mark
     except BlockingIOError as error:
         raise CheckpointError(
@@ -142,12 +144,13 @@ def save(folder: pathlib.Path, step: int, workers: int, settings: dict[str, Any]
     writing = False
     try:
         # Checked beforehand, for an error of one sentence: Orbax's threads would print hundreds of lines.
-        needed = sum(x.nbytes for x in jax.tree.leaves(arrays))
+        needed, writing = sum(x.nbytes for x in jax.tree.leaves(arrays)), jax.process_count() > 1
         free = int(together.told(str(shutil.disk_usage(folder).free))[0])
         if free < needed:
+            writing = False  # all know it
             raise OSError(f"it takes up to {needed / 1e6:.1f} MB, of which the disk has {free / 1e6:.1f}")
-        # The manager removes the half-written checkpoint of a killed run.
         writing = jax.process_count() > 1
+        # The manager removes the half-written checkpoint of a killed run.
         with _Manager(folder, max_to_keep=2, cleanup_tmp_directories=True) as manager:
             if not manager.save(step, args=args):
                 raise OSError("there is one of that step, or of a later one")
@@ -187,7 +190,9 @@ def restore(folder: pathlib.Path, settings: dict[str, Any], like: Callable[[int]
         primary_host=alone, active_processes={alone}, barrier_sync_key_prefix=str(alone)
     )
     with _Manager(folder, multiprocessing_options=apart, create=False) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
+        # What the first process sees, for all: file systems over a network may show some hosts a new directory later.
+        steps = json.loads(together.told(json.dumps(sorted(manager.all_steps(), reverse=True)[:20]))[0])
+        for step in steps:
             with together.all_or_none():
                 saved, own_digest, reason = _read_whole(manager, folder, step, settings, like)
             digest = _whole_digest(own_digest)

@@ -46,7 +46,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import gradcomp_jax as gcj
-from experiments import cluster, codecs, command, display, step_times, torch_side, turns
+from experiments import cluster, codecs, command, display, step_times, timing, torch_side, turns
 from experiments.models import layers, resnet
 from experiments.models.transformer import Transformer
 from experiments.step_times import Record
@@ -165,7 +165,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rounds", 7, "Times each case is run; medians are reported.", lower_bound=1)
     flags.DEFINE_integer("steps", 5, "Steps of a turn.", lower_bound=1)
     flags.DEFINE_integer("dense_steps", 2, "Steps of a turn without compression.", lower_bound=1)
-    flags.DEFINE_integer("warmup", 5, "Steps before the first turn, at least; they are not timed.", lower_bound=1)
+    flags.DEFINE_integer("warmup", 5, "Steps before the first turn, at least; they are not timed.", lower_bound=3)
     flags.DEFINE_boolean("donate", False, "Let steps with a codec reuse the memory of their arguments.")
     flags.DEFINE_integer("devices", 2, "Workers, if there is one process.", lower_bound=1)
     flags.DEFINE_boolean("torch", False, "Measure PyTorch too.")
@@ -177,7 +177,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_string(
         "rate",
-        os.environ.get("LAB_RATE", ""),
+        os.environ.get("LAB_RATE", "").replace("none", ""),
         "The rate of the links, such as 1gbit, for the records; by default LAB_RATE, which experiments.lab sets.",
     )
     flags.DEFINE_string("out", None, "A file for the records.")
@@ -192,7 +192,7 @@ def cases(names: list[str], task: Task, mesh: Mesh) -> dict[str, turns.Case]:
     course = codecs.Course(steps_per_epoch=1_000_000, learning_rate=None)
     trained = lambda tx, steps: turns.trained(task.loss_fn, tx, task.weights, mesh, steps, FLAGS.donate)  # noqa: E731
     found = {step_times.LOCAL: turns.alone(task.loss_fn, inner, task.weights, mesh, FLAGS.steps)}
-    for name in names:
+    for name in sorted(names, key=lambda name: name == "none"):  # last: what follows its long messages is slower
         if name in OUTER:
             found[f"{name} every={FLAGS.every}"] = trained(OUTER[name](inner, every=FLAGS.every), FLAGS.every)
             continue
@@ -210,7 +210,7 @@ def measured(names: list[str], task: Task, mesh: Mesh, torch: torch_side.Process
       mesh: the workers.
       torch: PyTorch's process, or None.
     """
-    meet, batch = turns.meeting(mesh), batch_of(task, mesh)
+    meet, batch = timing.beginning(mesh), batch_of(task, mesh)
     ours = cases(names, task, mesh)
     theirs = {way: FLAGS.dense_steps if way == "ddp" else FLAGS.steps for way in torch_side.WAYS} if torch else {}
     found = {("jax", name): step_times.case("jax", name) for name in ours}
@@ -297,6 +297,8 @@ def run() -> list[step_times.Run]:
         if FLAGS.torch and FLAGS.devices > 1:
             raise ValueError(f"--torch with one process needs --devices=1, not {FLAGS.devices}: it has one a process")
         jax.config.update("jax_num_cpu_devices", FLAGS.devices)
+    if FLAGS.out:
+        command.directory("out", str(pathlib.Path(FLAGS.out).parent))  # an error now, not after the measurement
     width = FLAGS.width or MODELS[FLAGS.model].width
     task, mesh = task_of(FLAGS.model, width), gcj.make_mesh()
     with torch_process(task, width) as torch:

@@ -12,8 +12,7 @@ gradients of a few convolutions are recorded. These gradients, and Gaussian nois
 
 `bases.analyse` tells which steps answer which question.
 
-With --save=FILE.npz the mean gradients of all leaves in the last 8 steps are written, for `experiments.allreduce`. With
---workers=1 they are a worker's own.
+With --save=FILE.npz the mean gradients of all leaves in the last 8 steps are written, for `experiments.allreduce`.
 """
 
 import functools

@@ -85,10 +85,15 @@ def rows(runs: Sequence[Run]) -> list[Row]:
     found = []
     for name, alike in groups.items():
         header = alike[0].header
-        computed = header["workers"] if header["emulated"] else 1  # workers for whom one device computes
+        computed = computed_by_one(header)
         here = statistics.fmean(run.step_ms for run in alike) / 1e3 / computed
         found.append(Row(name, alike[0].header["codec"], alike, FLAGS.step_time or here))
     return found
+
+
+def computed_by_one(header: Record) -> int:
+    """For how many workers one device computes."""
+    return header["workers"] // header.get("processes", 1) if header["emulated"] else 1
 
 
 def table(rows: Sequence[Row], title: str) -> Table:
@@ -120,8 +125,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     header = rows[0].runs[0].header
     here, seconds = "each worker has a device, the median step", "the ms a step"
     if header["emulated"]:
-        here = f"one device computes for all {header['workers']} workers, and nothing is sent"
-        seconds += ", over the number of workers,"
+        here = f"one device computes for {computed_by_one(header)} workers"
+        seconds += ", over the number of these,"
     if FLAGS.step_time:
         seconds = f"--step_time={FLAGS.step_time:g} s"
     found = [

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import gradcomp_jax as gcj
-from experiments import cluster, command, turns
+from experiments import cluster, command, timing, turns
 
 FLAGS = flags.FLAGS
 
@@ -101,7 +101,7 @@ def main() -> None:
             out_specs=P("data"),
         )
     )()
-    times, sent = timings(cases(mesh), rows, turns.meeting(mesh))
+    times, sent = timings(cases(mesh), rows, timing.beginning(mesh))
     if jax.process_index() == 0:
         show(mesh.size, times, sent)
 

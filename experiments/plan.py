@@ -30,7 +30,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gcj
-from experiments import cluster, codecs, command, models
+from experiments import cluster, codecs, command, models, together
 from experiments.models import layers
 from experiments.models.transformer import Transformer
 from gradcomp_jax.planner import DEVICES, Link, cost
@@ -127,8 +127,11 @@ def plan() -> gcj.Plan | None:
     if not (FLAGS.measure or FLAGS.link):
         raise ValueError("--link=1gbit tells the link between workers, and --measure measures it: give one")
     link: Link | str = FLAGS.link or measured_link(gcj.make_mesh(), FLAGS.rounds)
-    if several and jax.process_index():
-        return None
+    if several:
+        first = together.is_first()
+        together.part()  # the others need not wait while the first one plans
+        if not first:
+            return None
     task = task_of(FLAGS.model, FLAGS.rows, FLAGS.context)
     here = not (FLAGS.device or FLAGS.step_ms) or FLAGS.measure
     made = (lambda f: jax.jit(f)()) if here else jax.eval_shape

@@ -45,7 +45,6 @@ flags.DEFINE_integer("seed", 0, "Decides who is killed, and when.")
 flags.DEFINE_string("out", None, "A file for lines of JSON, one for each kill.")
 flags.DEFINE_string("folder", None, "For the processes that this program starts: where they write.")
 flags.DEFINE_boolean("resized", False, "For the processes that this program starts: begin with the survivors' rows.")
-flags.declare_key_flag("kills")
 
 
 def loss_fn(params: Any, batch: Any) -> jax.Array:

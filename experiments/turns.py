@@ -92,20 +92,13 @@ def trained(
     return Case(step, params, state, steps, lambda state: gcj.wire_bits(state).total / 8)
 
 
-def meeting(mesh: Mesh) -> Callable[[], None]:
-    """A function that returns when every host has called it."""
-    ones = jax.jit(lambda: jnp.ones(mesh.size), out_shardings=NamedSharding(mesh, P(mesh.axis_names)))()
-    together = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))
-    return lambda: jax.block_until_ready(together(ones)) and None
-
-
 def turn(case: Case, batch: Any, meet: Callable[[], None], steps: int | None = None) -> Turn:
     """Times the steps of a turn, one after another without a pause.
 
     Args:
       case: what is timed.
       batch: the batch of every step.
-      meet: see `meeting`.
+      meet: see `timing.beginning`.
       steps: how many; by default the case's own.
     """
     params, state, steps = case.params, case.state, steps or case.steps

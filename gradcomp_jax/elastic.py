@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax.lifeline import LOGGER, Lifeline, Met
 from gradcomp_jax.mesh import automatic, require_mesh
-from gradcomp_jax.survivors import moved, processes_of, save_part, turned, without_others
+from gradcomp_jax.survivors import moved, parts_in, processes_of, save_part, turned, without_others
 
 
 def elastic(
@@ -50,15 +50,24 @@ def elastic(
       mesh: the first mesh, by default of all devices.
       checkpoint: a directory that all processes can write to. Where survivors cannot go on, each writes what it holds
         of the state to the file `step/process.npz` there, step being the one that comes next. `restore(checkpoint,
-        like)` reads all of them. Without a directory nothing is saved.
+        like)` reads all of them. It must not have such files of an earlier run. Without a
+        directory nothing is saved.
 
     Yields:
       (step, state, result), once all survivors have done the step.
 
     Raises:
-      ValueError: the mesh is not of all processes of the lifeline; or the step donates the state.
+      ValueError: the mesh is not of all processes of the lifeline, or its loop has ended already; `checkpoint` has
+        what an earlier run saved; or the step donates the state.
     """
     mesh = automatic(require_mesh(mesh, or_workers=False))
+    if lifeline.left:
+        raise ValueError("the loop of this lifeline has ended: run all steps in one elastic(...)")
+    if checkpoint is not None and parts_in(checkpoint, None):
+        raise ValueError(
+            f"checkpoint={os.fspath(checkpoint)!r} has what survivors of an earlier run saved: take it by "
+            "restore(checkpoint, like), and give this run an empty directory"
+        )
     if processes_of(mesh) != set(lifeline.members):
         raise ValueError(
             f"the mesh is of the processes {sorted(processes_of(mesh))}, and the lifeline of {list(lifeline.members)}: "
@@ -117,8 +126,9 @@ class _Crew:
 
     def _renew(self, lost: set[int], met: Met) -> None:
         """Another mesh: of the survivors; or in another order, if a collective failed among the living."""
+        what = f"processes {sorted(lost)} are dead" if lost else "a collective failed, and no process is dead"
         if self._mesh.devices.flat[0].platform != "cpu":
-            self._lifeline.end(f"processes {sorted(lost)} are dead, and only CPUs can go on without them")
+            self._lifeline.end(f"{what}; only CPUs can go on from here")
         if not met.well:
             self._broken.add(_order(self._mesh))
         try:
@@ -131,8 +141,7 @@ class _Crew:
                 break
             mesh = turned(mesh)
         else:
-            self._lifeline.end(f"collectives failed {len(met.members)} times among processes that are all alive")
-        what = f"processes {sorted(lost)} are dead" if lost else "a collective failed, and no process is dead"
+            self._lifeline.end(f"{what}, and gloo has connected the devices in each order of their processes already")
         LOGGER.warning("%s: processes %s go on from step %d", what, list(met.members), self._upcoming)
         self._mesh, self._run = mesh, self._make(mesh)
         self._agree(moved(self.state, mesh), self._upcoming)

@@ -55,10 +55,12 @@ class Lifeline:
       process: the number of this process.
       timeout: seconds after which a process that makes no progress counts as dead.
       members: the processes that are there, as the last meeting has found them.
+      left: whether its loop has ended; a lifeline is for one loop.
     """
 
     def __init__(self, client: Any, process: int, processes: int, timeout: float, broken: threading.Event):
         self.process, self.timeout, self.members = process, timeout, tuple(range(processes))
+        self.left = False
         self._client, self._broken = client, broken
         self._signs = dict.fromkeys(self.members, ("", time.monotonic()))
         self._heard, self._round = time.monotonic(), 0
@@ -75,7 +77,7 @@ class Lifeline:
     def leave(self) -> None:
         """Tells the others that this process comes to no more meetings. They need not wait for it."""
         self._client.key_value_set(f"{_KEYS}left/{self.process}", "", allow_overwrite=True)
-        self._save = None
+        self._save, self.left = None, True
 
     def meet(self, well: bool) -> Met:
         """Waits for all processes that are there, and learns who that is. Ends the process if it is not among them."""
@@ -98,7 +100,7 @@ class Lifeline:
         """Ends this process with a message, and saves what it has first."""
         save = self._save
         with self._ending:  # never released: a second thread waits until the process has ended
-            hung = threading.Timer(self.timeout / 2, os._exit, (TRY_AGAIN,))  # the save may wait for a device
+            hung = threading.Timer(self.timeout / 2, self._give_up)  # the save may wait for a device
             hung.daemon = True
             hung.start()
             LOGGER.critical("process %d ends: %s", self.process, why)
@@ -111,6 +113,10 @@ class Lifeline:
             sys.stderr.flush()
             os._exit(TRY_AGAIN)  # jax's own end would wait for processes that are not there
 
+    def _give_up(self) -> None:
+        LOGGER.critical("process %d could not save in %.0f s", self.process, self.timeout / 2)
+        os._exit(TRY_AGAIN)
+
     def _key(self, *names: Any) -> str:
         return "/".join(map(str, (f"{_KEYS}{self._round}", *names)))
 
@@ -118,7 +124,8 @@ class Lifeline:
         return {int(name.rsplit("/", 1)[1]): value for name, value in self._client.key_value_dir_get(key)}
 
     def _silent(self, process: int, seconds: float) -> bool:
-        return time.monotonic() - self._signs[process][1] > seconds
+        """Whether others were heard of and this one was not; a pause of this process is not a silence of the others."""
+        return self._heard - self._signs[process][1] > seconds
 
     def _judged(self) -> Met:
         """Process 0 waits for all who may still come."""
@@ -148,7 +155,7 @@ class Lifeline:
             members = dict(self._client.key_value_dir_get(_KEYS)).get(f"{_KEYS}members")
             if members is not None and self.process not in json.loads(members):
                 return Met(tuple(json.loads(members)), False)
-            if 0 in self._read(f"{_KEYS}left/"):
+            if 0 in self._read(f"{_KEYS}left/") and not self._client.key_value_dir_get(self._key("out")):
                 self.end("process 0 has left the loop")
             if 0 in self._read(self._key("in") + "/"):
                 began = time.monotonic()  # it waits for another, as long as it may
@@ -164,10 +171,11 @@ class Lifeline:
             except jax.errors.JaxRuntimeError:
                 signs = {}
             now = time.monotonic()
-            self._heard = now if signs else self._heard
+            deaf = now - self._heard > SILENCE / 2  # it stood still, or heard nothing: then nobody else is to blame
             for process, sign in signs.items():
-                if sign != self._signs[process][0]:
+                if deaf or sign != self._signs[process][0]:
                     self._signs[process] = sign, now
+            self._heard = now if signs else self._heard
             time.sleep(EVERY)
 
     def _watch(self) -> None:
@@ -184,13 +192,20 @@ class Lifeline:
                 self.end("process 0 is dead, and with it the coordinator of the run")
             if before - self._heard > self.timeout:
                 self.end(f"no word from process 0 for {self.timeout:.0f} s")
-            if silent := [k for k in self.members if self._silent(k, self.timeout)]:
-                self.end(f"no word from process {silent[0]} for {self.timeout:.0f} s, and the step does not end")
+            if (
+                silent := {k for k in self.members if self._silent(k, self.timeout)}
+                - self._read(f"{_KEYS}left/").keys()
+            ):
+                self.end(f"no word from process {min(silent)} for {self.timeout:.0f} s, and the step does not end")
 
     def _farewell(self) -> None:
         """Process 0 ends last, because the coordinator ends with it, and jax's client would abort its process."""
         if self._broken.is_set():
-            os._exit(TRY_AGAIN)
+            with self._ending:  # so that a save that is under way comes to its end
+                sys.stdout.flush()
+                sys.stderr.flush()
+                # Python notes an exception that ended the program in sys.last_value.
+                os._exit(0 if self.left and not hasattr(sys, "last_value") else TRY_AGAIN)
         self._client.key_value_set(f"{_KEYS}gone/{self.process}", "", allow_overwrite=True)
         end = time.monotonic() + self.timeout
         while self.process == 0 and time.monotonic() < end:
@@ -216,9 +231,10 @@ def initialize_elastic(
       num_processes: how many processes there are.
       process_id: the number of this process.
       timeout: seconds. A process that gives signs of life, but does not come to the end of a step that the others have
-        ended, counts as dead after this time. If the survivors cannot go on, they end within this time. It must be
-        longer than the longest pause of a process between two steps.
-      settings: further arguments of `jax.distributed.initialize`.
+        ended, counts as dead after this time. If the survivors cannot go on, they end within one and a half times
+        this time, of which a third is for the save. It must be longer than the longest pause of a process between two
+        steps.
+      settings: further arguments of `jax.distributed.initialize`, but for heartbeat_timeout_seconds.
 
     Returns:
       What `elastic` needs.

@@ -114,7 +114,7 @@ def _checksums(mesh: Mesh, spec: P) -> Any:
 
 
 def checksum(x: jax.Array) -> jax.Array:
-    """A checksum of an array's bits and their places, uint32; a change of one element always changes it."""
+    """A checksum of an array's bits and their places, uint32; a change of one word always changes it."""
     bits = _bits(x).reshape(-1).astype(jnp.uint32)
     places = lax.iota(jnp.uint32, bits.size)
     return jnp.sum(mixed(bits ^ mixed(places)), dtype=jnp.uint32)

@@ -90,11 +90,9 @@ def moved(tree: Any, mesh: Mesh) -> Any:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(move(jax.random.key_data(x)), impl=jax.random.key_impl(x))
         old, new = x.sharding, NamedSharding(mesh, x.sharding.spec)
-        ones = tuple(1 for _ in x.shape)
-        pieces = np.divide(x.shape, old.shard_shape(x.shape)).astype(int) if x.ndim else ones
         held = {shard.device: shard.data for shard in x.addressable_shards}
         counts = [_pieces(mesh, names) for names in (*x.sharding.spec, *((None,) * (x.ndim - len(x.sharding.spec))))]
-        shape = [size // int(before) * after for size, before, after in zip(x.shape, pieces, counts, strict=True)]
+        shape = [size * count for size, count in zip(old.shard_shape(x.shape), counts, strict=True)]
         return jax.make_array_from_single_device_arrays(tuple(shape), new, [held[k] for k in mesh.local_devices])
 
     return jax.tree.map(move, tree)
@@ -111,17 +109,23 @@ def save_part(directory: str | os.PathLike, process: int, step: int, state: Any)
     folder = pathlib.Path(directory) / str(step)
     folder.mkdir(parents=True, exist_ok=True)
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    arrays = {jax.tree_util.keystr(path, simple=True, separator="/"): _own_block(x) for path, x in leaves}
+    arrays: dict[str, Any] = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _own_block(x) for path, x in leaves
+    }
     unfinished = folder / f"{process}.unfinished"
     with unfinished.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays)
+        np.savez(file, **arrays)
         file.flush()
         os.fsync(file.fileno())
     return unfinished.replace(folder / f"{process}.npz")
 
 
 def _own_block(x: Any) -> np.ndarray:
-    """The rows of an array that this process holds, as one array."""
+    """The rows of an array that this process holds, as one array.
+
+    Raises:
+      ValueError: other processes hold rows between them.
+    """
     if not isinstance(x, jax.Array):
         return np.asarray(x)
     if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -129,7 +133,10 @@ def _own_block(x: Any) -> np.ndarray:
     starts = [[range(*k.indices(n))[0] for k, n in zip(s.index, x.shape, strict=True)] for s in x.addressable_shards]
     low = np.min(starts, axis=0).astype(int)
     ends = [np.add(start, shard.data.shape) for start, shard in zip(starts, x.addressable_shards, strict=True)]
+    distinct = {tuple(start): shard.data.size for start, shard in zip(starts, x.addressable_shards, strict=True)}
     block = np.empty(np.max(ends, axis=0).astype(int) - low, x.dtype)
+    if sum(distinct.values()) != block.size:
+        raise ValueError("the rows of this process do not lie side by side: order the mesh by processes")
     for start, end, shard in zip(starts, ends, x.addressable_shards, strict=True):
         block[tuple(slice(int(a), int(b)) for a, b in zip(start - low, end - low, strict=True))] = shard.data
     return block

@@ -202,3 +202,11 @@ def test_two_processes_measure_and_their_records_are_shown(tmp_path):
     assert "2 hosts joined by their links at 100 Mbit/s" in shown.stdout
     assert "gradiveq is left out: codec 'gradiveq' would compress none of the 1 leaves" in shown.stdout
     assert figure.stat().st_size > 10_000
+
+
+def test_one_process_stands_for_several_hosts(tmp_path):
+    out = tmp_path / "out.jsonl"
+    flags = ["--model=square", "--size=64", "--codec=none", "--rounds=1", f"--out={out}"]
+    line = [sys.executable, "-m", "experiments.allreduce", *flags]
+    subprocess.run(line, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert exchange_records.read(str(out)).header["hosts"] == 2

@@ -140,7 +140,7 @@ def test_two_processes_write_the_records_of_every_method(tmp_path):
         "--steps=1",
         "--dense_steps=1",
     ]
-    printed = run(tmp_path, 2, *flags, "--warmup=1", "--interface=lo", "--rate=none", f"--out={out}")
+    printed = run(tmp_path, 2, *flags, "--warmup=3", "--interface=lo", "--rate=none", f"--out={out}")
     header, *cases = [json.loads(line) for line in out.read_text().splitlines()]
     assert (header["hosts"], header["workers"], header["rate"], header["torch"]) == (2, 2, "none", None)
     assert header["parameters"] == 3072 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10

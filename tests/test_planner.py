@@ -27,6 +27,7 @@ class TestCost:
             (Talk("reduce-scatter", 1e6, 4), 3e-3 + 0.75),
             (Talk("collective-permute", 1e6, 4), 1e-3 + 1.0),
             (Talk("all-reduce", 0, 1000), 2 * 10 * 1e-3),  # a tree
+            (Talk("all-reduce", 0, 1000, tree=False), 2 * 999 * 1e-3),
             (Talk("all-reduce", 1e6, 1), 0.0),
         ],
     )

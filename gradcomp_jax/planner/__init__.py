@@ -8,7 +8,7 @@
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +50,7 @@ class Row(NamedTuple):
       sent: the bytes that one device sends to other workers, by the ring laws; a mean over the steps of a period.
       kept: the bytes of residuals and other state that one device keeps.
       accuracy: what runs of this project say about its accuracy.
-      offered: whether it may be recommended: in these runs it lost at most three points of accuracy.
+      offered: whether it may be recommended for each step; outer steps are recommended apart.
     """
 
     name: str
@@ -131,8 +131,8 @@ def plan(
 ) -> Plan:
     """Predicts the step time of data-parallel training with each codec, and recommends one, or none.
 
-    Nothing is sent, and one device is enough. With shapes as parameters, and `device` or `step_seconds`, nothing of
-    their size is allocated.
+    Nothing is sent, and one device is enough. With shapes as parameters and `device`, nothing of their size is
+    allocated.
 
     A step is the local step, the exchange, and what the two do at the same time:
 
@@ -168,8 +168,9 @@ def plan(
     Returns:
       A plan. A codec is recommended only if its step is predicted to be 10 % faster than the uncompressed one. Of
       codecs within 5 % of the fastest, the first is recommended; the default ones are in the order in which they change
-      training. Default codecs that lost more than three points of accuracy in runs of this project, or that have no
-      such figure, are in the table and are not recommended.
+      training. Default codecs that lost more than three points of accuracy in runs of this project are in the table and
+      are not recommended. Nor are those without a figure, but for the cast to bfloat16. Outer steps are recommended
+      apart, whatever their figure: the row tells it.
 
     Raises:
       ValueError: an argument is not usable, or the seconds of a local step cannot be told.
@@ -193,6 +194,7 @@ def plan(
     target = _Target(among, devices_per_worker, link, chosen, platform, repeats, overlap)
     dense = across(none()) if devices_per_worker > 1 else none()
     every = {DENSE: Candidate(dense, "")} | _candidates(codecs, optimizer, devices_per_worker)
+    _require_overlap(overlap, every)
     rows: list[Row] = []
     refused: dict[str, str] = {}
     for name, one in every.items():
@@ -235,10 +237,12 @@ def _candidates(
     given: Mapping[str, optax.GradientTransformation] | None, optimizer: optax.GradientTransformation, devices: int
 ) -> dict[str, Candidate]:
     """The codecs to compare, by name."""
+    if DENSE in (given or {}):
+        raise ValueError(f"codecs has the name {DENSE!r}, which is that of the uncompressed step: give another")
     if given is None:
         found = candidates.codecs() | candidates.outer_steps(optimizer, devices > 1)
     else:
-        found = {name: Candidate(tx) for name, tx in given.items() if name != DENSE}
+        found = {name: Candidate(tx) for name, tx in given.items()}
     plain = lambda tx: isinstance(tx, Compressor) and tx.settings.fast is None  # noqa: E731
     return {
         name: one._replace(tx=across(one.tx)) if devices > 1 and plain(one.tx) else one for name, one in found.items()
@@ -286,6 +290,15 @@ def _overlap(name: str, told: Description, target: _Target) -> float:
     if target.platform == "cpu":
         return 0.0
     return DENSE_OVERLAP if name == DENSE else 1 - 1 / min(part.buckets for part in told.parts)
+
+
+def _require_overlap(overlap: Mapping[str, float] | float | None, names: Collection[str]) -> None:
+    shares = overlap if isinstance(overlap, Mapping) else {} if overlap is None else {DENSE: overlap}
+    for name, share in shares.items():
+        if name not in names:
+            raise ValueError(f"overlap has no codec of the name {name!r} here: there are {', '.join(names)}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"overlap={shown(overlap)} must have shares from 0 to 1")
 
 
 def _recommended(rows: list[Row]) -> tuple[str, str, str | None, str]:

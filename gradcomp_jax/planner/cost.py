@@ -57,12 +57,14 @@ class Talk(NamedTuple):
       bytes: the bytes of its operands on one worker, over all calls.
       workers: the number of workers.
       calls: how many messages it makes, one after another.
+      tree: whether an all-reduce may be a tree; gloo, on CPUs, has rings alone.
     """
 
     kind: str
     bytes: float
     workers: int
     calls: int = 1
+    tree: bool = True
 
     @property
     def sent(self) -> float:
@@ -111,7 +113,7 @@ def seconds(talk: Talk, link: Link) -> float:
     if n == 1:
         return 0.0
     ring = calls * hops(talk.kind, n) * link.latency_seconds + link.seconds(talk.sent)
-    if talk.kind != "all-reduce":
+    if talk.kind != "all-reduce" or not talk.tree:
         return ring
     return min(ring, calls * 2 * math.ceil(math.log2(n)) * link.latency_seconds + link.seconds(2 * talk.bytes))
 

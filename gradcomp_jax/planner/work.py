@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from gradcomp_jax import known
@@ -25,7 +26,6 @@ from gradcomp_jax.describe.dry import Workers, dry_run
 from gradcomp_jax.exchange.plan import flatten
 from gradcomp_jax.exchange.shards import add_each, encode_each, grouped, row
 from gradcomp_jax.exchange.shares import Round
-from gradcomp_jax.mesh import make_mesh
 from gradcomp_jax.notes import quiet
 from gradcomp_jax.outer import Outer
 from gradcomp_jax.planner.cost import Talk
@@ -111,7 +111,8 @@ def talks(told: Description) -> tuple[list[Talk], list[Talk]]:
     for x in told.collectives:
         n = math.prod(told.workers[axis] for axis in x.axes)
         # On CPUs each operand is a message of its own; elsewhere those of one collective travel together.
-        found[slow not in x.axes].append(Talk(x.kind, x.bytes, n, x.times if told.platform == "cpu" else x.calls))
+        on_cpus = told.platform == "cpu"
+        found[slow not in x.axes].append(Talk(x.kind, x.bytes, n, x.times if on_cpus else x.calls, not on_cpus))
     return found
 
 
@@ -139,7 +140,8 @@ def reduced(params: Any) -> tuple[Any, float]:
 def exchange(tx: optax.GradientTransformation, params: Any, workers: Workers) -> list[Program]:
     """An exchange of one device among so many workers: what it does for itself, and what it decodes of the others."""
     dry = dry_run(tx, params, workers)
-    mesh = make_mesh(dict.fromkeys(dry.mesh.axis_names, 1))
+    here = np.array(jax.local_devices()[:1]).reshape((1,) * len(dry.mesh.axis_names))
+    mesh = Mesh(here, dry.mesh.axis_names)
     on_mesh = functools.partial(jax.shard_map, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
 
     def step(state: Any, grads: Any, params: Any) -> Any:
