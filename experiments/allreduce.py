@@ -1,7 +1,7 @@
 """One exchange of a whole gradient between hosts, by every codec: its time, and where the time goes.
 
     python -m experiments.allreduce --codec=none,powersgd,qsgd --powersgd_rank=4 --out=out/resnet18.jsonl
-    sudo .venv/bin/python -m experiments.lab --hosts=4 --rate=100mbit -- .venv/bin/python -m experiments.allreduce {join} --out=out/four.jsonl
+    sudo python -m experiments.lab --hosts=4 --rate=100mbit -- python -m experiments.allreduce {join} --out=out/4.jsonl
     python -m experiments.allreduce --runs=out/resnet18.jsonl --figure=out/allreduce.png
 
 Started on several hosts, with the address of the first and the number of each, it measures the links between them. One

@@ -25,10 +25,11 @@ EMULATED_NOTE = (
 def console() -> Console:
     """Standard output; if it is not a terminal, plain text that is wide enough for the table.
 
-    Of several processes only the first one prints.
+    Of several processes only the first one prints, once they have joined. Without any, jax is not begun here.
     """
+    others = jax.distributed.is_initialized() and jax.process_index() > 0
     # File names and error messages of libraries may contain text that rich takes for markup.
-    plain = functools.partial(Console, highlight=False, markup=False, emoji=False, quiet=jax.process_index() > 0)
+    plain = functools.partial(Console, highlight=False, markup=False, emoji=False, quiet=others)
     terminal = plain()
     return terminal if terminal.is_terminal else plain(width=120)
 

@@ -273,13 +273,13 @@ def torch_process(task: Task, width: int) -> Iterator[torch_side.Process | None]
 def main() -> None:
     """Measures, or reads records; prints the tables, and draws the figure."""
     logging.set_verbosity(logging.ERROR)
-    screen = display.console()
     try:
         runs = step_times.read(FLAGS.runs) if FLAGS.runs else run()
     except (ValueError, step_times.RecordsError, torch_side.TorchError) as error:
         sys.exit(f"error: {error}")
     if not FLAGS.runs and jax.process_index():
         return
+    screen = display.console()
     for one in runs:
         screen.print(step_times.table(one))
         for note in step_times.notes(one):

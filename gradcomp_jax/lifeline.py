@@ -63,6 +63,7 @@ class Lifeline:
         self.left = False
         self._client, self._broken = client, broken
         self._signs = dict.fromkeys(self.members, ("", time.monotonic()))
+        self._gone: set[int] = set()
         self._heard, self._round = time.monotonic(), 0
         self._save: Callable[[], None] | None = None
         self._ending = threading.Lock()
@@ -168,6 +169,7 @@ class Lifeline:
             try:
                 self._client.key_value_set(f"{_KEYS}sign/{self.process}", str(count), allow_overwrite=True)
                 signs = self._read(f"{_KEYS}sign/")
+                self._gone = set(self._read(f"{_KEYS}left/"))  # not read by `_watch`, which must never wait
             except jax.errors.JaxRuntimeError:
                 signs = {}
             now = time.monotonic()
@@ -192,11 +194,8 @@ class Lifeline:
                 self.end("process 0 is dead, and with it the coordinator of the run")
             if before - self._heard > self.timeout:
                 self.end(f"no word from process 0 for {self.timeout:.0f} s")
-            if (
-                silent := {k for k in self.members if self._silent(k, self.timeout)}
-                - self._read(f"{_KEYS}left/").keys()
-            ):
-                self.end(f"no word from process {min(silent)} for {self.timeout:.0f} s, and the step does not end")
+            if silent := [k for k in self.members if k not in self._gone and self._silent(k, self.timeout)]:
+                self.end(f"no word from process {silent[0]} for {self.timeout:.0f} s, and the step does not end")
 
     def _farewell(self) -> None:
         """Process 0 ends last, because the coordinator ends with it, and jax's client would abort its process."""
