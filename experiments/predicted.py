@@ -1,7 +1,7 @@
 """The planner's cost model against measured exchanges and steps: it is fitted to some runs, and predicts the others.
 
-    python -m experiments.predicted --runs=out/allreduce/*.jsonl
-    python -m experiments.predicted --runs=out/allreduce/*.jsonl --steps=out/end_to_end/*.jsonl
+    python -m experiments.predicted '--runs=out/allreduce/*.jsonl'
+    python -m experiments.predicted '--runs=out/allreduce/*.jsonl' '--steps=out/end_to_end/*.jsonl'
 
 `--runs` are records of experiments.allreduce, `--steps` of experiments.end_to_end. An exchange by a codec takes
 
