@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gradcomp_jax.exchange.collectives import Wire
 from gradcomp_jax.lifeline import LOGGER, Lifeline, Met
 from gradcomp_jax.mesh import automatic, require_mesh
 from gradcomp_jax.survivors import moved, parts_in, processes_of, save_part, turned, without_others
@@ -154,7 +155,7 @@ def _connect(mesh: Mesh) -> None:
     """
     names = tuple(mesh.axis_names)
     for axes in dict.fromkeys((names, *((name,) for name in names))):  # the same order in each process
-        alike = functools.partial(jax.lax.psum, axis_name=axes)
+        alike = lambda x, wire=Wire(axes): wire.total(x)[0]  # noqa: E731
         summed = jax.shard_map(alike, mesh=mesh, in_specs=P(names), out_specs=P(names), check_vma=False)
         ones = jax.make_array_from_callback(
             (mesh.size,), NamedSharding(mesh, P(names)), lambda _: np.ones(1, np.float32)
