@@ -155,7 +155,8 @@ def _connect(mesh: Mesh) -> None:
     """
     names = tuple(mesh.axis_names)
     for axes in dict.fromkeys((names, *((name,) for name in names))):  # the same order in each process
-        alike = lambda x, wire=Wire(axes): wire.total(x)[0]  # noqa: E731
+        wire = Wire(axes)
+        alike = lambda x, wire=wire: wire.total(x)[0]  # noqa: E731
         summed = jax.shard_map(alike, mesh=mesh, in_specs=P(names), out_specs=P(names), check_vma=False)
         ones = jax.make_array_from_callback(
             (mesh.size,), NamedSharding(mesh, P(names)), lambda _: np.ones(1, np.float32)

@@ -172,9 +172,9 @@ def test_time_up_ends_all_hosts_and_what_they_started():
 def begun(*words):
     """The program, with a command that does not end, and the names of its namespaces once the command runs."""
     line = [sys.executable, "-m", "experiments.lab", "--", "sh", "-c", "echo started; exec sleep 1000"]
-    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background ignores it
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    program = subprocess.Popen(line, cwd=ROOT, preexec_fn=heard, **output)
+    # A shell's background processes ignore SIGINT, and hand that down.
+    line = ["env", "--default-signal=INT", *line]
+    program = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert program.stdout.readline() == "started\n"
     return program, [name for name in lab.namespaces() if f"-{program.pid}-" in name]
 
