@@ -26,7 +26,6 @@ Recorded gradients come from a file of `numpy.savez`, such as `experiments.gradi
 
 import datetime
 import functools
-import itertools
 import pathlib
 import platform
 import shlex
@@ -47,8 +46,9 @@ from jax.sharding import PartitionSpec as P
 from rich.console import Console
 
 import gradcomp_jax as gcj
-from experiments import cluster, codecs, command, exchange_records, figures, lab, loopback, models, timing
+from experiments import cluster, codecs, command, exchange_records, figures, host, lab, loopback, models, timing
 from experiments.exchange_records import BASELINES, Record, Records
+from experiments.models.perceptron import perceptron
 from experiments.models.transformer import Transformer
 from gradcomp_jax.exchange.collectives import in_order
 from gradcomp_jax.jitted import emulates
@@ -62,18 +62,6 @@ AGGREGATIONS = ("psum", "gather", "shuffle", "ring")
 # Gradients
 
 
-def perceptron() -> dict[str, tuple[int, ...]]:
-    """The shapes of a perceptron 3072-2048-2048-10; 10,510,346 parameters."""
-    sizes = (3072, 2048, 2048, 10)
-    layers = {f"layer_{i}": shape for i, shape in enumerate(itertools.pairwise(sizes))}
-    return {f"{name}/{part}": x for name, shape in layers.items() for part, x in parts_of(shape).items()}
-
-
-def parts_of(shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-    """The shapes of a layer's kernel and bias."""
-    return {"kernel": shape, "bias": shape[1:]}
-
-
 def transformer() -> dict[str, Any]:
     """The shapes of a transformer of 8 blocks of width 512, for 256 symbols; 25,305,600 parameters."""
     return models.shapes(lambda: nnx.state(Transformer(256, 512, 8, 8, nnx.Rngs(0)), nnx.Param))
@@ -82,7 +70,7 @@ def transformer() -> dict[str, Any]:
 MODELS: dict[str, Callable[[], Any]] = {
     "resnet18": models.resnet18_shapes,
     "vgg19": lambda: models.shapes(lambda: models.create("vgg19", (32, 32, 3), 10, 0)[1]),
-    "perceptron": perceptron,
+    "perceptron": lambda: models.shapes(lambda: nnx.state(perceptron(), nnx.Param)),
     "transformer": transformer,
     "square": lambda: {"kernel": (FLAGS.size, FLAGS.size)},
 }
@@ -305,28 +293,9 @@ def ms(seconds: Sequence[float]) -> list[float]:
     return [round(1e3 * x, 3) for x in seconds]
 
 
-def only_interface() -> str | None:
-    """The one network interface of this host beside that to itself; None if there are others, or none."""
-    found = [path.name for path in pathlib.Path("/sys/class/net").glob("*") if path.name != "lo"]
-    return found[0] if len(found) == 1 else None
-
-
-def counter_of(interface: str | None) -> Callable[[], Sequence[int]]:
-    """A function that tells the bytes and packets that an interface has sent; nothing without one."""
-    if interface is None:
-        return tuple
-    paths = [pathlib.Path("/sys/class/net", interface, "statistics", name) for name in ("tx_bytes", "tx_packets")]
-    if not paths[0].exists():
-        sys.exit(f"error: --interface={interface} is none of this host's; see /sys/class/net")
-    return lambda: [int(path.read_text()) for path in paths]
-
-
 def header_of(grads: Any, mesh: Mesh, mbit: float | None) -> Record:
     """The first line of the records."""
     leaves = jax.tree.leaves(grads)
-    cpu = pathlib.Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return {
         "kind": "allreduce",
         "model": FLAGS.gradients or (f"square{FLAGS.size}" if FLAGS.model == "square" else FLAGS.model),
@@ -336,8 +305,8 @@ def header_of(grads: Any, mesh: Mesh, mbit: float | None) -> Record:
         "processes": jax.process_count(),
         "mbit": mbit,
         "backend": jax.default_backend(),
-        "cpu": named[0] if named else platform.machine(),
-        "cores": len(named),
+        **host.hardware(),
+        "environment": host.settings(),
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "-m", "experiments.allreduce", *sys.argv[1:]]),
@@ -381,7 +350,7 @@ def run() -> Records:
             exchanges[label] = name, tx
         except ValueError as error:
             refused[label] = str(error)
-    counter = counter_of(FLAGS.interface or only_interface() if jax.process_count() > 1 else None)
+    counter = host.counter_of(FLAGS.interface or host.only_interface() if jax.process_count() > 1 else None)
     latency, ways = measured(exchanges, grads, mesh, FLAGS.rounds, counter)
     return Records(header_of(grads, mesh, mbit) | {"refused": refused}, latency, ways)
 

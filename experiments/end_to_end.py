@@ -30,7 +30,6 @@ the figure are of records that are there already.
 import contextlib
 import datetime
 import functools
-import os
 import pathlib
 import platform
 import shlex
@@ -46,8 +45,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 import gradcomp_jax as gcj
-from experiments import cluster, codecs, command, display, step_times, timing, torch_side, turns
-from experiments.models import layers, resnet
+from experiments import cluster, codecs, command, display, host, lab, step_times, timing, torch_side, turns
+from experiments.models import resnet
+from experiments.models.perceptron import perceptron
 from experiments.models.transformer import Transformer
 from experiments.step_times import Record
 
@@ -79,12 +79,6 @@ class Network(NamedTuple):
     x: Callable[[int], tuple[int, ...]]
     labels: Callable[[int], tuple[int, ...]]
     classes: int
-
-
-def perceptron(width: int) -> nnx.Module:
-    """Two hidden layers, [N, 3072] -> logits [N, 10]."""
-    linear = functools.partial(layers.linear, rngs=nnx.Rngs(0))
-    return nnx.Sequential(linear(3072, width), nnx.relu, linear(width, width), nnx.relu, linear(width, 10))
 
 
 def resnet18(width: int) -> nnx.Module:
@@ -170,16 +164,8 @@ def define_flags() -> None:
     flags.DEFINE_integer("devices", 2, "Workers, if there is one process.", lower_bound=1)
     flags.DEFINE_boolean("torch", False, "Measure PyTorch too.")
     flags.DEFINE_string("torch_python", sys.executable, "The Python that has torch.")
-    flags.DEFINE_string(
-        "interface",
-        os.environ.get("GLOO_SOCKET_IFNAME", ""),
-        "The network interface whose bytes are counted, such as eth0; by default GLOO_SOCKET_IFNAME.",
-    )
-    flags.DEFINE_string(
-        "rate",
-        os.environ.get("LAB_RATE", "").replace("none", ""),
-        "The rate of the links, such as 1gbit, for the records; by default LAB_RATE, which experiments.lab sets.",
-    )
+    flags.DEFINE_string("interface", None, "The interface whose bytes are counted; by default the only one.")
+    flags.DEFINE_float("mbit", None, "Mbit/s of each host's link; in the lab, by default its rate.", lower_bound=0.0)
     flags.DEFINE_string("out", None, "A file for the records.")
     flags.DEFINE_list("runs", [], "Files of records to show, instead of measuring; patterns may stand for several.")
     flags.DEFINE_string("figure", None, "A PNG for the figure of the records.")
@@ -210,7 +196,7 @@ def measured(names: list[str], task: Task, mesh: Mesh, torch: torch_side.Process
       mesh: the workers.
       torch: PyTorch's process, or None.
     """
-    meet, batch = timing.beginning(mesh), batch_of(task, mesh)
+    meet, batch, counter = timing.beginning(mesh), batch_of(task, mesh), host.counter_of(interface())
     ours = cases(names, task, mesh)
     theirs = {way: FLAGS.dense_steps if way == "ddp" else FLAGS.steps for way in torch_side.WAYS} if torch else {}
     found = {("jax", name): step_times.case("jax", name) for name in ours}
@@ -219,15 +205,20 @@ def measured(names: list[str], task: Task, mesh: Mesh, torch: torch_side.Process
         least = 1 if number else FLAGS.warmup  # the first turn compiles, and is not kept
         for name, case in ours.items():
             steps = max(case.steps, least)
-            before = step_times.sent_by(FLAGS.interface)
+            before = counter()
             ours[name], seconds, sent = turns.turn(case, batch, meet, steps)
-            counted = (step_times.sent_by(FLAGS.interface) - before) / steps
+            counted = next((y - x for x, y in zip(before, counter(), strict=True)), 0) / steps
             step_times.add(found["jax", name], seconds, counted, sent)
         for name, steps in theirs.items():
             assert torch
             told = torch.timed(name, max(steps, least))
             step_times.add(found["torch", name], told["seconds"], told["counted"], None)
     return [step_times.without_first(record) for record in found.values()]
+
+
+def interface() -> str | None:
+    """The interface whose bytes are counted; None in one process, which sends none."""
+    return FLAGS.interface or host.only_interface() if jax.process_count() > 1 else None
 
 
 def batch_of(task: Task, mesh: Mesh) -> Any:
@@ -248,17 +239,17 @@ def torch_process(task: Task, width: int) -> Iterator[torch_side.Process | None]
         return
     rows, params = task.rows(jax.process_index(), FLAGS.batch), jax.jit(task.weights)()
     loss = float(jax.jit(task.loss_fn)(params, rows))
-    host, _, port = (FLAGS.coordinator_address or "localhost:29500").rpartition(":")
+    address, _, port = (FLAGS.coordinator_address or "localhost:29500").rpartition(":")
     settings = {
         "model": FLAGS.model,
         "width": width,
-        "address": f"{host}:{int(port) + 1}",
+        "address": f"{address}:{int(port) + 1}",
         "processes": jax.process_count(),
         "process": jax.process_index(),
         "rank": FLAGS.powersgd_rank,
         "lr": FLAGS.lr,
         "momentum": MOMENTUM,
-        "interface": FLAGS.interface,
+        "interface": interface() or "",
     }
     with torch_side.started(FLAGS.torch_python, params, rows, settings) as process:
         told, size = process.told, sum(x.size for x in jax.tree.leaves(params))
@@ -320,20 +311,17 @@ def header(mesh: Mesh, task: Task, width: int, torch: dict[str, Any]) -> Record:
         "batch": FLAGS.batch,
         "workers": mesh.size,
         "hosts": jax.process_count(),
-        "rate": FLAGS.rate,
-        "cores_a_host": len(os.sched_getaffinity(0)),
+        "mbit": FLAGS.mbit or lab.mbit_here(),
+        **host.hardware(),
         "rounds": FLAGS.rounds,
         "donate": FLAGS.donate,
-        "hardware": step_times.hardware(),
         "jax": jax.__version__,
         "torch": torch.get("torch"),
         "torch_threads": torch.get("threads"),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": shlex.join(["python", "-m", "experiments.end_to_end", *sys.argv[1:]]),
-        "environment": {
-            key: value for key, value in os.environ.items() if key.startswith(("XLA_", "MALLOC_", "GLIBC_"))
-        },
+        "environment": host.settings(),
     }
 
 

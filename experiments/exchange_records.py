@@ -9,15 +9,12 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from experiments import figures
+from experiments.records import RecordsError
+from gradcomp_jax.planner.cost import HEADERS
 
 HEADER = 66  # bytes of Ethernet, IPv4 and TCP with time stamps
-HEADERS = HEADER / 1448  # in a full frame, as a share of what it carries
 BASELINES = ("psum, flat", "psum, by leaf")
 Record = dict[str, Any]
-
-
-class RecordsError(Exception):
-    """A file is not the records of this program."""
 
 
 class Records(NamedTuple):
@@ -69,7 +66,7 @@ def read(path: str) -> Records:
             raise ValueError("its lines are of other kinds")
         return Records(header, latency["ms"], ways)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecordsError(f"{path} is not the records of an exchange: {error}") from error
+        raise RecordsError(f"{path} is not the records of experiments.allreduce: {error}") from error
 
 
 def write(path: str, records: Records) -> None:
@@ -88,7 +85,7 @@ def figures_of(way: Record, records: Records) -> Figures:
     mbit = records.header["mbit"]
     floor = 8 * way["bytes"] / mbit / 1e3 if mbit else math.nan
     latency = sum(count * middle(records.latency[kind]) for kind, count in way["messages"].items())
-    bound = floor * (1 + HEADERS) + latency + codec
+    bound = floor * HEADERS + latency + codec
     return Figures(whole, encode, codec - encode, whole - codec, floor, bound, whole / bound)
 
 

@@ -13,7 +13,6 @@ as one of several processes, that is the link between them. One process alone ha
 emulated devices, and says so. Without --codec the planner's own list is compared.
 """
 
-import functools
 import statistics
 import sys
 import time
@@ -31,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gcj
 from experiments import cluster, codecs, command, models, together
-from experiments.models import layers
+from experiments.models.perceptron import perceptron
 from experiments.models.transformer import Transformer
 from gradcomp_jax.planner import DEVICES, Link, cost
 
@@ -61,12 +60,6 @@ class Task(NamedTuple):
     params: Callable[[], Any]
     loss_fn: Callable[[Any, Any], jax.Array]
     batch: Callable[[], Any]
-
-
-def perceptron() -> nnx.Module:
-    """Two hidden layers of 2048, [N, 3072] -> logits [N, 10]; 10,510,346 parameters."""
-    linear = functools.partial(layers.linear, rngs=nnx.Rngs(0))
-    return nnx.Sequential(linear(3072, 2048), nnx.relu, linear(2048, 2048), nnx.relu, linear(2048, CLASSES))
 
 
 def task_of(model: str, rows: int, context: int) -> Task:

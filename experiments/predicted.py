@@ -9,8 +9,8 @@
 
 The fit finds three things: the latency, the headers, and for each codec its seconds for each parameter, with as many
 hosts or nearly as many. Each run of --runs is left out of the fit in turn, and then predicted. All runs of --steps are
-predicted by a fit to all of --runs, from the local step that was measured in the same run. Of a link without a rate the
-rate is taken from the run's own all-reduce, like `experiments.plan --measure` does.
+predicted by a fit to all of --runs, from the local step that was measured in the same run. Of --runs without a rate it
+is taken from the run's own all-reduce, like `experiments.plan --measure` does.
 
 The choice is the planner's: the fastest predicted codec if it is predicted to be 10 % faster than the uncompressed
 exchange, otherwise none. The table compares it with the fastest that was measured.
@@ -18,9 +18,7 @@ exchange, otherwise none. The table compares it with the fastest that was measur
 
 import collections
 import glob
-import json
 import math
-import pathlib
 import statistics
 import sys
 from collections.abc import Sequence
@@ -30,16 +28,11 @@ import numpy as np
 from absl import flags
 from rich.table import Table
 
-from experiments import command, display
-from gradcomp_jax.planner import DENSE, MARGIN, cost, link_of
+from experiments import command, display, exchange_records, step_times
+from experiments.records import RecordsError
+from gradcomp_jax.planner import DENSE, MARGIN, cost
 
 FLAGS = flags.FLAGS
-
-LOCAL = "local"
-
-
-class RecordsError(Exception):
-    """A file is not such records."""
 
 
 class Way(NamedTuple):
@@ -182,11 +175,11 @@ def read_exchanges(path: str) -> Run:
     Raises:
       RecordsError: the file is something else.
     """
-    header, *lines = _lines(path, "allreduce")
+    header, _, lines = exchange_records.read(path)
     try:
         if header["hosts"] < 2:
             raise ValueError("one host exchanges nothing")
-        found = {line["way"]: _exchange(line) for line in lines if line["kind"] == "way"}
+        found = {line["way"]: _exchange(line) for line in lines}
         # The platform's own all-reduce, in the faster of two forms, has no codec.
         plain = min((way for name, way in found.items() if name.startswith("psum")), key=lambda way: way.seconds)
         others = [way for name, way in found.items() if not name.startswith("psum") and name != DENSE]
@@ -210,26 +203,19 @@ def read_steps(path: str) -> Run:
     Raises:
       RecordsError: the file is something else.
     """
-    header, *lines = _lines(path, "end_to_end")
+    (run,) = step_times.read([path])
+    header, lines = run.header, run.cases
     try:
         ours = {line["method"]: line for line in lines if line["framework"] == "jax"}
-        local = _middle(ours.pop(LOCAL)["ms"])
+        local = _middle(ours.pop(step_times.LOCAL)["ms"])
         ways = [Way(name, line["wire_bytes"], None, None, _middle(line["ms"])) for name, line in ours.items()]
-        rate = link_of(header["rate"]).bits_per_second
-        name = f"steps of {header['model']}, {header['hosts']} hosts, {header['rate']}"
+        if not header["mbit"]:
+            raise ValueError("it has no rate of the links, which end_to_end --mbit tells")
+        rate, limit = 1e6 * header["mbit"], f"{header['mbit']:g} Mbit/s"
+        name = f"steps of {header['model']}, {header['hosts']} hosts, {limit}"
         return Run(name, header["hosts"], header["parameters"], rate, local, ways)
     except (KeyError, TypeError, ValueError) as error:
         raise RecordsError(f"{path} is not the records of experiments.end_to_end: {error!r}") from error
-
-
-def _lines(path: str, kind: str) -> list[dict[str, Any]]:
-    try:
-        lines = [json.loads(line) for line in pathlib.Path(path).read_text(encoding="utf-8").splitlines()]
-        if lines[0]["kind"] != kind:
-            raise ValueError(f"its kind is {lines[0]['kind']!r}")
-        return lines
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise RecordsError(f"{path} is not the records of experiments.{kind}: {error!r}") from error
 
 
 def _middle(milliseconds: Sequence[float]) -> float:

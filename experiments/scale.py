@@ -31,7 +31,19 @@ from rich.table import Table
 
 import gradcomp_jax as gcj
 from experiments import command, display, plan
-from gradcomp_jax.planner import CLOSE, DENSE, DENSE_OVERLAP, DEVICES, MARGIN, Device, Link, candidates, cost, work
+from gradcomp_jax.planner import (
+    CLOSE,
+    DENSE,
+    DENSE_OVERLAP,
+    DEVICES,
+    MARGIN,
+    Device,
+    Link,
+    candidates,
+    cost,
+    table,
+    work,
+)
 from gradcomp_jax.planner.cost import Cost, Talk
 
 FLAGS = flags.FLAGS
@@ -203,7 +215,7 @@ def draw(charts: list[Chart], path: pathlib.Path, told: str) -> None:
     for column, chart in enumerate(charts):
         for row in range(2):
             _map(axes[row][column], chart, chart.best[row], colors)
-        axes[0][column].set_title(f"{chart.case.title}\n{1e3 * chart.compute:.3g} ms of compute", fontsize=10)
+        axes[0][column].set_title(f"{chart.case.title}\n{table.time(chart.compute)} of compute", fontsize=10)
         axes[1][column].set_xlabel("bits a second of each link")
     for row, what in enumerate(("an exchange in each step", "outer steps allowed")):
         axes[row][0].set_ylabel(f"{what}\nworkers (hosts)")

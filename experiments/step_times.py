@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import figures
+from experiments.records import RecordsError
 
 Record = dict[str, Any]
 LOCAL = "local"
@@ -25,10 +26,6 @@ NAMES = {"jax": "gradcomp_jax", "torch": "PyTorch"}
 # PyTorch's cases are named like ours in the records.
 TORCH = {LOCAL: LOCAL, "ddp": "DDP", "powersgd": "DDP, powerSGD_hook"}
 DENSE = ("none", "ddp")
-
-
-class RecordsError(Exception):
-    """A file is not such records, or it cannot be written."""
 
 
 class Run(NamedTuple):
@@ -55,8 +52,8 @@ class Run(NamedTuple):
     def title(self) -> str:
         """What was measured, in words."""
         head = self.header
-        links = f" at {head['rate']}" if head["rate"] else ""
-        cores = "a core" if head["cores_a_host"] == 1 else f"{head['cores_a_host']} cores"
+        links = f" at {head['mbit']:g} Mbit/s" if head["mbit"] else ""
+        cores = "a core" if head["cores"] == 1 else f"{head['cores']} cores"
         hosts = (
             f"{head['hosts']} hosts of {cores}{links}"
             if head["hosts"] > 1
@@ -80,17 +77,6 @@ def add(record: Record, seconds: float, counted: float, sent: float | None) -> N
 def without_first(record: Record) -> Record:
     """The case without the figures of its first round."""
     return record | {key: record[key][1:] for key in ("ms", "counted_bytes")}
-
-
-def sent_by(interface: str) -> int:
-    """The bytes that an interface of this host has sent; 0 for none."""
-    return int(pathlib.Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text()) if interface else 0
-
-
-def hardware() -> str:
-    """The processor's name."""
-    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
 
 
 def write(run: Run, path: pathlib.Path) -> None:

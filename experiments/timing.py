@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gradcomp_jax import AccordionState, CompressorState, GradiVeQState
+from gradcomp_jax import AccordionState, CompressorState, GradiVeQState, place
 
 
 class Way(NamedTuple):
@@ -110,9 +110,8 @@ def random_gradients(shapes: Any, mesh: Mesh) -> Any:
 
 
 def zeros_like(grads: Any, mesh: Mesh) -> Any:
-    """Zeros of the parameters' shapes for gradients [*mesh, ...]; made by every host, so that none has to send them."""
-    made = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape[mesh.devices.ndim :], x.dtype), grads)  # noqa: E731
-    return jax.jit(made, out_shardings=NamedSharding(mesh, P()))()
+    """Zeros of the parameters' shapes, for gradients [*mesh, ...]."""
+    return place(jax.tree.map(lambda x: np.zeros(x.shape[mesh.devices.ndim :], x.dtype), grads), mesh)
 
 
 def at_level(level: int, own: AccordionState) -> AccordionState:

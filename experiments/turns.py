@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import gradcomp_jax as gcj
@@ -84,8 +84,7 @@ def trained(
     donate: bool = False,
 ) -> Case:
     """Steps of `train_step`; `donate` is its own, and the other arguments are those of `alone`."""
-    # Made by every host: jax would compare an array of one host with the others' over the link.
-    params = jax.jit(weights, out_shardings=NamedSharding(mesh, P()))()
+    params = gcj.place(jax.jit(weights)(), mesh)
     state = gcj.init(tx, params, mesh)
     step = gcj.train_step(loss_fn, tx, mesh, donate=donate)
     return Case(step, params, state, steps, lambda state: gcj.wire_bits(state).total / 8)

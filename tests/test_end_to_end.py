@@ -26,8 +26,8 @@ HEADER = {
     "batch": 8,
     "workers": 2,
     "hosts": 2,
-    "rate": "1gbit",
-    "cores_a_host": 1,
+    "mbit": 1000.0,
+    "cores": 1,
     "rounds": 3,
 }
 
@@ -69,9 +69,8 @@ def test_the_table_has_medians_without_the_first_round():
     assert rows[0] == ("gradcomp_jax", "local", "12.0", "10.0 to 90.0", "", "0.000", "2.000")
     assert rows[2] == ("gradcomp_jax", "powersgd rank=4", "22.0", "20.0 to 30.0", "10.0", "0.200", "2.000")
     assert rows[4] == ("PyTorch", "DDP, powerSGD_hook", "60.0", "31.0 to 61.0", "49.0", "", "2.000")
-    assert (
-        "perceptron, 1,234 parameters, batch 8, 2 hosts of a core at 1gbit, medians of 3" in step_times.table(RUN).title
-    )
+    title = "perceptron, 1,234 parameters, batch 8, 2 hosts of a core at 1000 Mbit/s, medians of 3"
+    assert title in step_times.table(RUN).title
 
 
 def test_records_are_read_as_they_were_written_and_drawn(tmp_path, monkeypatch):
@@ -140,9 +139,9 @@ def test_two_processes_write_the_records_of_every_method(tmp_path):
         "--steps=1",
         "--dense_steps=1",
     ]
-    printed = run(tmp_path, 2, *flags, "--warmup=3", "--interface=lo", "--rate=none", f"--out={out}")
+    printed = run(tmp_path, 2, *flags, "--warmup=3", "--interface=lo", "--mbit=100", f"--out={out}")
     header, *cases = [json.loads(line) for line in out.read_text().splitlines()]
-    assert (header["hosts"], header["workers"], header["rate"], header["torch"]) == (2, 2, "none", None)
+    assert (header["hosts"], header["workers"], header["mbit"], header["torch"]) == (2, 2, 100.0, None)
     assert header["parameters"] == 3072 * 8 + 8 + 8 * 8 + 8 + 8 * 10 + 10
     assert [case["method"] for case in cases] == ["local", "powersgd rank=4", "sparseloco every=2", "none"]
     assert all(len(case["ms"]) == len(case["counted_bytes"]) == 2 for case in cases)
@@ -159,7 +158,10 @@ def test_two_processes_write_the_records_of_every_method(tmp_path):
 
 # PyTorch's side
 
-there = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+there = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="torch, several GB for a benchmark's other side, is not installed: pip install -e '.[torch]'",
+)
 
 
 @pytest.mark.parametrize("python", ["false", "/no/such/python"])

@@ -58,7 +58,7 @@ def test_steps_are_predicted_from_the_local_step_of_their_run(tmp_path):
     runs = [records(tmp_path / f"{i}.jsonl", 2, mbit, 10**7) for i, mbit in enumerate((100, 1000))]
     path, local = tmp_path / "steps.jsonl", 0.2
     ways = {"none": runs[1].ways[0], "qsgd": runs[1].ways[1]}
-    lines = [{"kind": "end_to_end", "model": "m", "hosts": 2, "rate": "1gbit", "parameters": 10**7}]
+    lines = [{"kind": "end_to_end", "model": "m", "hosts": 2, "mbit": 1000.0, "parameters": 10**7}]
     lines += [{"framework": "jax", "method": "local", "ms": [1e3 * local], "wire_bytes": 0}]
     lines += [{"framework": "torch", "method": "ddp", "ms": [1.0], "wire_bytes": None}]
     for name, way in ways.items():
